@@ -1,0 +1,139 @@
+"""From a module and example inputs to a flat graph that is proved to compute the same. The only caller of torch.export."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from bwcache_compile.errors import CaptureError
+from bwcache_compile.program import CachedProgram, Signature
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """A captured program, and what the model itself returned for the example inputs."""
+
+    program: CachedProgram
+    reference: Any
+
+
+def flat_outputs(outputs: Any) -> list[Any]:
+    """Return the leaves of a model's output, in the order in which the graph returns them."""
+    return pytree.tree_leaves(outputs)
+
+
+def _difference(expected: list[Any], actual: list[Any]) -> str | None:
+    """Say how two flat outputs differ, bit for bit; NaN equals NaN."""
+    if len(expected) != len(actual):
+        return f"{len(actual)} outputs instead of {len(expected)}"
+    for i, (want, got) in enumerate(zip(expected, actual, strict=True)):
+        if not isinstance(want, Tensor):
+            if want != got:
+                return f"output {i} is {got!r} instead of {want!r}"
+            continue
+        if not isinstance(got, Tensor) or (want.shape, want.dtype) != (got.shape, got.dtype):
+            return f"output {i} is {type(got).__name__} of another shape or dtype"
+        if not torch.equal(torch.nan_to_num(want), torch.nan_to_num(got)):
+            worst = (want.double() - got.double()).abs().max().item()
+            return f"output {i} differs by up to {worst:.3g}"
+    return None
+
+
+def _flat(module: GraphModule) -> GraphModule:
+    """Return the same graph with a plain flat call, without the exporter's hooks; the parameters are shared."""
+    module.graph.set_codegen(CodeGen())
+    output = module.graph.output_node()
+    returned = output.args[0]
+    output.args = (tuple(returned) if isinstance(returned, (list, tuple)) else (returned,),)
+    return GraphModule(module, module.graph)
+
+
+def _source_of(error: BaseException, model: nn.Module) -> str:
+    """Find the line of the user's own code, or of the model's library, that stopped the capture."""
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if "/torch/" not in f.filename.replace("\\", "/") and "bwcache_compile" not in f.filename]
+    if not outside:
+        return f"in {type(model).__name__}.forward"
+    frame = outside[-1]
+    return f'{frame.filename}:{frame.lineno}, in {frame.name}: "{frame.line}"'
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], strict: bool) -> tuple[GraphModule, Signature]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's advice to its own developers
+        exported = torch.export.export(model, args, kwargs, strict=strict)
+        module = _flat(exported.module(check_guards=False))
+    inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
+    spec = exported.call_spec
+    return module, Signature(spec.in_spec, spec.out_spec, inputs)
+
+
+def clone_tensors(tree: Any) -> Any:
+    """Copy every tensor of a call, so that running the model twice on it cannot differ through in-place edits."""
+    return pytree.tree_map_only(Tensor, torch.clone, tree)
+
+
+def _check_repeatable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Any]) -> None:
+    """Tell a wrong capture from a model that differs from itself; only then is a second eager run worth its time."""
+    with torch.no_grad():
+        noise = _difference(expected, flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs))))
+    if noise is not None:
+        raise CaptureError(
+            f"{type(model).__name__} does not return the same twice for the same inputs: {noise}.\n"
+            "  A capture cannot be checked against it. Make its kernels deterministic (torch.use_deterministic_algorithms)"
+            " and take randomness out of its forward."
+        )
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    """Capture a model as a flat graph over its own parameters.
+
+    The model runs once eagerly first: exporting a model that never ran can damage it, and that run is the reference.
+    Then non-strict export is tried, then strict; a capture is used only if it returns the reference bit for bit.
+
+    Args:
+        model: In evaluation mode.
+        args: Example positional arguments.
+        kwargs: Example keyword arguments.
+
+    Returns:
+        The program, whose weights are the model's own tensors, and the eager outputs.
+
+    Raises:
+        CaptureError: No front end took the model, or what they captured computes something else.
+    """
+    name = type(model).__name__
+    with torch.no_grad():
+        reference = model(*clone_tensors(args), **clone_tensors(kwargs))
+    expected = flat_outputs(reference)
+    failures: list[str] = []
+    for strict in (False, True):
+        mode = "strict" if strict else "non-strict"
+        try:
+            with torch.no_grad():
+                module, signature = _export(model, args, kwargs, strict)
+        except Exception as error:  # every front end raises its own kinds; they are reported together below
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            failures.append(f"{mode}: {type(error).__name__}: {reason}\n    at {_source_of(error, model)}")
+            continue
+        with torch.no_grad():
+            flat, _ = pytree.tree_flatten((clone_tensors(args), clone_tensors(kwargs)))
+            difference = _difference(expected, list(module(*flat)))
+        if difference is None:
+            return Capture(CachedProgram(module, signature, name), reference)
+        _check_repeatable(model, args, kwargs, expected)
+        failures.append(f"{mode}: the captured graph computes something else than the model: {difference}")
+    raise CaptureError(
+        f"{name} could not be captured as one graph.\n  "
+        + "\n  ".join(failures)
+        + "\n  Remove the data-dependent Python at that line (a branch on a tensor's values, .item(), .tolist(), .numpy()),"
+        " or try a size that the model was built for."
+    )

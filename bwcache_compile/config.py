@@ -1,0 +1,160 @@
+"""What to cache and when to reuse it: one frozen value that validates itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from bwcache_compile.errors import ConfigError
+
+Policy = Literal["schedule", "static"]
+Reuse = Literal["output", "residual", "taylor"]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Settings of the block cache.
+
+    Attributes:
+        threshold: Indicator value below which reuse begins (`delta`). Higher starts reuse earlier: faster, less exact.
+            0 never reuses; infinity reuses from the first step that may.
+        reuse_interval: Steps reused between two computed ones (`R`) after the trigger. An int counts steps; a float
+            in (0, 1] is a fraction of `num_steps`, so 1 is one step and 1.0 the whole run.
+        tail: The last `floor(tail * k)` steps are computed, where `k` is the step that triggered. Higher protects
+            more of the end of the run.
+        policy: "schedule" measures the indicator and follows the paper; "static" follows `steps_mask`.
+        reuse: What a reused step returns: "output" holds the cached outputs; "residual" adds what the blocks last
+            added to their input; "taylor" extrapolates the outputs from the last two computed steps.
+        warmup_steps: Steps at the start that are always computed, whatever the indicator says.
+        num_steps: Denoising steps of one generation (`S`), per context.
+        steps_mask: For "static": one entry per step, 1 reuses and 0 computes. Its length is the number of steps.
+        compute_first: Blocks at the start of the stack that are computed at every step.
+        compute_last: Blocks at the end of the stack that are computed at every step.
+        indicator_blocks: How many blocks are measured, spread evenly and ending with the last; "all" measures each.
+            Fewer take less memory.
+        indicator_tokens: One token in this many is measured; "all" measures every token, as the paper does, and
+            keeps a full copy of every block's features.
+        calls_per_step: How often the model is called at each step when the caller names no contexts; each call of a
+            step then has a context of its own.
+
+    Raises:
+        ConfigError: A value is out of its range, or the policy lacks what it needs.
+    """
+
+    threshold: float = 0.15
+    reuse_interval: int | float = 0.1
+    tail: float = 0.5
+    policy: Policy = "schedule"
+    reuse: Reuse = "output"
+    warmup_steps: int = 0
+    num_steps: int | None = None
+    steps_mask: tuple[int, ...] | None = None
+    compute_first: int = 0
+    compute_last: int = 0
+    indicator_blocks: int | Literal["all"] = "all"
+    indicator_tokens: int | Literal["all"] = 32
+    calls_per_step: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.steps_mask is not None:
+            object.__setattr__(self, "steps_mask", tuple(int(entry) for entry in self.steps_mask))
+        self._check_choices()
+        self._check_numbers()
+        if self.policy == "static":
+            self._check_mask()
+        elif self.steps_mask is not None:
+            raise ConfigError("steps_mask is only read by policy='static'; remove it or choose that policy.")
+
+    def _check_choices(self) -> None:
+        for name, choices in (("policy", get_args(Policy)), ("reuse", get_args(Reuse))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+
+    def _check_numbers(self) -> None:
+        if not (isinstance(self.threshold, (int, float)) and self.threshold >= 0):
+            raise ConfigError(f"threshold is {self.threshold!r}; it must be >= 0 (0 never reuses).")
+        interval = self.reuse_interval
+        if _is_int(interval):
+            if interval < 1:
+                raise ConfigError(f"reuse_interval is {interval!r}; an int counts steps and must be >= 1.")
+        elif not (isinstance(interval, float) and 0 < interval <= 1):
+            raise ConfigError(f"reuse_interval is {interval!r}; a float is a fraction of the steps and must be in (0, 1].")
+        if not (isinstance(self.tail, (int, float)) and 0 <= self.tail <= 1):
+            raise ConfigError(f"tail is {self.tail!r}; it must be in [0, 1].")
+        for name, least in (("warmup_steps", 0), ("compute_first", 0), ("compute_last", 0), ("calls_per_step", 1)):
+            value = getattr(self, name)
+            if not (_is_int(value) and value >= least):
+                raise ConfigError(f"{name} is {value!r}; it must be an int >= {least}.")
+        for name in ("indicator_blocks", "indicator_tokens"):
+            value = getattr(self, name)
+            if value != "all" and not (_is_int(value) and value >= 1):
+                raise ConfigError(f'{name} is {value!r}; it must be an int >= 1 or "all".')
+        if self.num_steps is not None and not (_is_int(self.num_steps) and self.num_steps >= 1):
+            raise ConfigError(f"num_steps is {self.num_steps!r}; it must be an int >= 1.")
+
+    def _check_mask(self) -> None:
+        mask = self.steps_mask
+        if not mask:
+            raise ConfigError("policy='static' needs steps_mask: one entry per step, 1 reuses and 0 computes.")
+        if set(mask) - {0, 1} or mask[0] != 0:
+            raise ConfigError(f"steps_mask is {mask}; entries are 0 or 1 and the first must be 0: nothing is cached yet.")
+        if self.num_steps is not None and len(mask) != self.num_steps:
+            raise ConfigError(f"steps_mask has {len(mask)} entries but num_steps is {self.num_steps}; they must be equal.")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> CacheConfig:
+        """Return the paper's settings: every block and every token is measured, `threshold` 0.15, `R` 10 %, `tail` 0.5."""
+        return cls(**{"indicator_blocks": "all", "indicator_tokens": "all", **changes})
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of one generation, where they are known."""
+        return len(self.steps_mask) if self.steps_mask is not None else self.num_steps
+
+    def resolved_interval(self, num_steps: int) -> int:
+        """Return `R` in steps: `max(1, round half up of the exact product)` for a fraction."""
+        if isinstance(self.reuse_interval, int):
+            return self.reuse_interval
+        exact = Fraction(str(self.reuse_interval)) * num_steps
+        return max(1, math.floor(exact + Fraction(1, 2)))
+
+    def tail_ratio(self) -> tuple[int, int]:
+        """Return `tail` as the exact ratio of two integers: a float product would floor some values wrongly."""
+        exact = Fraction(str(self.tail))
+        return exact.numerator, exact.denominator
+
+    def save(self, path: str | Path) -> None:
+        """Write the settings as JSON, whole or not at all."""
+        temporary = Path(path).with_name(Path(path).name + ".tmp")
+        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CacheConfig:
+        """Read settings written by `save`.
+
+        Raises:
+            ConfigError: The file is no JSON object, names an unknown setting, or holds a bad value.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from error
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) - known:
+            extra = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
+            raise ConfigError(f"{path} holds {extra}, which are no settings of CacheConfig.")
+        if values.get("steps_mask") is not None:
+            values["steps_mask"] = tuple(values["steps_mask"])
+        return cls(**values)

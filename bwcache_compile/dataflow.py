@@ -1,0 +1,123 @@
+"""Who depends on whom in a graph, in-place operators included.
+
+`x.copy_(y)` changes what every later reader of `x`, or of a view of it, sees. Plain FX edges do not say so; the edges
+here do. Node sets are bit masks over the order of the graph, so that reachability over thousands of nodes stays cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Graph, Node
+
+# They may return their input itself, and their schema does not say so.
+_SILENT_ALIASES = frozenset({"aten::type_as", "aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"})
+
+
+def aliased_arguments(node: Node) -> tuple[list[Node], list[Node]]:
+    """Return the arguments whose storage the result may share, and those that the node writes to."""
+    if node.op != "call_function":
+        return [], []
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return ([node.args[0]] if getattr(node.target, "__name__", "") == "getitem" else []), []  # type: ignore[list-item]
+    schema = node.target._schema
+    silent = schema.name in _SILENT_ALIASES
+    returned: set[str] = set()
+    for result in schema.returns:
+        if result.alias_info is not None:
+            returned |= result.alias_info.before_set
+    shared, written = [], []
+    for position, argument in enumerate(schema.arguments):
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        nodes = [value] if isinstance(value, Node) else [v for v in value if isinstance(v, Node)] if isinstance(value, (list, tuple)) else []
+        info = argument.alias_info
+        if info is not None and info.is_write:
+            written += nodes
+        if (info is not None and info.before_set & returned) or (silent and position == 0):
+            shared += nodes
+    return shared, written
+
+
+class DataFlow:
+    """Reachability over a graph as it stands; build a new one after an edit.
+
+    Attributes:
+        nodes: The graph's nodes in order; bit `i` of a mask stands for `nodes[i]`.
+        roots: For each node, the nodes whose storage its value may share (itself, where the storage is its own).
+        ancestors: For each node, the mask of what must run before it, itself included.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        """Read the graph once, in order."""
+        self.nodes = list(graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.roots: dict[Node, frozenset[Node]] = {}
+        self.writers: dict[Node, list[Node]] = {}
+        self.ancestors: dict[Node, int] = {}
+        self._needs: dict[Node, list[Node]] = {}
+        readers: dict[Node, list[Node]] = {}
+        for node in self.nodes:
+            shared, written = aliased_arguments(node)
+            self.roots[node] = frozenset().union(*(self.roots[s] for s in shared)) if shared else frozenset({node})
+            touched = frozenset().union(*(self.roots[a] for a in node.all_input_nodes))
+            needs = [*node.all_input_nodes, *(w for root in touched for w in self.writers.get(root, ()))]
+            before = list(needs)
+            for root in frozenset().union(*(self.roots[w] for w in written)) if written else ():
+                before += readers.get(root, ())
+                self.writers.setdefault(root, []).append(node)
+            for root in touched:
+                readers.setdefault(root, []).append(node)
+            self._needs[node] = needs
+            mask = 1 << self.index[node]
+            for other in before:
+                mask |= self.ancestors[other]
+            self.ancestors[node] = mask
+        self._descendants: dict[Node, int] | None = None
+
+    def mask(self, nodes: Iterable[Node]) -> int:
+        """Return the mask of some nodes."""
+        mask = 0
+        for node in nodes:
+            mask |= 1 << self.index[node]
+        return mask
+
+    def select(self, mask: int) -> list[Node]:
+        """Return the nodes of a mask, in order."""
+        return [node for i, node in enumerate(self.nodes) if mask >> i & 1]
+
+    def before(self, mask: int) -> int:
+        """Return everything that must run before any node of the mask, the mask included."""
+        result = 0
+        for node in self.select(mask):
+            result |= self.ancestors[node]
+        return result
+
+    def after(self, mask: int) -> int:
+        """Return everything that must run after any node of the mask, the mask included."""
+        return sum(1 << i for i, node in enumerate(self.nodes) if self.ancestors[node] & mask)
+
+    def live(self, outputs: Iterable[Node]) -> set[Node]:
+        """Return what the outputs' values need: writes to a value that they read count, writes that no one reads do not."""
+        live: set[Node] = set()
+        stack = list(outputs)
+        while stack:
+            node = stack.pop()
+            if node not in live:
+                live.add(node)
+                stack += self._needs[node]
+        return live
+
+    def outside_writers(self) -> list[Node]:
+        """Return the nodes that change something the caller can see: an input, a parameter or a buffer."""
+        return [w for root, writers in self.writers.items() if root.op in ("placeholder", "get_attr") for w in writers]
+
+
+def eliminate_dead_code(graph: Graph) -> bool:
+    """Erase every node that no output needs, and say whether there was one. Inputs stay."""
+    flow = DataFlow(graph)
+    live = flow.live([graph.output_node(), *flow.outside_writers()])
+    dead = [node for node in flow.nodes if node not in live and node.op != "placeholder"]
+    for node in reversed(dead):
+        graph.erase_node(node)
+    return bool(dead)

@@ -1,0 +1,31 @@
+"""The named errors and warnings. Each says what failed, the evidence, and what to do."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A setting is out of range, or does not fit the model or the call."""
+
+
+class CaptureError(RuntimeError):
+    """The model could not be captured as a graph, or its capture computes something else than the model."""
+
+
+class NoBlocksFoundError(RuntimeError):
+    """The captured graph holds no stack of repeated blocks that could be cached."""
+
+
+class UnsupportedGraphError(RuntimeError):
+    """The graph does something that a cached step could not reproduce."""
+
+
+class StateError(RuntimeError):
+    """The cache state does not fit the call: a wrong shape, a context in use, a closed or already cached model."""
+
+
+class InvariantError(AssertionError):
+    """A pass broke one of this package's own rules: a bug of ours, never the user's."""
+
+
+class CacheWarning(UserWarning):
+    """The run is correct, but the cache did not do what it is there for."""

@@ -1,0 +1,128 @@
+"""The one printer of graphs: for tests, errors and users.
+
+A line per operator, `name: dtype[shape] = op(operands)`; parameters stand in place under their own names; a graph
+called by another is printed indented below the call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int64": "i64", "int32": "i32", "bool": "b8"}
+
+
+def format_value(value: Any) -> str:
+    """Describe a tensor as `dtype[shape]`; anything else by its type."""
+    if isinstance(value, torch.Tensor):
+        name = str(value.dtype).removeprefix("torch.")
+        return f"{_DTYPES.get(name, name)}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(format_value(item) for item in value)})"
+    return type(value).__name__
+
+
+def op_name(node: Node) -> str:
+    """Name a node's operator briefly: `linear`, `add`, `call` for a graph."""
+    if node.op == "call_module":
+        return "call"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._opname
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _format_argument(argument: Any) -> str:
+    if isinstance(argument, Node):
+        return str(argument.target) if argument.op == "get_attr" else argument.name
+    if isinstance(argument, (list, tuple)):
+        return f"[{', '.join(map(_format_argument, argument))}]"
+    return str(argument)
+
+
+def format_node(node: Node) -> str:
+    """Print one node on one line."""
+    arguments = [_format_argument(a) for a in node.args] + [f"{k}={_format_argument(v)}" for k, v in node.kwargs.items()]
+    if node.op == "output":
+        return f"return {', '.join(_format_argument(a) for a in node.all_input_nodes)}"
+    if node.op == "call_module":
+        arguments.insert(0, str(node.target))
+    value = node.meta.get("val")
+    shown = f": {format_value(value)}" if value is not None else ""
+    if node.op == "placeholder":
+        return f"{node.name}{shown} = input"
+    return f"{node.name}{shown} = {op_name(node)}({', '.join(arguments)})"
+
+
+def format_graph(module: GraphModule, depth: int = 8) -> str:
+    """Print a graph and, down to `depth`, the graphs that it calls."""
+    lines: list[str] = []
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            continue
+        lines.append(format_node(node))
+        if node.op == "call_module" and depth > 0:
+            inner = format_graph(module.get_submodule(str(node.target)), depth - 1)
+            lines += ["  " + line for line in inner.splitlines()]
+    return "\n".join(lines)
+
+
+def diff_graphs(before: str, after: str, name: str = "") -> str:
+    """Return the lines that differ between two printed graphs, `-` before and `+` after; empty if there are none."""
+    lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))[2:]
+    kept = [line for line in lines if not line.startswith("@@")]
+    return "\n".join([f"@@ {name}", *kept]) if kept else ""
+
+
+def op_counts(module: GraphModule) -> Counter[str]:
+    """Count operators by name, over the graph and every graph it calls."""
+    counts: Counter[str] = Counter()
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            counts[op_name(node)] += 1
+        elif node.op == "call_module":
+            counts += op_counts(module.get_submodule(str(node.target)))
+    return counts
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphDiff:
+    """How a graph changed, as text and as counts.
+
+    Attributes:
+        text: The differing lines.
+        added: Operators that are new, by name.
+        removed: Operators that are gone, by name.
+        shared_parameters: Parameters that both graphs read, by identity.
+        copied_parameters: Parameters of the new graph that the old one does not hold.
+    """
+
+    text: str
+    added: dict[str, int]
+    removed: dict[str, int]
+    shared_parameters: int
+    copied_parameters: int
+
+    def __str__(self) -> str:
+        """Print the text and a line of counts."""
+        changes = [f"+{n} {op}" for op, n in self.added.items()] + [f"-{n} {op}" for op, n in self.removed.items()]
+        counts = f"{', '.join(changes) or 'no operator changed'}; {self.shared_parameters} parameters shared, {self.copied_parameters} copied"
+        return f"{self.text}\n{counts}"
+
+
+def graph_diff(before: GraphModule, after: GraphModule, name: str = "") -> GraphDiff:
+    """Compare two graphs."""
+    old, new = op_counts(before), op_counts(after)
+    held = {id(p) for p in before.parameters()}
+    shared = sum(id(p) in held for p in after.parameters())
+    return GraphDiff(
+        text=diff_graphs(format_graph(before), format_graph(after), name),
+        added=dict(new - old),
+        removed=dict(old - new),
+        shared_parameters=shared,
+        copied_parameters=len(list(after.parameters())) - shared,
+    )

@@ -1,0 +1,118 @@
+"""What several transforms need to edit a graph: inputs, slots, and functions as graphs of their own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from bwcache_compile.program import CachedProgram, CachePlan, CacheSlot
+
+CACHE = "cache"
+"""Path of the buffers that stand for the slots until `lift_cache_state`."""
+
+
+def fake(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a tensor without data, to describe a value or to trace with."""
+    with FakeTensorMode():
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def device_of(program: CachedProgram) -> torch.device:
+    """Return the device of the features, where the state lives."""
+    plan = program.planned()
+    names = {plan.blocks[-1].feature, *plan.region_outputs}
+    for module in (program.compute, *(m for m in program.compute.children() if isinstance(m, GraphModule))):
+        for node in module.graph.nodes:
+            if node.name in names and isinstance(node.meta.get("val"), Tensor):
+                device: torch.device = node.meta["val"].device
+                return device
+    raise AssertionError("the plan's feature is in none of the program's graphs")
+
+
+def graph_input(graph: Graph, name: str, value: Tensor) -> Node:
+    """Return the input of that name, after adding it behind the others if it is not there."""
+    inputs = graph.find_nodes(op="placeholder")
+    for node in inputs:
+        if node.name == name:
+            return node
+    first = next(iter(graph.nodes))
+    with graph.inserting_after(inputs[-1]) if inputs else graph.inserting_before(first):
+        node = graph.placeholder(name)
+    node.meta["val"] = value
+    return node
+
+
+def step_input(program: CachedProgram) -> Node:
+    """Return the input that holds the step, int64[1]."""
+    return graph_input(program.compute.graph, "step", fake((1,), torch.int64, device_of(program)))
+
+
+def read_slot(program: CachedProgram, slot: CacheSlot) -> Node:
+    """Return a node that reads a slot, standing before all operators."""
+    graph, module = program.compute.graph, program.compute
+    if not hasattr(module, CACHE):
+        module.add_module(CACHE, nn.Module())
+    holder = module.get_submodule(CACHE)
+    if slot.name not in dict(holder.named_buffers()):
+        holder.register_buffer(slot.name, torch.empty(slot.shape, dtype=slot.dtype, device="meta"), persistent=False)
+    path = f"{CACHE}.{slot.name}"
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target == path:
+            return node
+    inputs = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(inputs[-1]) if inputs else graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.get_attr(path)
+    node.meta["val"] = fake(slot.shape, slot.dtype, device_of(program))
+    return node
+
+
+def write_slot(program: CachedProgram, slot: CacheSlot, value: Node) -> None:
+    """Make a slot's next value known, at the end of the graph."""
+    target = read_slot(program, slot)
+    graph = program.compute.graph
+    with graph.inserting_before(graph.output_node()):
+        node = graph.call_function(torch.ops.aten.copy_.default, (target, value))
+    node.meta["val"] = target.meta["val"]
+
+
+def slots_by_role(plan: CachePlan, role: str) -> list[CacheSlot]:
+    """Return the plan's slots of one role, in plan order."""
+    return [slot for slot in plan.slots if slot.role == role]
+
+
+def as_graph(function: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule:
+    """Trace a pure tensor function into a graph, with the shapes, dtypes and device of the examples."""
+    with FakeTensorMode():
+        inputs = [torch.empty(e.shape, dtype=e.dtype, device=e.device) for e in examples]
+        traced = make_fx(function, tracing_mode="real")(*inputs)
+    for node in traced.graph.nodes:
+        node.meta.pop("tensor_meta", None)
+        node.meta.pop("stack_trace", None)
+    return traced
+
+
+def call_graph(module: GraphModule, name: str, inner: GraphModule, operands: Sequence[Node]) -> Node:
+    """Insert a call of a graph; its results are read with `result`. The caller chooses the insertion point."""
+    module.add_submodule(name, inner)
+    node = module.graph.call_module(name, tuple(operands))
+    returned = inner.graph.output_node().args[0]
+    if isinstance(returned, (list, tuple)):
+        node.meta["val"] = tuple(item.meta.get("val") for item in returned)  # type: ignore[union-attr]
+    else:
+        node.meta["val"] = returned.meta.get("val")  # type: ignore[union-attr]
+    return node
+
+
+def result(call: Node, index: int, name: str) -> Node:
+    """Read one result of a call, under a name of its own."""
+    graph = call.graph
+    node = graph.create_node("call_function", operator.getitem, (call, index), name=name)
+    node.meta["val"] = call.meta["val"][index]
+    return node

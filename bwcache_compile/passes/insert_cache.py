@@ -1,0 +1,92 @@
+"""Keep what a reused step will need: the region's outputs, or what it added to its inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from bwcache_compile import policy
+from bwcache_compile.dataflow import DataFlow
+from bwcache_compile.passes._edit import as_graph, call_graph, read_slot, slots_by_role, step_input, write_slot
+from bwcache_compile.program import CachedProgram, PassResult
+
+aten = torch.ops.aten
+
+
+def as_time(clock: Tensor) -> Tensor:
+    """The time of this step, float32[1], from an input of any rank: of a batch, the first."""
+    return clock.reshape(-1)[:1].float()
+
+
+def _push_time(time: Tensor, times: Tensor) -> Tensor:
+    return torch.cat([as_time(time), times[:1]])
+
+
+def clock(program: CachedProgram) -> Node:
+    """Return the input that tells the time for extrapolation."""
+    name = program.planned().time_input
+    if name is None:
+        return step_input(program)
+    return next(node for node in program.compute.graph.find_nodes(op="placeholder") if node.name == name)
+
+
+def _shared_inside(inner: GraphModule) -> list[bool]:
+    """For each output of the region: whether its storage may be an input's, a parameter's or another output's."""
+    flow = DataFlow(inner.graph)
+    outputs = inner.graph.output_node().all_input_nodes
+    shared = []
+    for output in outputs:
+        roots = flow.roots[output]
+        foreign = any(root.op != "call_function" for root in roots)
+        shared.append(foreign or any(roots & flow.roots[other] for other in outputs if other is not output))
+    return shared
+
+
+def _snapshot(program: CachedProgram, value: Node, shared: bool) -> Node:
+    """Copy a value if its storage could change afterwards or is not the dense one that the slot has.
+
+    The epilogue may write to it in place, the caller may write to an output that is a view of it.
+    """
+    graph = program.compute.graph
+    flow = DataFlow(graph)
+    roots = flow.roots[value]
+    returned = any(roots & flow.roots[node] for node in graph.output_node().all_input_nodes)
+    written = any(root in flow.writers for root in roots)
+    if not (shared or returned or written or not value.meta["val"].is_contiguous()):
+        return value
+    with graph.inserting_after(value):
+        copy = graph.call_function(aten.clone.default, (value,), {"memory_format": torch.contiguous_format})
+    copy.meta["val"] = torch.empty_like(value.meta["val"], memory_format=torch.contiguous_format)
+    return copy
+
+
+def insert_cache(program: CachedProgram) -> PassResult:
+    """Write each output slot from the region's outputs; nothing later in the step can change what was kept.
+
+    With `reuse="residual"` the slot keeps output minus input, proved to belong together by the plan. With "taylor"
+    the slot's old value moves to `previous_*`, and `times` keeps the two times.
+    """
+    plan, graph = program.planned(), program.compute.graph
+    named = {node.name: node for node in graph.nodes}
+    shared = _shared_inside(program.compute.get_submodule("region"))  # type: ignore[arg-type]
+    for i, slot in enumerate(slots_by_role(plan, "output")):
+        value = named[f"region_{i}"]
+        if plan.config.reuse == "residual":
+            source = named[plan.sources[plan.region_outputs[i]]]
+            with graph.inserting_after(value):
+                kept = call_graph(
+                    program.compute, f"keep_{i}", as_graph(policy.residual, [value.meta["val"], source.meta["val"]]), [value, source]
+                )
+        else:
+            kept = _snapshot(program, value, shared[i])
+        if plan.config.reuse == "taylor":
+            write_slot(program, slots_by_role(plan, "previous")[i], read_slot(program, slot))
+        write_slot(program, slot, kept)
+    for slot in slots_by_role(plan, "times"):
+        time, times = clock(program), read_slot(program, slot)
+        with graph.inserting_before(graph.output_node()):
+            inner = as_graph(_push_time, [time.meta["val"], times.meta["val"]])
+            moved = call_graph(program.compute, "push_time", inner, [time, times])
+        write_slot(program, slot, moved)
+    return PassResult(program, True)

@@ -1,0 +1,80 @@
+"""Measure how far the blocks' features have moved since the last computed step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from bwcache_compile import policy
+from bwcache_compile.passes._edit import as_graph, call_graph, read_slot, result, slots_by_role, write_slot
+from bwcache_compile.program import CachedProgram, Measured, PassResult
+
+aten = torch.ops.aten
+
+
+def _append(after: Node, target: torch._ops.OpOverload, args: tuple[object, ...], name: str) -> Node:
+    graph = after.graph
+    with graph.inserting_after(after):
+        node = graph.create_node("call_function", target, (after, *args), name=name)
+    node.meta["val"] = target(after.meta["val"], *(a.meta["val"] if isinstance(a, Node) else a for a in args))
+    return node
+
+
+def _sample(inner: GraphModule, measured: Measured, index: int) -> Node:
+    """Take the measured rows of a feature, right where it is computed."""
+    node = next(n for n in inner.graph.nodes if n.name == measured.node)
+    if measured.token_range is not None:
+        node = _append(node, aten.slice.Tensor, (1, *measured.token_range), f"stream_{index}")
+    value: Tensor = node.meta["val"]
+    if measured.stride is None:
+        return _append(node, aten.clone.default, (), f"sample_{index}")
+    rows = torch.Size(value.shape[:-1]).numel()
+    places = f"tokens_{index}"
+    inner.register_buffer(places, policy.sampled_tokens(rows, measured.stride, index).to(value.device), persistent=False)
+    node = _append(node, aten.reshape.default, ([rows, value.shape[-1]],), f"rows_{index}")
+    with inner.graph.inserting_before(node):
+        chosen = inner.graph.get_attr(places)
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        count = inner.get_buffer(places).shape[0]
+    with node.meta["val"].fake_mode:
+        chosen.meta["val"] = torch.empty(count, dtype=torch.int64, device=value.device)
+    return _append(node, aten.index_select.default, (0, chosen), f"sample_{index}")
+
+
+def insert_indicator(program: CachedProgram) -> PassResult:
+    """Make `change` the relative L1 change of each measured block, float32[blocks], against the reference slots.
+
+    The region returns the measured rows behind its outputs; each becomes the next value of its reference slot. A
+    static policy measures nothing, and the graph stays as it is.
+    """
+    plan, module, graph = program.planned(), program.compute, program.compute.graph
+    if not plan.measured:
+        return PassResult(program, False)
+    inner = module.get_submodule("region")
+    assert isinstance(inner, GraphModule)
+    samples = [_sample(inner, measured, i) for i, measured in enumerate(plan.measured)]
+    output = inner.graph.output_node()
+    output.args = ((*output.args[0], *samples),)  # type: ignore[misc]
+    inner.recompile()
+    call = next(node for node in graph.nodes if node.op == "call_module" and node.target == "region")
+    call.meta["val"] = (*call.meta["val"], *(s.meta["val"] for s in samples))
+    anchor: Node = call
+    features = []
+    for i in range(len(samples)):
+        with graph.inserting_after(anchor):
+            anchor = result(call, len(plan.region_outputs) + i, f"feature_{i}")
+        features.append(anchor)
+    slots = slots_by_role(plan, "reference")
+    references = [read_slot(program, slot) for slot in slots]
+
+    def change(*tensors: Tensor) -> Tensor:
+        return policy.relative_change(tensors[: len(slots)], tensors[len(slots) :])
+
+    operands = [*features, *references]
+    with graph.inserting_before(graph.output_node()):
+        node = call_graph(module, "indicator", as_graph(change, [n.meta["val"] for n in operands]), operands)
+    node._rename("change")
+    for slot, feature in zip(slots, features, strict=True):
+        write_slot(program, slot, feature)
+    return PassResult(program, True)

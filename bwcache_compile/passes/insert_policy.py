@@ -1,0 +1,64 @@
+"""Decide in the graph how many of the following steps reuse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from bwcache_compile import policy
+from bwcache_compile.passes._edit import (
+    as_graph,
+    call_graph,
+    device_of,
+    fake,
+    graph_input,
+    read_slot,
+    result,
+    slots_by_role,
+    step_input,
+    write_slot,
+)
+from bwcache_compile.program import CachedProgram, PassResult
+
+SCHEDULE_INPUTS = ("threshold", "interval", "tail_numerator", "tail_denominator", "warmup", "num_steps")
+
+
+def policy_inputs(program: CachedProgram) -> dict[str, Tensor]:
+    """Return the policy's inputs by name, as values without data: float32 or int64, of shape [1], or [S] for a mask."""
+    device = device_of(program)
+    mask = program.planned().config.steps_mask
+    if mask is not None:
+        return {"policy_mask": fake((len(mask),), torch.int64, device)}
+    dtypes = {"threshold": torch.float32}
+    return {f"policy_{name}": fake((1,), dtypes.get(name, torch.int64), device) for name in SCHEDULE_INPUTS}
+
+
+def insert_policy(program: CachedProgram) -> PassResult:
+    """Return `reuse_left`, int64[1], as the output behind the user's; the parameters become inputs `policy_*`.
+
+    With the paper's schedule the trigger is a slot, and the indicator per block is returned too, for the report.
+    """
+    plan, module, graph = program.planned(), program.compute, program.compute.graph
+    parameters = [graph_input(graph, name, value) for name, value in policy_inputs(program).items()]
+    step = step_input(program)
+    output = graph.output_node()
+    extra: list[Node]
+    if plan.config.policy == "static":
+        with graph.inserting_before(output):
+            operands = [*parameters, step]
+            left = call_graph(module, "policy", as_graph(policy.static, [n.meta["val"] for n in operands]), operands)
+        extra = [left]
+    else:
+        (slot,) = slots_by_role(plan, "trigger")
+        change = next(node for node in graph.nodes if node.name == "change")
+        operands = [change, read_slot(program, slot), step, *parameters]
+        with graph.inserting_before(output):
+            call = call_graph(module, "policy", as_graph(policy.schedule, [n.meta["val"] for n in operands]), operands)
+            trigger, left = result(call, 0, "trigger"), result(call, 1, "reuse_left")
+        write_slot(program, slot, trigger)
+        extra = [left, change]
+    if plan.config.policy == "static":
+        left._rename("reuse_left")
+    output.args = ((*output.args[0], *extra),)  # type: ignore[misc]
+    return PassResult(program, True)

@@ -1,0 +1,167 @@
+"""Decide what is cached and what it takes. An analysis: the graph is not edited."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.dataflow import DataFlow
+from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
+from bwcache_compile.graph_text import format_value
+from bwcache_compile.passes._streams import continued, same_places
+from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured
+
+
+def _cached_blocks(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> tuple[Block, ...]:
+    if not search.blocks:
+        nearest = max(search.rejections, key=lambda r: r.count, default=None)
+        evidence = f"\n  Nearest candidate: {nearest.stack} ({nearest.count} modules), rejected:\n    {nearest.reason}." if nearest else ""
+        raise NoBlocksFoundError(
+            f"no repeated transformer blocks in {program.model_name}.{evidence}\n"
+            "  A stack is cached if its modules run the same operators on the same shapes, one after the other."
+            " Run `bwcache_compile.find_blocks(model, example_kwargs=...)` to see every candidate."
+        )
+    count, first, last = len(search.blocks), config.compute_first, config.compute_last
+    if first + last >= count:
+        raise ConfigError(
+            f"compute_first={first} and compute_last={last} leave none of the {count} blocks of {program.model_name} to cache."
+        )
+    return search.blocks[first : count - last]
+
+
+def _region(flow: DataFlow, blocks: tuple[Block, ...]) -> list[Node]:
+    """Return all nodes that depend on a block and that a block depends on; a list of tensors takes its readers in too."""
+    named = {node.name: node for node in flow.nodes}
+    mask = flow.mask(named[name] for block in blocks for name in block.nodes)
+    region = flow.before(mask) & flow.after(mask)
+    while True:
+        inside = flow.select(region)
+        parts = [user for node in inside if not isinstance(node.meta.get("val"), Tensor) for user in node.users if user.op != "output"]
+        grown = region | flow.mask(parts)
+        if grown == region:
+            return inside
+        region = grown
+
+
+def _check_writes(flow: DataFlow, region: set[Node], program: CachedProgram) -> None:
+    for root, writers in flow.writers.items():
+        for writer in writers:
+            if writer in region and root not in region:
+                raise UnsupportedGraphError(
+                    f"{program.model_name} cannot be cached: `{writer.name}` inside the blocks writes to `{root.name}`, which lives"
+                    " outside them. A reused step would skip that write. Make the block return the value instead."
+                )
+
+
+def _time_input(program: CachedProgram) -> str | None:
+    """Return the float32 input that must be the time: the only one of rank 0 or 1. None where others could be."""
+    found = []
+    for node in program.compute.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dim() <= 1:
+            found.append(node)
+    return found[0].name if len(found) == 1 and found[0].meta["val"].dtype == torch.float32 else None
+
+
+def _sources(program: CachedProgram, inputs: list[Node], outputs: list[Node]) -> dict[str, str]:
+    """Prove which region input each region output continues."""
+    sources: dict[str, str] = {}
+    for output in outputs:
+        proved = [i for i in continued(output, set(inputs)) if same_places(program.compute.graph, output, i)]
+        if len(proved) != 1:
+            shapes = ", ".join(f"{i.name} {format_value(i.meta.get('val'))}" for i in inputs)
+            raise ConfigError(
+                f"reuse='residual' does not fit {program.model_name}: no input of the blocks is proved to be what `{output.name}`"
+                f" {format_value(output.meta.get('val'))} continues (inputs: {shapes}). Use reuse='output' or 'taylor'."
+            )
+        sources[output.name] = proved[0].name
+    return sources
+
+
+def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfig, nodes: dict[str, Node]) -> tuple[Measured, ...]:
+    if config.policy == "static":
+        return ()
+    count = len(blocks) if config.indicator_blocks == "all" else min(config.indicator_blocks, len(blocks))
+    chosen = [blocks[-(-(i + 1) * len(blocks) // count) - 1] for i in range(count)]
+    shape = nodes[search.blocks[-1].feature].meta["val"].shape
+    stride = None if config.indicator_tokens == "all" else config.indicator_tokens
+    return tuple(
+        Measured(b.name, b.feature, search.token_range if nodes[b.feature].meta["val"].shape == shape else None, stride) for b in chosen
+    )
+
+
+def _reference_slot(index: int, measured: Measured, value: Tensor) -> CacheSlot:
+    shape = list(value.shape)
+    if measured.token_range is not None:
+        shape[1] = measured.token_range[1] - measured.token_range[0]
+    if measured.stride is not None:
+        tokens = torch.Size(shape[:-1]).numel()
+        shape = [max(1, tokens // measured.stride), shape[-1]]
+    return CacheSlot(f"reference_{index}", "reference", tuple(shape), value.dtype)
+
+
+def _slots(config: CacheConfig, outputs: list[Node], measured: tuple[Measured, ...], nodes: dict[str, Node]) -> tuple[CacheSlot, ...]:
+    slots = []
+    for i, node in enumerate(outputs):
+        value = node.meta["val"]
+        slots.append(CacheSlot(f"output_{i}", "output", tuple(value.shape), value.dtype))
+    if config.reuse == "taylor":
+        for i, node in enumerate(outputs):
+            value = node.meta["val"]
+            slots.append(CacheSlot(f"previous_{i}", "previous", tuple(value.shape), value.dtype))
+        slots.append(CacheSlot("times", "times", (2,), torch.float32, fill=float("nan")))
+    slots += [_reference_slot(i, m, nodes[m.node].meta["val"]) for i, m in enumerate(measured)]
+    if config.policy == "schedule":
+        slots.append(CacheSlot("trigger", "trigger", (1,), torch.int64, fill=-1))
+    return tuple(slots)
+
+
+def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> CachePlan:
+    """Choose the region, its inputs and outputs, what is measured, and every slot of the state.
+
+    The region is all that depends on a block and that a block depends on; before it is the prologue, after it the
+    epilogue. Of a stream that holds text and video rows, the indicator measures those that the epilogue takes, where
+    that is proved.
+
+    Raises:
+        NoBlocksFoundError: The search found none.
+        ConfigError: No block is left to cache, or `reuse="residual"` cannot be proved right.
+        UnsupportedGraphError: A block writes to something outside the blocks, or returns what cannot be extrapolated.
+    """
+    blocks = _cached_blocks(program, search, config)
+    flow = DataFlow(program.compute.graph)
+    nodes = {node.name: node for node in flow.nodes}
+    region = _region(flow, blocks)
+    inside = set(region)
+    _check_writes(flow, inside, program)
+    inputs = list(dict.fromkeys(a for n in region for a in n.all_input_nodes if a not in inside and a.op != "get_attr"))
+    outputs = [n for n in region if isinstance(n.meta.get("val"), Tensor) and any(u not in inside for u in n.users)]
+    for node in outputs:
+        if config.reuse != "output" and not node.meta["val"].is_floating_point():
+            raise ConfigError(f"reuse={config.reuse!r} needs floating outputs; `{node.name}` is {format_value(node.meta['val'])}.")
+    measured = _measured(blocks, search, config, nodes)
+    notes = []
+    time_input = _time_input(program) if config.reuse == "taylor" else None
+    if config.reuse == "taylor" and time_input is None:
+        notes.append("no input is certain to be the time (the only one of rank 0 or 1, in float32), so steps are counted instead")
+    for m in measured[-1:]:
+        if m.token_range is not None:
+            notes.append(f"the indicator measures tokens {m.token_range[0]}:{m.token_range[1]}, those that the output takes")
+    skipped = [r for r in search.rejections if "differs from" in r.reason]
+    notes += [f"{r.stack} is not cached: {r.reason}" for r in skipped]
+    feature = nodes[blocks[-1].feature].meta["val"]
+    return CachePlan(
+        config=config,
+        blocks=blocks,
+        region=tuple(n.name for n in region),
+        region_inputs=tuple(n.name for n in inputs),
+        region_outputs=tuple(n.name for n in outputs),
+        sources=_sources(program, inputs, outputs) if config.reuse == "residual" else {},
+        measured=measured,
+        slots=_slots(config, outputs, measured, nodes),
+        time_input=time_input,
+        hidden_bytes=feature.numel() * feature.dtype.itemsize,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,81 @@
+"""Derive the graph of a reused step: what is left of the model when no cached block runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from bwcache_compile import policy
+from bwcache_compile.dataflow import DataFlow, eliminate_dead_code
+from bwcache_compile.passes._edit import as_graph, call_graph, device_of, fake, graph_input
+from bwcache_compile.passes.insert_cache import as_time
+from bwcache_compile.program import CachedProgram, PassResult
+
+
+def _extrapolated(last: Tensor, previous: Tensor, times: Tensor, now: Tensor) -> Tensor:
+    return policy.extrapolate(last, previous, times, as_time(now))
+
+
+def _replacement(program: CachedProgram, module: GraphModule, index: int, slots: dict[str, Node]) -> Node:
+    """Build what a reused step takes in place of the region's output `index`."""
+    plan = program.planned()
+    inputs = {node.name: node for node in module.graph.nodes}
+    kept = slots[f"output_{index}"]
+    if plan.config.reuse == "output":
+        return kept
+    if plan.config.reuse == "residual":
+        function, operands = policy.add_residual, [inputs[plan.sources[plan.region_outputs[index]]], kept]
+    else:
+        function, operands = _extrapolated, [kept, slots[f"previous_{index}"], slots["times"], inputs[plan.time_input or "step"]]
+    return call_graph(module, f"reuse_{index}", as_graph(function, [n.meta["val"] for n in operands]), operands)
+
+
+def _protect(graph: Graph, slots: dict[str, Node]) -> None:
+    """Copy a slot that the epilogue writes to, or that the caller would get hold of."""
+    flow = DataFlow(graph)
+    returned = frozenset().union(*(flow.roots[node] for node in graph.output_node().all_input_nodes))
+    for node in slots.values():
+        if node in returned or node in flow.writers:
+            with graph.inserting_after(node):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+            copy.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+
+
+def specialize(program: CachedProgram) -> PassResult:
+    """Add the `reuse` graph: prologue as far as still needed, then epilogue; no cached block and no policy.
+
+    Its inputs are the user's, then the slots it reads (`cache_in_*`), then `step`; its outputs are the user's. It
+    writes to no slot. The compute graph stays as it is.
+    """
+    if program.reuse is not None:
+        return PassResult(program, False)
+    plan, source = program.planned(), program.compute
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(source.graph, copies))
+    module = GraphModule(source, graph, "Reuse")
+    user_inputs, user_outputs = len(program.signature.inputs), program.signature.out_spec.num_leaves
+    output = graph.output_node()
+    output.args = (tuple(output.args[0][:user_outputs]),)  # type: ignore[index]
+    graph_input(graph, "step", fake((1,), torch.int64, device_of(program)))
+    inputs = graph.find_nodes(op="placeholder")
+    slots = {}
+    anchor = inputs[user_inputs - 1]
+    for slot in plan.slots:
+        if slot.role in ("output", "previous", "times"):
+            with graph.inserting_after(anchor):
+                anchor = graph.create_node("placeholder", f"kept_{slot.name}", name=f"kept_{slot.name}")
+            anchor.meta["val"] = fake(slot.shape, slot.dtype, device_of(program))
+            slots[slot.name] = anchor
+    for i in range(len(plan.region_outputs)):
+        node = next(n for n in graph.nodes if n.name == f"region_{i}")
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(_replacement(program, module, i, slots))
+    _protect(graph, slots)
+    eliminate_dead_code(graph)
+    for node in inputs[user_inputs:]:
+        if node.name != "step":
+            graph.erase_node(node)
+    return PassResult(program.replace(reuse=GraphModule(module, graph, "Reuse"), reuse_slots=tuple(slots)), True)

@@ -1,0 +1,201 @@
+"""The data that passes hand to one another. Nodes are named, never held: a name survives every copy of a graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch.fx import GraphModule
+from torch.utils._pytree import TreeSpec
+
+from bwcache_compile.config import CacheConfig
+
+REGION_MARK = "bwcache_region"
+"""Key in the `meta` of every operator of the cached region. Names repeat from graph to graph; this mark does not."""
+
+Role = Literal["output", "previous", "times", "reference", "trigger"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One repeated block: `nodes` in execution order, `live_outs` the floating values that others read.
+
+    `feature` is the live-out that the indicator measures: the stream that reaches the model's output.
+    """
+
+    name: str
+    stack: str
+    module_type: str
+    nodes: tuple[str, ...]
+    live_outs: tuple[str, ...]
+    feature: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejection:
+    """A candidate stack that is not cached, and why."""
+
+    stack: str
+    count: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSearch:
+    """Blocks of the main stacks in execution order, and every candidate that was turned down.
+
+    `token_range` is the slice (dimension 1) of the last feature that the epilogue takes, where that is proved.
+    """
+
+    blocks: tuple[Block, ...]
+    rejections: tuple[Rejection, ...]
+    token_range: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        """List the stacks with their counts, then the rejections."""
+        lines = []
+        for stack in dict.fromkeys(block.stack for block in self.blocks):
+            members = [block for block in self.blocks if block.stack == stack]
+            lines.append(f"{members[0].name} .. {members[-1].name}: {len(members)} x {members[0].module_type}")
+        lines += [f"not cached: {r.stack} ({r.count} modules): {r.reason}" for r in self.rejections]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSlot:
+    """One tensor of the cache state. A fresh state holds `fill` everywhere."""
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float = 0
+
+    @property
+    def bytes(self) -> int:
+        """Size of the slot's tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A feature that the indicator measures: block name, node, token slice (dimension 1) or None, sampling stride."""
+
+    block: str
+    node: str
+    token_range: tuple[int, int] | None
+    stride: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """What is cached, how much it takes, and what could not be proved.
+
+    Attributes:
+        blocks: The blocks that a reused step skips, in execution order.
+        region: Names of all nodes between the first block's inputs and the last block's outputs.
+        region_inputs: Values that the region reads, parameters left out.
+        region_outputs: Values that the epilogue reads.
+        sources: For `reuse="residual"`: the region input that each region output continues.
+        measured: Features that the indicator measures; empty for `policy="static"`.
+        slots: Every tensor of one context's state.
+        time_input: For `reuse="taylor"`: the input that gives the time; None counts steps.
+        hidden_bytes: Bytes of one hidden state: the last block's feature.
+        notes: What the user should know about this plan.
+    """
+
+    config: CacheConfig
+    blocks: tuple[Block, ...]
+    region: tuple[str, ...]
+    region_inputs: tuple[str, ...]
+    region_outputs: tuple[str, ...]
+    sources: dict[str, str]
+    measured: tuple[Measured, ...]
+    slots: tuple[CacheSlot, ...]
+    time_input: str | None
+    hidden_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one context's state."""
+        return sum(slot.bytes for slot in self.slots)
+
+    @property
+    def hidden_states(self) -> float:
+        """Size of one context's state in hidden states."""
+        return self.state_bytes / self.hidden_bytes
+
+    @property
+    def transient_bytes(self) -> int:
+        """Bytes of one context's state at its peak: while a computed step replaces every slot, old and new both live."""
+        return 2 * self.state_bytes
+
+    def __str__(self) -> str:
+        """Say what is skipped and what it costs, before the first step."""
+        config = self.config
+        mib = 2**20
+        outputs = sum(slot.bytes for slot in self.slots if slot.role in ("output", "previous"))
+        references = sum(slot.bytes for slot in self.slots if slot.role == "reference")
+        lines = [
+            f"{len(self.blocks)} blocks are skipped on a reused step: {self.blocks[0].name} .. {self.blocks[-1].name}",
+            f"policy {config.policy}, reuse {config.reuse}, {len(self.measured)} blocks measured"
+            + (f", one token in {config.indicator_tokens}" if config.indicator_tokens != "all" else ", every token"),
+            f"state per context: {self.state_bytes / mib:.2f} MiB = {self.hidden_states:.2f} hidden states"
+            f" ({outputs / mib:.2f} MiB outputs, {references / mib:.2f} MiB indicator);"
+            f" {self.transient_bytes / mib:.2f} MiB while a step computes",
+        ]
+        if config.reuse == "taylor":
+            lines.append(f"extrapolates along {self.time_input or 'the step index'}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """How a flat graph call corresponds to the model's call.
+
+    `inputs` names the graph's user inputs in flat order; positions that hold a constant (None, bool, str, int) are
+    inputs too, whose value the graph ignores.
+    """
+
+    in_spec: TreeSpec
+    out_spec: TreeSpec
+    inputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedProgram:
+    """A captured model on its way to the cached form.
+
+    `compute` is the whole model, edited in place by each pass; `reuse` exists after `specialize`. Neither holds
+    weights of its own: both point at the model's. `plan` is there from planning on.
+    After `lift_cache_state` the inputs of `compute` are the user's, then the slots in `compute_slots`, then the
+    policy's, then the step; its outputs are the user's, then every slot, then `reuse_left`, then (if anything is
+    measured) the indicator per measured block. `reuse` takes the user's inputs, the slots in `reuse_slots` and the step.
+    """
+
+    compute: GraphModule
+    signature: Signature
+    model_name: str
+    plan: CachePlan | None = None
+    reuse: GraphModule | None = None
+    compute_slots: tuple[str, ...] = ()
+    reuse_slots: tuple[str, ...] = ()
+
+    def replace(self, **changes: Any) -> CachedProgram:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def planned(self) -> CachePlan:
+        """Return the plan of a program that is past planning."""
+        assert self.plan is not None, "this pass runs after plan_cache"
+        return self.plan
+
+
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """What a pass returns: the program afterwards, and whether anything changed."""
+
+    program: CachedProgram
+    modified: bool

@@ -1,0 +1,436 @@
+"""The cached model: called like the original, it computes or reuses, and keeps one state per context."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.errors import CacheWarning, ConfigError, StateError
+from bwcache_compile.graph_text import GraphDiff
+from bwcache_compile.program import Block, CachedProgram, CachePlan
+from bwcache_compile.runtime.context import Context, Moment
+from bwcache_compile.runtime.report import Report, StepRecord
+from bwcache_compile.runtime.signature import call_key, ordered, same_moment, tree_key, weights_version
+from bwcache_compile.runtime.state import CacheState, fresh_state, policy_parameters
+
+MAX_PROGRAMS = 8
+"""Signatures kept at a time; the least recently used goes first."""
+
+
+class LoadedProgram:
+    """A program ready to run: its two graphs, compiled where asked for, and its scalars on the device."""
+
+    def __init__(self, program: CachedProgram, device: torch.device, tree: int) -> None:
+        """Wrap a program; nothing is compiled yet."""
+        assert program.reuse is not None
+        self.program, self.device, self.tree = program, device, tree
+        self.compute: Callable[..., Any] = program.compute
+        self.reuse: Callable[..., Any] = program.reuse
+        self.plan = program.planned()
+        self._scalars: dict[Hashable, Any] = {}
+        names = [slot.name for slot in self.plan.slots]
+        self.compute_reads = [names.index(name) for name in program.compute_slots]
+        self.reuse_reads = [names.index(name) for name in program.reuse_slots]
+
+    def compile(self, options: dict[str, Any]) -> None:
+        """Compile both graphs with these options of `torch.compile`; each is compiled whole at its first run."""
+        assert self.program.reuse is not None
+        self.compute = torch.compile(self.program.compute, **options)
+        self.reuse = torch.compile(self.program.reuse, **options)
+
+    def step_tensor(self, step: int) -> Tensor:
+        """Return int64[1] on the device, made once per step."""
+        if step not in self._scalars:
+            self._scalars[step] = torch.tensor([step], dtype=torch.int64, device=self.device)
+        tensor: Tensor = self._scalars[step]
+        return tensor
+
+    def parameters(self, config: CacheConfig, num_steps: int | None) -> tuple[Tensor, ...]:
+        """Return the policy's inputs, made once per setting."""
+        key = ("policy", config, num_steps)
+        if key not in self._scalars:
+            self._scalars[key] = policy_parameters(config, num_steps, self.device)
+        tensors: tuple[Tensor, ...] = self._scalars[key]
+        return tensors
+
+    def operands(self, flat: list[Any], state: CacheState, config: CacheConfig, num_steps: int | None) -> list[Any]:
+        """Return the inputs of the graph that runs next."""
+        step = self.step_tensor(state.step)
+        if state.reuses_next:
+            return [*flat, *(state.slots[i] for i in self.reuse_reads), step]
+        return [*flat, *(state.slots[i] for i in self.compute_reads), *self.parameters(config, num_steps), step]
+
+    def split(self, returned: Any, state: CacheState) -> tuple[Any, CacheState, Tensor | None]:
+        """Part a graph's results into the model's output, the next state and the measured change.
+
+        Reads `reuse_left` on the host after a computed step: the only synchronisation.
+        """
+        spec = self.program.signature.out_spec
+        outputs = pytree.tree_unflatten(list(returned[: spec.num_leaves]), spec)
+        if state.reuses_next:
+            return outputs, state.reused(), None
+        end = spec.num_leaves + len(self.plan.slots)
+        slots = tuple(returned[spec.num_leaves : end])
+        if self.device.type == "cuda":  # a replayed CUDA graph overwrites what it returned before
+            slots = tuple(slot.clone() for slot in slots)
+        change = returned[end + 1] if len(returned) > end + 1 else None
+        return outputs, state.computed(slots, int(returned[end])), change
+
+
+Build = Callable[[nn.Module, CacheConfig, tuple[Any, ...], dict[str, Any]], CachedProgram]
+
+
+@dataclasses.dataclass
+class _Call:
+    """One call on its way: who asked, what runs, and what it runs on."""
+
+    context: Context
+    loaded: LoadedProgram
+    state: CacheState
+    run: Callable[..., Any]
+    operands: list[Any]
+
+
+class CachedModel(nn.Module):
+    """A drop-in for the model it wraps. Made by `bwcache_compile.transform`.
+
+    Parameters, buffers and submodules are the original's own, under the same names; attributes that are not the
+    cache's (`config`, `dtype`, `save_pretrained` ...) are the original's. Contexts are independent: two threads may
+    run two contexts, but not the same one.
+    """
+
+    def __init__(self, model: nn.Module, config: CacheConfig, build: Build) -> None:
+        """Wrap a model; `build` turns it and example inputs into a program."""
+        super().__init__()
+        values = self.__dict__
+        values["_parameters"], values["_buffers"], values["_modules"] = model._parameters, model._buffers, model._modules
+        values["training"] = model.training
+        values["_original"] = model  # not a submodule: the state dict keeps the original's names
+        self.cache_config = config
+        self._build = build
+        self._programs: OrderedDict[Hashable, LoadedProgram] = OrderedDict()
+        self._contexts: dict[str, Context] = {}
+        self._lock = threading.RLock()
+        self._moment: contextvars.ContextVar[Moment | None] = contextvars.ContextVar("bwcache_moment", default=None)
+        self._compile_options: dict[str, Any] | None = None
+        self._calls = 0
+        self._captured = 0
+        self._closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Look in the shared parameters and submodules, then in the original."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            if original is None:
+                raise
+            return getattr(original, name)
+
+    def train(self, mode: bool = True) -> CachedModel:
+        """Set the mode of the original too."""
+        self._original.train(mode)
+        super().train(mode)
+        return self
+
+    # -- programs ------------------------------------------------------------------------------------------------
+
+    def _loaded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LoadedProgram:
+        """Return the program for a call, capturing the model if there is none yet."""
+        if self.training or self._original.training:
+            raise StateError(f"{type(self._original).__name__} is in training mode; call .eval() first: caching is for inference.")
+        key = call_key(args, kwargs)
+        with self._lock:
+            tree = tree_key(self._original)
+            loaded = self._programs.get(key)
+            if loaded is None or loaded.tree != tree:
+                program = self._build(self._original, self.cache_config, args, kwargs)
+                loaded = LoadedProgram(program, _device(args, kwargs), tree_key(self._original))
+                if self._compile_options is not None:
+                    loaded.compile(self._compile_options)
+                self._captured += 1
+                if self._captured == 3 * MAX_PROGRAMS:
+                    warnings.warn(
+                        f"{self._captured} signatures of {type(self._original).__name__} were captured; something in its inputs"
+                        " changes from call to call (a Python number that could be a tensor?), and each capture takes seconds.",
+                        CacheWarning,
+                        stacklevel=2,
+                    )
+                self._programs[key] = loaded
+            self._programs.move_to_end(key)
+            while len(self._programs) > MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+        return loaded
+
+    def prepare(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CachePlan:
+        """Capture the model for inputs like these now instead of at the first call, and return the plan."""
+        return self._loaded(*ordered(args, kwargs or {})).plan
+
+    @property
+    def _latest(self) -> LoadedProgram:
+        if not self._programs:
+            raise StateError("nothing is captured yet: call the model once, or pass example_args / example_kwargs to transform.")
+        return next(reversed(self._programs.values()))
+
+    @property
+    def plan(self) -> CachePlan:
+        """The plan of the program used last."""
+        return self._latest.plan
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks that a reused step skips, in execution order."""
+        return self.plan.blocks
+
+    @property
+    def program(self) -> CachedProgram:
+        """The program used last."""
+        return self._latest.program
+
+    # -- calling -------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one denoising step, computing the blocks or reusing what they last returned.
+
+        Takes and returns what the original takes and returns.
+
+        Raises:
+            CaptureError, NoBlocksFoundError, UnsupportedGraphError: At the first call of a signature.
+            ConfigError: The settings do not fit the model or the call.
+            StateError: The context is in use, the model is closed or training, or an input requires gradients.
+        """
+        call = self._begin(args, kwargs)
+        try:
+            with torch.no_grad():
+                returned = call.run(*call.operands)  # the only frame that an outer torch.compile compiles
+            return self._finish(call, returned)
+        finally:
+            call.context.lock.release()
+
+    @torch.compiler.disable
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        if self._closed:
+            raise StateError("this cached model was closed; transform the model again.")
+        args, kwargs = ordered(args, kwargs)
+        moment = self._moment.get() or self._unnamed()
+        with self._lock:
+            context = self._contexts.setdefault(moment.name, Context(moment.name))
+        if not context.lock.acquire(blocking=False):
+            raise StateError(
+                f"the context {moment.name!r} is in use by another thread. Give each stream of calls its own:"
+                " `with cached.cache_context(name):`."
+            )
+        try:
+            loaded = self._loaded(args, kwargs)
+            flat, spec = pytree.tree_flatten((args, kwargs))
+            num_steps = moment.num_steps or self.cache_config.steps
+            state = self._arrive(context, moment, loaded, flat, num_steps)
+            operands = loaded.operands(flat, state, self.cache_config, num_steps)
+        except BaseException:
+            context.lock.release()
+            raise
+        return _Call(context, loaded, state, loaded.reuse if state.reuses_next else loaded.compute, operands)
+
+    def _unnamed(self) -> Moment:
+        """Name the calls of one step apart where the caller does not."""
+        calls = self.cache_config.calls_per_step
+        if calls == 1:
+            return Moment("default")
+        with self._lock:
+            self._calls += 1
+            return Moment(f"call_{(self._calls - 1) % calls}")
+
+    def _arrive(self, context: Context, moment: Moment, loaded: LoadedProgram, flat: list[Any], num_steps: int | None) -> CacheState:
+        """Bring a context to the step of this call: a new generation, a lost cache, or simply the next step."""
+        state = context.state
+        step = moment.step_index if moment.step_index is not None else state.step if state else 0
+        if state is None or (num_steps is not None and step >= num_steps) or (moment.step_index is not None and step < state.step):
+            step = 0 if moment.step_index is None else step
+            context.start()
+            state = fresh_state(loaded.plan, loaded.device, step)
+        elif context.owner is not loaded:
+            context.start()
+            step = 0 if moment.step_index is None else step
+            context.events.append(f"the inputs or modules changed before step {state.step}: a new generation began")
+            state = fresh_state(loaded.plan, loaded.device, step)
+        version = weights_version(self._original)
+        if context.weights not in (None, version):
+            context.events.append(f"the weights changed before step {step}: the cache was cleared")
+            state = fresh_state(loaded.plan, loaded.device, step)
+        if moment.name == "default" and moment.step_index is None and step == 1 and same_moment(context.inputs, flat):
+            raise StateError(
+                "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"
+                " overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set"
+                " CacheConfig(calls_per_step=2)."
+            )
+        context.inputs = [leaf.clone() if isinstance(leaf, Tensor) and leaf.dim() <= 2 else leaf for leaf in flat] if step == 0 else []
+        context.owner, context.weights = loaded, version
+        return dataclasses.replace(state, step=step)
+
+    @torch.compiler.disable
+    def _finish(self, call: _Call, returned: Any) -> Any:
+        before, context = call.state, call.context
+        outputs, context.state, change = call.loaded.split(returned, before)
+        gap = before.step - before.computed_at if before.computed_at >= 0 else None
+        computed = not before.reuses_next
+        context.records.append(StepRecord(before.step, computed, gap if computed else None, change))
+        moment = self._moment.get()
+        num_steps = (moment.num_steps if moment else None) or self.cache_config.steps
+        if num_steps is not None and before.step == num_steps - 1:
+            self._warn_without_reuse(context)
+        return outputs
+
+    def _warn_without_reuse(self, context: Context) -> None:
+        report, config = context.report(), self.cache_config
+        if report.reused or config.policy != "schedule" or config.threshold == 0:
+            return
+        best = report.smallest(max(1, config.warmup_steps))
+        advice = (
+            f"the smallest indicator was {best.indicator:.4g} at step {best.step}; a threshold above it would have triggered there."
+            if best is not None
+            else "no finite indicator was measured."
+        )
+        text = f"no step of context {context.name!r} was reused at threshold {config.threshold:g}: {advice}"
+        context.events.append(text)
+        warnings.warn(text, CacheWarning, stacklevel=3)
+
+    # -- the functional form -------------------------------------------------------------------------------------
+
+    def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState:
+        """Return the state of a fresh context for inputs like these, capturing the model if need be."""
+        loaded = self._loaded(*ordered(args, kwargs or {}))
+        return fresh_state(loaded.plan, loaded.device)
+
+    def step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], state: CacheState, config: CacheConfig | None = None
+    ) -> tuple[Any, CacheState]:
+        """Run one step on a state that the caller owns: no context, no report, nothing kept.
+
+        Args:
+            args: Positional arguments of the model.
+            kwargs: Keyword arguments of the model.
+            state: From `init_state` or the step before. It stays valid: stepping twice from one state gives the same.
+            config: Policy settings other than the model's own; only thresholds, intervals and step counts may differ.
+
+        Returns:
+            The model's output and the next state.
+        """
+        args, kwargs = ordered(args, kwargs)
+        loaded = self._loaded(args, kwargs)
+        shapes = [(tuple(t.shape), t.dtype) for t in state.slots]
+        if shapes != [(slot.shape, slot.dtype) for slot in loaded.plan.slots]:
+            raise StateError("this state belongs to inputs of other shapes or dtypes; start from init_state for these.")
+        config = config or self.cache_config
+        operands = loaded.operands(pytree.tree_leaves((args, kwargs)), state, config, config.steps)
+        with torch.no_grad():
+            returned = (loaded.reuse if state.reuses_next else loaded.compute)(*operands)
+        outputs, state, _ = loaded.split(returned, state)
+        return outputs, state
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def cache_context(
+        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, **details: Any
+    ) -> Iterator[None]:
+        """Name the stream of calls that the block belongs to, and the step where the caller knows it.
+
+        Args:
+            name: Contexts of different names share nothing.
+            step_index: Index of the denoising step; one that goes back begins a new generation.
+            num_inference_steps: Steps of this generation, if the settings do not say.
+            **details: What else a pipeline knows (sigma, timestep); not needed.
+        """
+        token = self._moment.set(Moment(name, step_index, num_inference_steps))
+        try:
+            yield
+        finally:
+            self._moment.reset(token)
+
+    def reset(self, num_steps: int | None = None) -> None:
+        """Begin a new generation in every context; `num_steps` replaces the configured number from here on.
+
+        Raises:
+            ConfigError: `num_steps` does not fit the settings.
+        """
+        if num_steps is not None:
+            self.configure(num_steps=num_steps)
+        with self._lock:
+            self._contexts = {}
+            self._calls = 0
+
+    def configure(self, **changes: Any) -> None:
+        """Change policy settings; they take effect at the next computed step and recompile nothing.
+
+        Raises:
+            ConfigError: A value is bad, or the setting is built into the graphs (transform the model again for those).
+        """
+        allowed = {"threshold", "reuse_interval", "tail", "warmup_steps", "num_steps"}
+        if set(changes) - allowed:
+            raise ConfigError(
+                f"{', '.join(sorted(set(changes) - allowed))} shapes the graphs; transform the model again."
+                f" What may change is {', '.join(sorted(allowed))}."
+            )
+        self.cache_config = dataclasses.replace(self.cache_config, **changes)
+
+    def invalidate(self) -> None:
+        """Forget every cached tensor but keep each context's step: for weights edited where no version counts it."""
+        with self._lock:
+            for context in self._contexts.values():
+                if context.state is not None and context.owner is not None:
+                    context.state = fresh_state(context.owner.plan, context.owner.device, context.state.step)
+                    context.events.append(f"invalidated before step {context.state.step}")
+
+    def close(self) -> None:
+        """Free every program and state. The original model is as it was."""
+        with self._lock:
+            self._programs.clear()
+            self._contexts = {}
+            self._closed = True
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Compile each program's two graphs with `torch.compile(**options)`, those captured later too."""
+        self._compile_options = options
+        for loaded in self._programs.values():
+            loaded.compile(options)
+
+    def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
+        """Run both graphs once for inputs like these, so that whatever compiles does so now. No state is touched."""
+        args, kwargs = ordered(args, kwargs or {})
+        loaded = self._loaded(args, kwargs)
+        num_steps = self.cache_config.steps or 2
+        fresh = fresh_state(loaded.plan, loaded.device)
+        _run_both(loaded, pytree.tree_leaves((args, kwargs)), fresh, self.cache_config, num_steps)
+
+    def report(self) -> Report:
+        """Return what each context did in its current generation. Reads the indicator from the device."""
+        blocks = tuple(m.block for m in self._latest.plan.measured) if self._programs else ()
+        return Report({name: context.report() for name, context in self._contexts.items()}, blocks)
+
+    def graph_diff(self) -> dict[str, GraphDiff]:
+        """Return what each pass changed, by its name, and what all did together, under "whole"."""
+        raise NotImplementedError
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    return next((leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), torch.device("cpu"))
+
+
+@torch.compiler.disable(recursive=False)
+def _run_both(loaded: LoadedProgram, flat: list[Any], fresh: CacheState, config: CacheConfig, num_steps: int) -> None:
+    with torch.no_grad():
+        loaded.compute(*loaded.operands(flat, fresh, config, num_steps))
+        reusing = dataclasses.replace(fresh, step=1, computed_at=0, reuse_until=1)
+        loaded.reuse(*loaded.operands(flat, reusing, config, num_steps))

@@ -1,0 +1,98 @@
+"""Procedural videos: textured shapes in colour that move, bounce off the walls and occlude one another.
+
+Every clip has `OBJECTS` shapes. What they look like is the condition (one token per shape); where they start, how
+fast they move and the backdrop are left to chance, so the model has to invent a layout and keep its motion lawful.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FRAMES, SIZE, OBJECTS = 8, 32, 3
+KINDS = ("disc", "square", "triangle", "ring")
+COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
+TEXTURES = ("plain", "striped", "checked")
+SIZES = ("small", "large")
+ATTRIBUTES = (KINDS, COLOURS, TEXTURES, SIZES)
+TOKEN_WIDTH = sum(len(names) for names in ATTRIBUTES) + 1
+"""Width of one condition token: a one-hot vector per attribute, and a flag that the shape is there."""
+
+_RGB = torch.tensor([[0.95, 0.2, 0.2], [0.2, 0.85, 0.3], [0.25, 0.4, 1.0], [0.95, 0.85, 0.2], [0.9, 0.3, 0.9], [0.2, 0.9, 0.9]])
+_RADIUS = torch.tensor([4.5, 7.0])
+
+
+def encode(attributes: Tensor) -> Tensor:
+    """Turn attribute indices int64[B, OBJECTS, 4] into condition tokens float32[B, OBJECTS, TOKEN_WIDTH].
+
+    The unconditional token, used for classifier-free guidance, is all zeros.
+    """
+    hot = [torch.nn.functional.one_hot(attributes[..., i], len(names)) for i, names in enumerate(ATTRIBUTES)]
+    return torch.cat([*hot, torch.ones_like(attributes[..., :1])], dim=-1).float()
+
+
+def describe(attributes: Tensor) -> str:
+    """Describe one clip's attributes int64[OBJECTS, 4] in words."""
+    return ", ".join(" ".join(names[int(i)] for names, i in list(zip(ATTRIBUTES, row, strict=True))[::-1]) for row in attributes)
+
+
+def draw_attributes(batch: int, generator: torch.Generator) -> Tensor:
+    """Draw attribute indices int64[batch, OBJECTS, 4] (kind, colour, texture, size), uniformly."""
+    columns = [torch.randint(len(names), (batch, OBJECTS), generator=generator) for names in ATTRIBUTES]
+    return torch.stack(columns, dim=-1)
+
+
+def _bounce(position: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Reflect free-flight positions into [low, high], as elastic walls would."""
+    span = high - low
+    folded = (position - low) % (2 * span)
+    return low + torch.where(folded > span, 2 * span - folded, folded)
+
+
+def _distance(kind: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
+    """Signed distance in pixels to each shape's edge, negative inside."""
+    disc = (dx**2 + dy**2).sqrt() - radius
+    square = torch.maximum(dx.abs(), dy.abs()) - 0.85 * radius
+    triangle = torch.maximum(dx.abs() * 0.87 + dy * 0.5, -dy) - 0.55 * radius
+    ring = (disc + 0.25 * radius).abs() - 0.25 * radius
+    return torch.stack([disc, square, triangle, ring]).gather(0, kind.expand_as(dx)[None])[0]
+
+
+def render(attributes: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one clip per row of `attributes`.
+
+    Args:
+        attributes: int64[B, OBJECTS, 4].
+        generator: Draws positions, velocities and backdrops.
+
+    Returns:
+        float32[B, 3, FRAMES, SIZE, SIZE] in [-1, 1].
+    """
+    batch = attributes.shape[0]
+    kind, colour, texture, size = (attributes[..., i, None, None, None] for i in range(4))
+    radius = _RADIUS[size]
+    low, high = radius, SIZE - radius
+    time = torch.arange(FRAMES).view(1, 1, FRAMES, 1, 1).float()
+    shape = (batch, OBJECTS, 1, 1, 1)
+
+    def flight() -> Tensor:
+        start = low + (high - low) * torch.rand(shape, generator=generator)
+        speed = (1.0 + 2.0 * torch.rand(shape, generator=generator)) * torch.where(torch.rand(shape, generator=generator) < 0.5, -1, 1)
+        return _bounce(start + speed * time, low, high)
+
+    pixel = torch.arange(SIZE) + 0.5
+    dx = pixel.view(1, 1, 1, 1, SIZE) - flight()
+    dy = pixel.view(1, 1, 1, SIZE, 1) - flight()
+    dx, dy = torch.broadcast_tensors(dx, dy)
+    coverage = (0.5 - _distance(kind, dx, dy, radius)).clamp(0, 1)
+    stripes = ((dx + dy) / 2.2).sin() > 0
+    checks = (dx > 0) ^ (dy > 0)
+    dark = torch.where(texture == 1, stripes, (texture == 2) & checks)
+    shade = torch.where(dark, 0.35, 1.0)
+    slope = torch.rand(batch, 1, 3, generator=generator)[..., None, None] * 0.3
+    ramp = (pixel / SIZE).view(1, 1, 1, SIZE, 1).expand(-1, -1, -1, -1, SIZE)
+    clip = (slope * ramp).expand(batch, FRAMES, 3, SIZE, SIZE)
+    for i in range(OBJECTS):  # later shapes are in front
+        paint = _RGB[colour[:, i]].view(batch, 1, 3, 1, 1) * shade[:, i, :, None]
+        clip = torch.lerp(clip, paint.expand_as(clip), coverage[:, i, :, None].expand_as(clip))
+    return clip.transpose(1, 2) * 2 - 1
