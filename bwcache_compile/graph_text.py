@@ -90,6 +90,20 @@ def op_counts(module: GraphModule) -> Counter[str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class GraphSnapshot:
+    """A graph as it was at one moment: printed, counted, and the parameters it read, by identity."""
+
+    text: str
+    ops: Counter[str]
+    parameters: frozenset[int]
+
+
+def snapshot(module: GraphModule) -> GraphSnapshot:
+    """Record a graph, so that it can be compared after it was edited."""
+    return GraphSnapshot(format_graph(module), op_counts(module), frozenset(id(p) for p in module.parameters()))
+
+
+@dataclasses.dataclass(frozen=True)
 class GraphDiff:
     """How a graph changed, as text and as counts.
 
@@ -99,6 +113,7 @@ class GraphDiff:
         removed: Operators that are gone, by name.
         shared_parameters: Parameters that both graphs read, by identity.
         copied_parameters: Parameters of the new graph that the old one does not hold.
+        blocks_guarded: Blocks that a reused step skips, where the new graph is a cached one.
     """
 
     text: str
@@ -106,23 +121,25 @@ class GraphDiff:
     removed: dict[str, int]
     shared_parameters: int
     copied_parameters: int
+    blocks_guarded: int = 0
 
     def __str__(self) -> str:
         """Print the text and a line of counts."""
         changes = [f"+{n} {op}" for op, n in self.added.items()] + [f"-{n} {op}" for op, n in self.removed.items()]
         counts = f"{', '.join(changes) or 'no operator changed'}; {self.shared_parameters} parameters shared, {self.copied_parameters} copied"
-        return f"{self.text}\n{counts}"
+        return f"{self.text}\n{counts}; {self.blocks_guarded} blocks guarded"
 
 
-def graph_diff(before: GraphModule, after: GraphModule, name: str = "") -> GraphDiff:
-    """Compare two graphs."""
-    old, new = op_counts(before), op_counts(after)
-    held = {id(p) for p in before.parameters()}
-    shared = sum(id(p) in held for p in after.parameters())
+def graph_diff(before: GraphModule | GraphSnapshot, after: GraphModule | GraphSnapshot, name: str = "", blocks: int = 0) -> GraphDiff:
+    """Compare two graphs, or what was recorded of them."""
+    old = snapshot(before) if isinstance(before, GraphModule) else before
+    new = snapshot(after) if isinstance(after, GraphModule) else after
+    shared = len(old.parameters & new.parameters)
     return GraphDiff(
-        text=diff_graphs(format_graph(before), format_graph(after), name),
-        added=dict(new - old),
-        removed=dict(old - new),
+        text=diff_graphs(old.text, new.text, name),
+        added=dict(new.ops - old.ops),
+        removed=dict(old.ops - new.ops),
         shared_parameters=shared,
-        copied_parameters=len(list(after.parameters())) - shared,
+        copied_parameters=len(new.parameters) - shared,
+        blocks_guarded=blocks,
     )

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.utils._pytree import TreeSpec
 
 from bwcache_compile.config import CacheConfig
@@ -182,6 +182,12 @@ class CachedProgram:
     reuse: GraphModule | None = None
     compute_slots: tuple[str, ...] = ()
     reuse_slots: tuple[str, ...] = ()
+
+    def copy(self) -> CachedProgram:
+        """Return a program with graphs of its own, so that passes on it leave this one alone; weights are shared."""
+        graph = Graph()
+        graph.output(graph.graph_copy(self.compute.graph, {}))
+        return self.replace(compute=GraphModule(self.compute, graph))
 
     def replace(self, **changes: Any) -> CachedProgram:
         """Return a copy with some fields changed."""

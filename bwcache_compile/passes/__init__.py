@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch.fx import GraphModule
-
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.graph_text import format_graph
+from bwcache_compile.graph_text import GraphDiff, graph_diff, snapshot
 from bwcache_compile.passes.canonicalize import canonicalize
 from bwcache_compile.passes.find_blocks import find_blocks
 from bwcache_compile.passes.insert_cache import insert_cache
@@ -17,15 +15,15 @@ from bwcache_compile.passes.lift_cache_state import lift_cache_state
 from bwcache_compile.passes.plan_cache import plan_cache
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.passes.split_region import split_region
-from bwcache_compile.program import BlockSearch, CachedProgram, PassResult
+from bwcache_compile.program import CachedProgram, PassResult
 from bwcache_compile.verify import verify
 
 Pass = Callable[[CachedProgram], PassResult]
-AfterPass = Callable[[str, CachedProgram, str, str], None]
+AfterPass = Callable[[str, CachedProgram], None]
 
 CACHE_PIPELINE: tuple[Pass, ...] = (split_region, insert_cache, insert_indicator, insert_policy, lift_cache_state, specialize)
 
-__all__ = ["CACHE_PIPELINE", "build", "canonicalize", "find_blocks", "plan_cache", "run_pipeline"]
+__all__ = ["CACHE_PIPELINE", "build", "canonicalize", "explain", "find_blocks", "plan_cache", "run_pipeline"]
 
 
 def run_pipeline(program: CachedProgram, passes: tuple[Pass, ...], after_pass: AfterPass | None = None) -> CachedProgram:
@@ -34,27 +32,29 @@ def run_pipeline(program: CachedProgram, passes: tuple[Pass, ...], after_pass: A
     Args:
         program: Consumed: its graphs are edited in place.
         passes: Plain functions.
-        after_pass: Called with the pass's name, the program, and its compute graph printed before and after; where it
-            is not given nothing is printed.
+        after_pass: Called with the pass's name and the program after it: for printing, timing and diffs.
 
     Raises:
         InvariantError: A pass broke a rule.
     """
     for transform in passes:
-        before = format_graph(program.compute) if after_pass else ""
-        result = transform(program)
-        program = result.program
+        program = transform(program).program
         for module in (program.compute, program.reuse):
-            if isinstance(module, GraphModule):
+            if module is not None:
                 module.recompile()
         verify(program, transform.__name__)
         if after_pass:
-            after_pass(transform.__name__, program, before, format_graph(program.compute))
+            after_pass(transform.__name__, program)
     return program
 
 
-def build(program: CachedProgram, config: CacheConfig, after_pass: AfterPass | None = None) -> tuple[CachedProgram, BlockSearch]:
+def build(program: CachedProgram, config: CacheConfig, after_pass: AfterPass | None = None) -> CachedProgram:
     """Turn a captured program into its cached form: find the blocks, plan, rewrite.
+
+    Args:
+        program: Consumed.
+        config: What to cache and when to reuse it.
+        after_pass: See `run_pipeline`.
 
     Raises:
         NoBlocksFoundError: There is nothing to cache.
@@ -62,6 +62,24 @@ def build(program: CachedProgram, config: CacheConfig, after_pass: AfterPass | N
         UnsupportedGraphError: A cached step could not reproduce what the graph does.
     """
     program = run_pipeline(program, (canonicalize,), after_pass)
-    search = find_blocks(program)
-    program = program.replace(plan=plan_cache(program, search, config))
-    return run_pipeline(program, CACHE_PIPELINE, after_pass), search
+    program = program.replace(plan=plan_cache(program, find_blocks(program), config))
+    return run_pipeline(program, CACHE_PIPELINE, after_pass)
+
+
+def explain(program: CachedProgram, config: CacheConfig) -> dict[str, GraphDiff]:
+    """Build a captured program pass by pass and return what each changed, by name, and all together as "whole".
+
+    `specialize` and "whole" compare with the graph of a reused step: what is missing there is what reuse saves.
+    """
+    diffs: dict[str, GraphDiff] = {}
+    first = latest = snapshot(program.compute)
+
+    def record(name: str, after: CachedProgram) -> None:
+        nonlocal latest
+        now = snapshot(after.reuse if after.reuse is not None else after.compute)
+        diffs[name] = graph_diff(latest, now, name)
+        latest = now
+
+    plan = build(program, config, record).planned()
+    diffs["whole"] = graph_diff(first, latest, "whole", blocks=len(plan.blocks))
+    return diffs

@@ -31,10 +31,10 @@ MAX_PROGRAMS = 8
 class LoadedProgram:
     """A program ready to run: its two graphs, compiled where asked for, and its scalars on the device."""
 
-    def __init__(self, program: CachedProgram, device: torch.device, tree: int) -> None:
+    def __init__(self, program: CachedProgram, captured: CachedProgram, device: torch.device, tree: int) -> None:
         """Wrap a program; nothing is compiled yet."""
         assert program.reuse is not None
-        self.program, self.device, self.tree = program, device, tree
+        self.program, self.captured, self.device, self.tree = program, captured, device, tree
         self.compute: Callable[..., Any] = program.compute
         self.reuse: Callable[..., Any] = program.reuse
         self.plan = program.planned()
@@ -88,7 +88,19 @@ class LoadedProgram:
         return outputs, state.computed(slots, int(returned[end])), change
 
 
-Build = Callable[[nn.Module, CacheConfig, tuple[Any, ...], dict[str, Any]], CachedProgram]
+@dataclasses.dataclass(frozen=True)
+class Toolchain:
+    """How a model becomes a program; handed in, so that running needs no compiler.
+
+    Attributes:
+        capture: Model, positional and keyword arguments to a captured program.
+        build: A captured program, which it consumes, and settings to a cached one.
+        explain: The same to the diff of each pass.
+    """
+
+    capture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], CachedProgram]
+    build: Callable[[CachedProgram, CacheConfig], CachedProgram]
+    explain: Callable[[CachedProgram, CacheConfig], dict[str, GraphDiff]]
 
 
 @dataclasses.dataclass
@@ -110,15 +122,15 @@ class CachedModel(nn.Module):
     run two contexts, but not the same one.
     """
 
-    def __init__(self, model: nn.Module, config: CacheConfig, build: Build) -> None:
-        """Wrap a model; `build` turns it and example inputs into a program."""
+    def __init__(self, model: nn.Module, config: CacheConfig, toolchain: Toolchain) -> None:
+        """Wrap a model; nothing is captured yet."""
         super().__init__()
         values = self.__dict__
         values["_parameters"], values["_buffers"], values["_modules"] = model._parameters, model._buffers, model._modules
         values["training"] = model.training
         values["_original"] = model  # not a submodule: the state dict keeps the original's names
         self.cache_config = config
-        self._build = build
+        self._toolchain = toolchain
         self._programs: OrderedDict[Hashable, LoadedProgram] = OrderedDict()
         self._contexts: dict[str, Context] = {}
         self._lock = threading.RLock()
@@ -155,8 +167,9 @@ class CachedModel(nn.Module):
             tree = tree_key(self._original)
             loaded = self._programs.get(key)
             if loaded is None or loaded.tree != tree:
-                program = self._build(self._original, self.cache_config, args, kwargs)
-                loaded = LoadedProgram(program, _device(args, kwargs), tree_key(self._original))
+                captured = self._toolchain.capture(self._original, args, kwargs)
+                program = self._toolchain.build(captured.copy(), self.cache_config)
+                loaded = LoadedProgram(program, captured, _device(args, kwargs), tree_key(self._original))
                 if self._compile_options is not None:
                     loaded.compile(self._compile_options)
                 self._captured += 1
@@ -421,7 +434,7 @@ class CachedModel(nn.Module):
 
     def graph_diff(self) -> dict[str, GraphDiff]:
         """Return what each pass changed, by its name, and what all did together, under "whole"."""
-        raise NotImplementedError
+        return self._toolchain.explain(self._latest.captured.copy(), self.cache_config)
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

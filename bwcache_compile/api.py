@@ -1,0 +1,83 @@
+"""The two calls most users need: `transform` and `find_blocks`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bwcache_compile import passes
+from bwcache_compile.capture import capture
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.errors import ConfigError, StateError
+from bwcache_compile.program import BlockSearch, CachedProgram
+from bwcache_compile.runtime import CachedModel, Toolchain
+
+
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CachedProgram:
+    return capture(model, args, kwargs).program
+
+
+_TOOLCHAIN = Toolchain(capture=_capture, build=passes.build, explain=passes.explain)
+
+
+def transform(
+    model: nn.Module,
+    config: CacheConfig | None = None,
+    *,
+    example_args: tuple[Any, ...] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+) -> CachedModel:
+    """Return a drop-in for a diffusion transformer that reuses its blocks' outputs where they hardly change.
+
+    The model is captured at the first call of each input signature, or at once for the examples given here. Its
+    repeated blocks are found in the graph; no list of known models is consulted. Call `torch.compile` on the result,
+    not on the model.
+
+    Args:
+        model: In evaluation mode by the time it is called. It is not changed, and its weights are not copied.
+        config: What to cache and when to reuse it; the default is the paper's schedule with a compact indicator.
+        example_args: Positional arguments to capture now.
+        example_kwargs: Keyword arguments to capture now.
+
+    Returns:
+        A module that is called like `model`, and returns what `model` returns.
+
+    Raises:
+        ConfigError: `model` is no module, or is compiled already.
+        StateError: `model` is a cached model already.
+        CaptureError, NoBlocksFoundError, UnsupportedGraphError: With examples, what the first call would raise.
+    """
+    if isinstance(model, CachedModel):
+        raise StateError("this model is transformed already; use it as it is, or transform the original again with other settings.")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"transform takes a torch.nn.Module, not a {type(model).__name__}.")
+    if hasattr(model, "_orig_mod"):
+        raise ConfigError("this model is compiled already: transform the original first, then call torch.compile on the result.")
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise ConfigError(
+            f"the parameter {meta} of {type(model).__name__} has no data here (device meta): an offload hook moves it in and out,"
+            " and a captured graph would hold on to copies. Place the whole model on one device first."
+        )
+    cached = CachedModel(model, config or CacheConfig(), _TOOLCHAIN)
+    if example_args is not None or example_kwargs is not None:
+        cached.prepare(example_args or (), example_kwargs or {})
+    return cached
+
+
+def find_blocks(
+    model: nn.Module, *, example_args: tuple[Any, ...] = (), example_kwargs: dict[str, Any] | None = None
+) -> BlockSearch:
+    """Return the repeated blocks of a model and every candidate that was turned down, with the reason.
+
+    Args:
+        model: In evaluation mode.
+        example_args: Positional arguments to capture with.
+        example_kwargs: Keyword arguments to capture with.
+
+    Raises:
+        CaptureError: The model could not be captured.
+    """
+    program = capture(model, example_args, example_kwargs or {}).program
+    return passes.find_blocks(passes.canonicalize(program).program)
