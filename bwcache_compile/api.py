@@ -66,9 +66,7 @@ def transform(
     return cached
 
 
-def find_blocks(
-    model: nn.Module, *, example_args: tuple[Any, ...] = (), example_kwargs: dict[str, Any] | None = None
-) -> BlockSearch:
+def find_blocks(model: nn.Module, *, example_args: tuple[Any, ...] = (), example_kwargs: dict[str, Any] | None = None) -> BlockSearch:
     """Return the repeated blocks of a model and every candidate that was turned down, with the reason.
 
     Args:

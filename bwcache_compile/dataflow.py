@@ -30,7 +30,9 @@ def aliased_arguments(node: Node) -> tuple[list[Node], list[Node]]:
     shared, written = [], []
     for position, argument in enumerate(schema.arguments):
         value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        nodes = [value] if isinstance(value, Node) else [v for v in value if isinstance(v, Node)] if isinstance(value, (list, tuple)) else []
+        nodes = (
+            [value] if isinstance(value, Node) else [v for v in value if isinstance(v, Node)] if isinstance(value, (list, tuple)) else []
+        )
         info = argument.alias_info
         if info is not None and info.is_write:
             written += nodes

@@ -27,6 +27,13 @@ def format_value(value: Any) -> str:
     return type(value).__name__
 
 
+def called_graph(module: GraphModule, node: Node) -> GraphModule:
+    """Return the graph that a `call_module` node calls."""
+    inner = module.get_submodule(str(node.target))
+    assert isinstance(inner, GraphModule), f"{node.target} is no graph"
+    return inner
+
+
 def op_name(node: Node) -> str:
     """Name a node's operator briefly: `linear`, `add`, `call` for a graph."""
     if node.op == "call_module":
@@ -66,7 +73,7 @@ def format_graph(module: GraphModule, depth: int = 8) -> str:
             continue
         lines.append(format_node(node))
         if node.op == "call_module" and depth > 0:
-            inner = format_graph(module.get_submodule(str(node.target)), depth - 1)
+            inner = format_graph(called_graph(module, node), depth - 1)
             lines += ["  " + line for line in inner.splitlines()]
     return "\n".join(lines)
 
@@ -85,7 +92,7 @@ def op_counts(module: GraphModule) -> Counter[str]:
         if node.op == "call_function":
             counts[op_name(node)] += 1
         elif node.op == "call_module":
-            counts += op_counts(module.get_submodule(str(node.target)))
+            counts += op_counts(called_graph(module, node))
     return counts
 
 
@@ -126,7 +133,9 @@ class GraphDiff:
     def __str__(self) -> str:
         """Print the text and a line of counts."""
         changes = [f"+{n} {op}" for op, n in self.added.items()] + [f"-{n} {op}" for op, n in self.removed.items()]
-        counts = f"{', '.join(changes) or 'no operator changed'}; {self.shared_parameters} parameters shared, {self.copied_parameters} copied"
+        counts = (
+            f"{', '.join(changes) or 'no operator changed'}; {self.shared_parameters} parameters shared, {self.copied_parameters} copied"
+        )
         return f"{self.text}\n{counts}; {self.blocks_guarded} blocks guarded"
 
 

@@ -50,8 +50,8 @@ def _verify_specialized(program: CachedProgram, after: str) -> None:
             if node.op == "get_attr" and str(node.target).startswith("cache."):
                 _fail(after, f"the state {node.target} is still a buffer", node)
     assert program.reuse is not None
-    for module in program.reuse.modules():
-        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+    for inner in program.reuse.modules():
+        for node in inner.graph.nodes if isinstance(inner, GraphModule) else ():
             if node.meta.get(REGION_MARK):
                 _fail(after, f"{node.name} of a cached block runs on a reused step", node)
     outputs = program.compute.graph.output_node().args[0]

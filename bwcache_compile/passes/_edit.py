@@ -37,13 +37,12 @@ def device_of(program: CachedProgram) -> torch.device:
 
 
 def graph_input(graph: Graph, name: str, value: Tensor) -> Node:
-    """Return the input of that name, after adding it behind the others if it is not there."""
-    inputs = graph.find_nodes(op="placeholder")
-    for node in inputs:
-        if node.name == name:
-            return node
-    first = next(iter(graph.nodes))
-    with graph.inserting_after(inputs[-1]) if inputs else graph.inserting_before(first):
+    """Return the input of that name, after adding it behind the others if it is not there; `step` stays the last."""
+    inputs = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    if name in inputs:
+        return inputs[name]
+    last = list(inputs.values())[-1]
+    with graph.inserting_before(last) if last.name == "step" else graph.inserting_after(last):
         node = graph.placeholder(name)
     node.meta["val"] = value
     return node
@@ -67,7 +66,7 @@ def read_slot(program: CachedProgram, slot: CacheSlot) -> Node:
         if node.target == path:
             return node
     inputs = graph.find_nodes(op="placeholder")
-    with graph.inserting_after(inputs[-1]) if inputs else graph.inserting_before(next(iter(graph.nodes))):
+    with graph.inserting_after(inputs[-1]):
         node = graph.get_attr(path)
     node.meta["val"] = fake(slot.shape, slot.dtype, device_of(program))
     return node

@@ -42,8 +42,9 @@ def needed_rows(graph: Graph) -> dict[Node, tuple[int, int] | None]:
     needs: dict[Node, tuple[int, int] | None] = {}
 
     def add(node: Node, rows: tuple[int, int] | None) -> None:
-        whole = None if _rows(node) is None else (0, _rows(node))
-        rows = whole if rows is None else rows  # type: ignore[assignment]
+        length = _rows(node)
+        if rows is None and length is not None:
+            rows = (0, length)
         if node in needs:
             old = needs[node]
             rows = (min(old[0], rows[0]), max(old[1], rows[1])) if old and rows else None
@@ -57,17 +58,17 @@ def needed_rows(graph: Graph) -> dict[Node, tuple[int, int] | None]:
             continue
         rows, name = needs[node], _name(node)
         if rows is not None and name == "slice" and node.args[1] == 1 and len(node.args) < 5:
-            start = int(node.args[2] or 0) if len(node.args) > 2 else 0  # type: ignore[arg-type]
-            length = _rows(node.args[0])  # type: ignore[arg-type]
+            start = int(node.args[2] or 0) if len(node.args) > 2 else 0
+            length = _rows(node.args[0])
             start = start + length if start < 0 and length is not None else start
-            add(node.args[0], (start + rows[0], start + rows[1]))  # type: ignore[arg-type]
+            add(node.args[0], (start + rows[0], start + rows[1]))
         elif rows is not None and name == "cat" and len(node.args) > 1 and node.args[1] in (1, -2):
             offset = 0
-            for part in node.args[0]:  # type: ignore[union-attr]
-                length = _rows(part)  # type: ignore[arg-type]
+            for part in node.all_input_nodes:
+                length = _rows(part)
                 low, high = max(rows[0] - offset, 0), min(rows[1] - offset, length or 0)
                 if low < high:
-                    add(part, (low, high))  # type: ignore[arg-type]
+                    add(part, (low, high))
                 offset += length or 0
         else:
             for operand in node.all_input_nodes:
@@ -83,7 +84,7 @@ def _addends(node: Node) -> list[Node]:
         sides = node.args[:2] if name.startswith("add") else node.args[:1]
         return [a for a in sides if isinstance(a, Node) and getattr(a.meta.get("val"), "shape", None) == shape]
     if name in _LAYOUT:
-        return [node.args[0]] if isinstance(node.args[0], Node) else [a for a in node.args[0] if isinstance(a, Node)]  # type: ignore[union-attr]
+        return [node.args[0]] if isinstance(node.args[0], Node) else [a for a in node.args[0] if isinstance(a, Node)]
     return []
 
 
@@ -114,10 +115,11 @@ def _replay(node: Node, places: dict[Node, Any]) -> Any:
         return torch.full(tuple(value.shape), -1, dtype=torch.int32) if isinstance(value, Tensor) else None
 
     if _name(node) in ("to", "type_as", "_to_copy"):
-        return lookup(node.args[0])  # type: ignore[arg-type]
+        return lookup(node.all_input_nodes[0])
     args = torch.fx.node.map_arg(node.args, lookup)
     kwargs = torch.fx.node.map_arg(node.kwargs, lookup)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
 
 
 def same_places(graph: Graph, output: Node, source: Node) -> bool:

@@ -39,7 +39,7 @@ def _is_noop(node: Node) -> bool:
     if node.target in _CASTS:
         return _changes_nothing(node)
     if node.target is aten.dropout.default:
-        return node.args[1] == 0.0 or node.args[2] is False
+        return bool(node.args[1] == 0.0 or node.args[2] is False)
     return node.target in (aten.alias.default, aten.detach.default)
 
 
@@ -56,7 +56,7 @@ def canonicalize(program: CachedProgram) -> PassResult:
             graph.erase_node(node)
             modified = True
         elif _is_noop(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             modified = True
     return PassResult(program, eliminate_dead_code(graph) or modified)

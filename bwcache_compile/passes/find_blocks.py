@@ -117,7 +117,7 @@ def _main_units(stacks: list[Stack], flow: DataFlow) -> list[Unit]:
     if not rest:
         return []
     main: list[Unit] = []
-    chosen = max(rest, key=lambda s: flow.index[s.units[-1].nodes[-1]])
+    chosen: Stack | None = max(rest, key=lambda s: flow.index[s.units[-1].nodes[-1]])
     while chosen is not None:
         rest.remove(chosen)
         main = sorted([*main, *chosen.units], key=lambda u: flow.index[u.nodes[-1]])
@@ -126,7 +126,7 @@ def _main_units(stacks: list[Stack], flow: DataFlow) -> list[Unit]:
         starts = _carried_into(main, flow)
         inside = [s for s in rest if any(flow.mask(u.nodes) & between for u in s.units)]
         before = [s for s in rest if starts and not _reaches(starts, {n for u in s.units for n in u.nodes})]
-        chosen = next(iter(inside or sorted(before, key=lambda s: -flow.index[s.units[-1].nodes[-1]])), None)  # type: ignore[arg-type]
+        chosen = next(iter(inside or sorted(before, key=lambda s: -flow.index[s.units[-1].nodes[-1]])), None)
     return main
 
 

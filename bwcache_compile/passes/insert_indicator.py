@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -13,7 +15,7 @@ from bwcache_compile.program import CachedProgram, Measured, PassResult
 aten = torch.ops.aten
 
 
-def _append(after: Node, target: torch._ops.OpOverload, args: tuple[object, ...], name: str) -> Node:
+def _append(after: Node, target: torch._ops.OpOverload, args: tuple[Any, ...], name: str) -> Node:
     graph = after.graph
     with graph.inserting_after(after):
         node = graph.create_node("call_function", target, (after, *args), name=name)

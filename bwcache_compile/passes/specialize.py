@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
@@ -25,9 +28,11 @@ def _replacement(program: CachedProgram, module: GraphModule, index: int, slots:
     if plan.config.reuse == "output":
         return kept
     if plan.config.reuse == "residual":
-        function, operands = policy.add_residual, [inputs[plan.sources[plan.region_outputs[index]]], kept]
+        function: Callable[..., Tensor] = policy.add_residual
+        operands = [inputs[plan.sources[plan.region_outputs[index]]], kept]
     else:
-        function, operands = _extrapolated, [kept, slots[f"previous_{index}"], slots["times"], inputs[plan.time_input or "step"]]
+        function = _extrapolated
+        operands = [kept, slots[f"previous_{index}"], slots["times"], inputs[plan.time_input or "step"]]
     return call_graph(module, f"reuse_{index}", as_graph(function, [n.meta["val"] for n in operands]), operands)
 
 
@@ -40,7 +45,8 @@ def _protect(graph: Graph, slots: dict[str, Node]) -> None:
             with graph.inserting_after(node):
                 copy = graph.call_function(torch.ops.aten.clone.default, (node,))
             copy.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+            for user in [user for user in node.users if user is not copy]:
+                user.replace_input_with(node, copy)
 
 
 def specialize(program: CachedProgram) -> PassResult:
@@ -58,7 +64,8 @@ def specialize(program: CachedProgram) -> PassResult:
     module = GraphModule(source, graph, "Reuse")
     user_inputs, user_outputs = len(program.signature.inputs), program.signature.out_spec.num_leaves
     output = graph.output_node()
-    output.args = (tuple(output.args[0][:user_outputs]),)  # type: ignore[index]
+    returned: Any = output.args[0]
+    output.args = (tuple(returned[:user_outputs]),)
     graph_input(graph, "step", fake((1,), torch.int64, device_of(program)))
     inputs = graph.find_nodes(op="placeholder")
     slots = {}

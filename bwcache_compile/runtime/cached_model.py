@@ -12,80 +12,22 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CacheWarning, ConfigError, StateError
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import Block, CachedProgram, CachePlan
-from bwcache_compile.runtime.context import Context, Moment
+from bwcache_compile.runtime.context import UNNAMED, Context, Moment, arrive, warn_without_reuse
+from bwcache_compile.runtime.loaded import LoadedProgram, run_both
 from bwcache_compile.runtime.report import Report, StepRecord
-from bwcache_compile.runtime.signature import call_key, ordered, same_moment, tree_key, weights_version
-from bwcache_compile.runtime.state import CacheState, fresh_state, policy_parameters
+from bwcache_compile.runtime.signature import call_key, device_of_call, ordered, tree_key, weights_version
+from bwcache_compile.runtime.state import CacheState, fresh_state
+from bwcache_compile.runtime.wrapper import ModelWrapper
 
 MAX_PROGRAMS = 8
 """Signatures kept at a time; the least recently used goes first."""
-
-
-class LoadedProgram:
-    """A program ready to run: its two graphs, compiled where asked for, and its scalars on the device."""
-
-    def __init__(self, program: CachedProgram, captured: CachedProgram, device: torch.device, tree: int) -> None:
-        """Wrap a program; nothing is compiled yet."""
-        assert program.reuse is not None
-        self.program, self.captured, self.device, self.tree = program, captured, device, tree
-        self.compute: Callable[..., Any] = program.compute
-        self.reuse: Callable[..., Any] = program.reuse
-        self.plan = program.planned()
-        self._scalars: dict[Hashable, Any] = {}
-        names = [slot.name for slot in self.plan.slots]
-        self.compute_reads = [names.index(name) for name in program.compute_slots]
-        self.reuse_reads = [names.index(name) for name in program.reuse_slots]
-
-    def compile(self, options: dict[str, Any]) -> None:
-        """Compile both graphs with these options of `torch.compile`; each is compiled whole at its first run."""
-        assert self.program.reuse is not None
-        self.compute = torch.compile(self.program.compute, **options)
-        self.reuse = torch.compile(self.program.reuse, **options)
-
-    def step_tensor(self, step: int) -> Tensor:
-        """Return int64[1] on the device, made once per step."""
-        if step not in self._scalars:
-            self._scalars[step] = torch.tensor([step], dtype=torch.int64, device=self.device)
-        tensor: Tensor = self._scalars[step]
-        return tensor
-
-    def parameters(self, config: CacheConfig, num_steps: int | None) -> tuple[Tensor, ...]:
-        """Return the policy's inputs, made once per setting."""
-        key = ("policy", config, num_steps)
-        if key not in self._scalars:
-            self._scalars[key] = policy_parameters(config, num_steps, self.device)
-        tensors: tuple[Tensor, ...] = self._scalars[key]
-        return tensors
-
-    def operands(self, flat: list[Any], state: CacheState, config: CacheConfig, num_steps: int | None) -> list[Any]:
-        """Return the inputs of the graph that runs next."""
-        step = self.step_tensor(state.step)
-        if state.reuses_next:
-            return [*flat, *(state.slots[i] for i in self.reuse_reads), step]
-        return [*flat, *(state.slots[i] for i in self.compute_reads), *self.parameters(config, num_steps), step]
-
-    def split(self, returned: Any, state: CacheState) -> tuple[Any, CacheState, Tensor | None]:
-        """Part a graph's results into the model's output, the next state and the measured change.
-
-        Reads `reuse_left` on the host after a computed step: the only synchronisation.
-        """
-        spec = self.program.signature.out_spec
-        outputs = pytree.tree_unflatten(list(returned[: spec.num_leaves]), spec)
-        if state.reuses_next:
-            return outputs, state.reused(), None
-        end = spec.num_leaves + len(self.plan.slots)
-        slots = tuple(returned[spec.num_leaves : end])
-        if self.device.type == "cuda":  # a replayed CUDA graph overwrites what it returned before
-            slots = tuple(slot.clone() for slot in slots)
-        change = returned[end + 1] if len(returned) > end + 1 else None
-        return outputs, state.computed(slots, int(returned[end])), change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,21 +56,15 @@ class _Call:
     operands: list[Any]
 
 
-class CachedModel(nn.Module):
+class CachedModel(ModelWrapper):
     """A drop-in for the model it wraps. Made by `bwcache_compile.transform`.
 
-    Parameters, buffers and submodules are the original's own, under the same names; attributes that are not the
-    cache's (`config`, `dtype`, `save_pretrained` ...) are the original's. Contexts are independent: two threads may
-    run two contexts, but not the same one.
+    Contexts are independent: two threads may run two contexts, but not the same one.
     """
 
     def __init__(self, model: nn.Module, config: CacheConfig, toolchain: Toolchain) -> None:
         """Wrap a model; nothing is captured yet."""
-        super().__init__()
-        values = self.__dict__
-        values["_parameters"], values["_buffers"], values["_modules"] = model._parameters, model._buffers, model._modules
-        values["training"] = model.training
-        values["_original"] = model  # not a submodule: the state dict keeps the original's names
+        super().__init__(model)
         self.cache_config = config
         self._toolchain = toolchain
         self._programs: OrderedDict[Hashable, LoadedProgram] = OrderedDict()
@@ -139,22 +75,6 @@ class CachedModel(nn.Module):
         self._calls = 0
         self._captured = 0
         self._closed = False
-
-    def __getattr__(self, name: str) -> Any:
-        """Look in the shared parameters and submodules, then in the original."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            original = self.__dict__.get("_original")
-            if original is None:
-                raise
-            return getattr(original, name)
-
-    def train(self, mode: bool = True) -> CachedModel:
-        """Set the mode of the original too."""
-        self._original.train(mode)
-        super().train(mode)
-        return self
 
     # -- programs ------------------------------------------------------------------------------------------------
 
@@ -169,7 +89,7 @@ class CachedModel(nn.Module):
             if loaded is None or loaded.tree != tree:
                 captured = self._toolchain.capture(self._original, args, kwargs)
                 program = self._toolchain.build(captured.copy(), self.cache_config)
-                loaded = LoadedProgram(program, captured, _device(args, kwargs), tree_key(self._original))
+                loaded = LoadedProgram(program, captured, device_of_call(args, kwargs), tree_key(self._original))
                 if self._compile_options is not None:
                     loaded.compile(self._compile_options)
                 self._captured += 1
@@ -213,7 +133,7 @@ class CachedModel(nn.Module):
 
     # -- calling -------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run one denoising step, computing the blocks or reusing what they last returned.
 
@@ -232,7 +152,7 @@ class CachedModel(nn.Module):
         finally:
             call.context.lock.release()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         if self._closed:
             raise StateError("this cached model was closed; transform the model again.")
@@ -247,9 +167,9 @@ class CachedModel(nn.Module):
             )
         try:
             loaded = self._loaded(args, kwargs)
-            flat, spec = pytree.tree_flatten((args, kwargs))
+            flat = pytree.tree_leaves((args, kwargs))
             num_steps = moment.num_steps or self.cache_config.steps
-            state = self._arrive(context, moment, loaded, flat, num_steps)
+            state = arrive(context, moment, loaded, flat, num_steps, weights_version(self._original))
             operands = loaded.operands(flat, state, self.cache_config, num_steps)
         except BaseException:
             context.lock.release()
@@ -260,39 +180,12 @@ class CachedModel(nn.Module):
         """Name the calls of one step apart where the caller does not."""
         calls = self.cache_config.calls_per_step
         if calls == 1:
-            return Moment("default")
+            return Moment(UNNAMED)
         with self._lock:
             self._calls += 1
             return Moment(f"call_{(self._calls - 1) % calls}")
 
-    def _arrive(self, context: Context, moment: Moment, loaded: LoadedProgram, flat: list[Any], num_steps: int | None) -> CacheState:
-        """Bring a context to the step of this call: a new generation, a lost cache, or simply the next step."""
-        state = context.state
-        step = moment.step_index if moment.step_index is not None else state.step if state else 0
-        if state is None or (num_steps is not None and step >= num_steps) or (moment.step_index is not None and step < state.step):
-            step = 0 if moment.step_index is None else step
-            context.start()
-            state = fresh_state(loaded.plan, loaded.device, step)
-        elif context.owner is not loaded:
-            context.start()
-            step = 0 if moment.step_index is None else step
-            context.events.append(f"the inputs or modules changed before step {state.step}: a new generation began")
-            state = fresh_state(loaded.plan, loaded.device, step)
-        version = weights_version(self._original)
-        if context.weights not in (None, version):
-            context.events.append(f"the weights changed before step {step}: the cache was cleared")
-            state = fresh_state(loaded.plan, loaded.device, step)
-        if moment.name == "default" and moment.step_index is None and step == 1 and same_moment(context.inputs, flat):
-            raise StateError(
-                "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"
-                " overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set"
-                " CacheConfig(calls_per_step=2)."
-            )
-        context.inputs = [leaf.clone() if isinstance(leaf, Tensor) and leaf.dim() <= 2 else leaf for leaf in flat] if step == 0 else []
-        context.owner, context.weights = loaded, version
-        return dataclasses.replace(state, step=step)
-
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _finish(self, call: _Call, returned: Any) -> Any:
         before, context = call.state, call.context
         outputs, context.state, change = call.loaded.split(returned, before)
@@ -302,22 +195,8 @@ class CachedModel(nn.Module):
         moment = self._moment.get()
         num_steps = (moment.num_steps if moment else None) or self.cache_config.steps
         if num_steps is not None and before.step == num_steps - 1:
-            self._warn_without_reuse(context)
+            warn_without_reuse(context, self.cache_config)
         return outputs
-
-    def _warn_without_reuse(self, context: Context) -> None:
-        report, config = context.report(), self.cache_config
-        if report.reused or config.policy != "schedule" or config.threshold == 0:
-            return
-        best = report.smallest(max(1, config.warmup_steps))
-        advice = (
-            f"the smallest indicator was {best.indicator:.4g} at step {best.step}; a threshold above it would have triggered there."
-            if best is not None
-            else "no finite indicator was measured."
-        )
-        text = f"no step of context {context.name!r} was reused at threshold {config.threshold:g}: {advice}"
-        context.events.append(text)
-        warnings.warn(text, CacheWarning, stacklevel=3)
 
     # -- the functional form -------------------------------------------------------------------------------------
 
@@ -413,7 +292,7 @@ class CachedModel(nn.Module):
             self._contexts = {}
             self._closed = True
 
-    def compile(self, **options: Any) -> None:  # type: ignore[override]
+    def compile(self, **options: Any) -> None:
         """Compile each program's two graphs with `torch.compile(**options)`, those captured later too."""
         self._compile_options = options
         for loaded in self._programs.values():
@@ -425,7 +304,7 @@ class CachedModel(nn.Module):
         loaded = self._loaded(args, kwargs)
         num_steps = self.cache_config.steps or 2
         fresh = fresh_state(loaded.plan, loaded.device)
-        _run_both(loaded, pytree.tree_leaves((args, kwargs)), fresh, self.cache_config, num_steps)
+        run_both(loaded, pytree.tree_leaves((args, kwargs)), fresh, self.cache_config, num_steps)
 
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""
@@ -435,15 +314,3 @@ class CachedModel(nn.Module):
     def graph_diff(self) -> dict[str, GraphDiff]:
         """Return what each pass changed, by its name, and what all did together, under "whole"."""
         return self._toolchain.explain(self._latest.captured.copy(), self.cache_config)
-
-
-def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    return next((leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), torch.device("cpu"))
-
-
-@torch.compiler.disable(recursive=False)
-def _run_both(loaded: LoadedProgram, flat: list[Any], fresh: CacheState, config: CacheConfig, num_steps: int) -> None:
-    with torch.no_grad():
-        loaded.compute(*loaded.operands(flat, fresh, config, num_steps))
-        reusing = dataclasses.replace(fresh, step=1, computed_at=0, reuse_until=1)
-        loaded.reuse(*loaded.operands(flat, reusing, config, num_steps))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from data import TOKEN_WIDTH
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
-
-from data import FRAMES, SIZE, TOKEN_WIDTH
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 GUIDANCE = 3.0

@@ -8,13 +8,12 @@ import os
 import time
 from pathlib import Path
 
+import data
 import torch
+from model import WEIGHTS, build
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import data
-from model import WEIGHTS, build
 
 
 def learning_rate(step: int, total: int, warmup: int, decay: int) -> float:
@@ -99,7 +98,10 @@ def main() -> None:
         if (step + 1) % 50 == 0:
             writer.writerow([step + 1, f"{sum(window) / len(window):.5f}"])
             log.flush()
-            print(f"step {step + 1}  loss {sum(window) / len(window):.4f}  {(time.time() - started) / (step + 1 - first):.3f} s/step", flush=True)
+            print(
+                f"step {step + 1}  loss {sum(window) / len(window):.4f}  {(time.time() - started) / (step + 1 - first):.3f} s/step",
+                flush=True,
+            )
             window.clear()
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             optimizer_states = [optimizer.state_dict() for optimizer in optimizers]

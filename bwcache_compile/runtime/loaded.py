@@ -1,0 +1,84 @@
+"""A program ready to run: graphs, compiled where asked for, and the scalars they take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.program import CachedProgram
+from bwcache_compile.runtime.state import CacheState, policy_parameters
+
+
+class LoadedProgram:
+    """A program ready to run: its two graphs, compiled where asked for, and its scalars on the device."""
+
+    def __init__(self, program: CachedProgram, captured: CachedProgram, device: torch.device, tree: int) -> None:
+        """Wrap a program; nothing is compiled yet."""
+        assert program.reuse is not None
+        self.program, self.captured, self.device, self.tree = program, captured, device, tree
+        self.compute: Callable[..., Any] = program.compute
+        self.reuse: Callable[..., Any] = program.reuse
+        self.plan = program.planned()
+        self._scalars: dict[Hashable, Any] = {}
+        names = [slot.name for slot in self.plan.slots]
+        self.compute_reads = [names.index(name) for name in program.compute_slots]
+        self.reuse_reads = [names.index(name) for name in program.reuse_slots]
+
+    def compile(self, options: dict[str, Any]) -> None:
+        """Compile both graphs with these options of `torch.compile`; each is compiled whole at its first run."""
+        assert self.program.reuse is not None
+        self.compute = torch.compile(self.program.compute, **options)
+        self.reuse = torch.compile(self.program.reuse, **options)
+
+    def step_tensor(self, step: int) -> Tensor:
+        """Return int64[1] on the device, made once per step."""
+        if step not in self._scalars:
+            self._scalars[step] = torch.tensor([step], dtype=torch.int64, device=self.device)
+        tensor: Tensor = self._scalars[step]
+        return tensor
+
+    def parameters(self, config: CacheConfig, num_steps: int | None) -> tuple[Tensor, ...]:
+        """Return the policy's inputs, made once per setting."""
+        key = ("policy", config, num_steps)
+        if key not in self._scalars:
+            self._scalars[key] = policy_parameters(config, num_steps, self.device)
+        tensors: tuple[Tensor, ...] = self._scalars[key]
+        return tensors
+
+    def operands(self, flat: list[Any], state: CacheState, config: CacheConfig, num_steps: int | None) -> list[Any]:
+        """Return the inputs of the graph that runs next."""
+        step = self.step_tensor(state.step)
+        if state.reuses_next:
+            return [*flat, *(state.slots[i] for i in self.reuse_reads), step]
+        return [*flat, *(state.slots[i] for i in self.compute_reads), *self.parameters(config, num_steps), step]
+
+    def split(self, returned: Any, state: CacheState) -> tuple[Any, CacheState, Tensor | None]:
+        """Part a graph's results into the model's output, the next state and the measured change.
+
+        Reads `reuse_left` on the host after a computed step: the only synchronisation.
+        """
+        spec = self.program.signature.out_spec
+        outputs = pytree.tree_unflatten(list(returned[: spec.num_leaves]), spec)
+        if state.reuses_next:
+            return outputs, state.reused(), None
+        end = spec.num_leaves + len(self.plan.slots)
+        slots = tuple(returned[spec.num_leaves : end])
+        if self.device.type == "cuda":  # a replayed CUDA graph overwrites what it returned before
+            slots = tuple(slot.clone() for slot in slots)
+        change = returned[end + 1] if len(returned) > end + 1 else None
+        return outputs, state.computed(slots, int(returned[end])), change
+
+
+@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+def run_both(loaded: LoadedProgram, flat: list[Any], fresh: CacheState, config: CacheConfig, num_steps: int) -> None:
+    """Run both graphs on a fresh state and drop what they return; an outer torch.compile compiles them here."""
+    with torch.no_grad():
+        loaded.compute(*loaded.operands(flat, fresh, config, num_steps))
+        reusing = dataclasses.replace(fresh, step=1, computed_at=0, reuse_until=1)
+        loaded.reuse(*loaded.operands(flat, reusing, config, num_steps))
