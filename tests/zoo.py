@@ -17,12 +17,14 @@ class Entry:
     Attributes:
         build: Makes the model; seeded by `make`.
         inputs: Keyword arguments of the call at one step of four.
-        blocks: Configured number of blocks over the main stacks.
+        stacks: Names of the main stacks' module lists, in execution order, with the configured number of blocks.
+        streams: Block inputs that the blocks' outputs continue, in output order.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[int], dict[str, Any]]
-    blocks: int
+    stacks: dict[str, int]
+    streams: tuple[str, ...] = ("hidden_states",)
 
     def make(self) -> nn.Module:
         """Build the model in evaluation mode; every weight is drawn, zero-initialised gates too, so that blocks matter."""
@@ -118,7 +120,7 @@ ZOO = {
             "timestep": _time(s),
             "encoder_hidden_states": noise("text", 0, 1, 5, 16),
         },
-        3,
+        {"blocks": 3},
     ),
     "hunyuan_video": Entry(
         _hunyuan_video,
@@ -130,7 +132,8 @@ ZOO = {
             "pooled_projections": noise("pooled", 0, 1, 8),
             "guidance": torch.tensor([6000.0]),
         },
-        5,
+        {"transformer_blocks": 2, "single_transformer_blocks": 3},
+        ("hidden_states", "encoder_hidden_states"),
     ),
     "cogvideox15": Entry(
         _cogvideox,
@@ -140,7 +143,8 @@ ZOO = {
             "timestep": _time(s, torch.int64),
             "image_rotary_emb": (noise("cos", 0, 16, 16), noise("sin", 0, 16, 16)),
         },
-        3,
+        {"transformer_blocks": 3},
+        ("hidden_states", "encoder_hidden_states"),
     ),
     "ltx": Entry(
         _ltx,
@@ -153,7 +157,7 @@ ZOO = {
             "height": 4,
             "width": 4,
         },
-        3,
+        {"transformer_blocks": 3},
     ),
     "flux": Entry(
         _flux,
@@ -166,7 +170,8 @@ ZOO = {
             "txt_ids": torch.zeros(6, 3),
             "guidance": torch.tensor([3.5]),
         },
-        5,
+        {"transformer_blocks": 2, "single_transformer_blocks": 3},
+        ("encoder_hidden_states", "hidden_states"),
     ),
     "dit": Entry(
         _dit,
@@ -175,7 +180,7 @@ ZOO = {
             "timestep": _time(s, torch.int64),
             "class_labels": torch.tensor([7]),
         },
-        3,
+        {"transformer_blocks": 3},
     ),
     "pixart": Entry(
         _pixart,
@@ -185,6 +190,6 @@ ZOO = {
             "timestep": _time(s, torch.int64),
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         },
-        3,
+        {"transformer_blocks": 3},
     ),
 }

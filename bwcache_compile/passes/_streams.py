@@ -84,7 +84,7 @@ def _addends(node: Node) -> list[Node]:
         sides = node.args[:2] if name.startswith("add") else node.args[:1]
         return [a for a in sides if isinstance(a, Node) and getattr(a.meta.get("val"), "shape", None) == shape]
     if name in _LAYOUT:
-        return [node.args[0]] if isinstance(node.args[0], Node) else [a for a in node.args[0] if isinstance(a, Node)]
+        return node.all_input_nodes if name in ("cat", "stack") else node.all_input_nodes[:1]
     return []
 
 

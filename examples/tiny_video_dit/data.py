@@ -1,7 +1,8 @@
 """Procedural videos: textured shapes in colour that move, bounce off the walls and occlude one another.
 
-Every clip has `OBJECTS` shapes. What they look like is the condition (one token per shape); where they start, how
-fast they move and the backdrop are left to chance, so the model has to invent a layout and keep its motion lawful.
+Every clip has `OBJECTS` shapes. The condition says, one token per shape, what it looks like, in which ninth of the frame
+it starts, which way it heads and what it is in front of. Where exactly it starts, how fast it moves along each axis, and
+the backdrop are left to chance, so the model has to invent them and to keep the motion lawful.
 """
 
 from __future__ import annotations
@@ -12,32 +13,40 @@ from torch import Tensor
 FRAMES, SIZE, OBJECTS = 8, 32, 3
 KINDS = ("disc", "square", "triangle", "ring")
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
-TEXTURES = ("plain", "striped", "checked")
+TEXTURES = ("plain", "striped")
 SIZES = ("small", "large")
-ATTRIBUTES = (KINDS, COLOURS, TEXTURES, SIZES)
-TOKEN_WIDTH = sum(len(names) for names in ATTRIBUTES) + 1
-"""Width of one condition token: a one-hot vector per attribute, and a flag that the shape is there."""
+PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right"))
+HEADINGS = ("up left", "up right", "down left", "down right")
+ATTRIBUTES = (KINDS, COLOURS, TEXTURES, SIZES, PLACES, HEADINGS)
+TOKEN_WIDTH = sum(len(names) for names in ATTRIBUTES) + OBJECTS + 1
+"""Width of one condition token: one-hot vectors of each attribute and of the depth, and a flag that the shape is there."""
 
 _RGB = torch.tensor([[0.95, 0.2, 0.2], [0.2, 0.85, 0.3], [0.25, 0.4, 1.0], [0.95, 0.85, 0.2], [0.9, 0.3, 0.9], [0.2, 0.9, 0.9]])
-_RADIUS = torch.tensor([4.5, 7.0])
+_RADIUS = torch.tensor([5.0, 7.5])
 
 
 def encode(attributes: Tensor) -> Tensor:
-    """Turn attribute indices int64[B, OBJECTS, 4] into condition tokens float32[B, OBJECTS, TOKEN_WIDTH].
+    """Turn attribute indices int64[B, OBJECTS, 6] into condition tokens float32[B, OBJECTS, TOKEN_WIDTH].
 
     The unconditional token, used for classifier-free guidance, is all zeros.
     """
     hot = [torch.nn.functional.one_hot(attributes[..., i], len(names)) for i, names in enumerate(ATTRIBUTES)]
-    return torch.cat([*hot, torch.ones_like(attributes[..., :1])], dim=-1).float()
+    depth = torch.eye(OBJECTS, dtype=attributes.dtype).expand(len(attributes), -1, -1)
+    return torch.cat([*hot, depth, torch.ones_like(attributes[..., :1])], dim=-1).float()
 
 
 def describe(attributes: Tensor) -> str:
-    """Describe one clip's attributes int64[OBJECTS, 4] in words."""
-    return ", ".join(" ".join(names[int(i)] for names, i in list(zip(ATTRIBUTES, row, strict=True))[::-1]) for row in attributes)
+    """Describe one clip's attributes int64[OBJECTS, 6] in words, from back to front."""
+
+    def words(row: Tensor) -> str:
+        kind, colour, texture, size, place, heading = (names[int(i)] for names, i in zip(ATTRIBUTES, row, strict=True))
+        return f"{size} {texture} {colour} {kind} from the {place} {heading}"
+
+    return ", ".join(words(row) for row in attributes)
 
 
 def draw_attributes(batch: int, generator: torch.Generator) -> Tensor:
-    """Draw attribute indices int64[batch, OBJECTS, 4] (kind, colour, texture, size), uniformly."""
+    """Draw attribute indices int64[batch, OBJECTS, 6], uniformly, in the order of `ATTRIBUTES`."""
     columns = [torch.randint(len(names), (batch, OBJECTS), generator=generator) for names in ATTRIBUTES]
     return torch.stack(columns, dim=-1)
 
@@ -62,32 +71,30 @@ def render(attributes: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one clip per row of `attributes`.
 
     Args:
-        attributes: int64[B, OBJECTS, 4].
-        generator: Draws positions, velocities and backdrops.
+        attributes: int64[B, OBJECTS, 6].
+        generator: Draws exact positions, speeds and backdrops.
 
     Returns:
         float32[B, 3, FRAMES, SIZE, SIZE] in [-1, 1].
     """
     batch = attributes.shape[0]
-    kind, colour, texture, size = (attributes[..., i, None, None, None] for i in range(4))
+    kind, colour, texture, size, place, heading = (attributes[..., i, None, None, None] for i in range(6))
     radius = _RADIUS[size]
     low, high = radius, SIZE - radius
     time = torch.arange(FRAMES).view(1, 1, FRAMES, 1, 1).float()
     shape = (batch, OBJECTS, 1, 1, 1)
 
-    def flight() -> Tensor:
-        start = low + (high - low) * torch.rand(shape, generator=generator)
-        speed = (1.0 + 2.0 * torch.rand(shape, generator=generator)) * torch.where(torch.rand(shape, generator=generator) < 0.5, -1, 1)
-        return _bounce(start + speed * time, low, high)
+    def flight(cell: Tensor, forward: Tensor) -> Tensor:
+        start = low + (high - low) * (cell + torch.rand(shape, generator=generator)) / 3
+        speed = 1.0 + 1.5 * torch.rand(shape, generator=generator)
+        return _bounce(start + speed * (2 * forward - 1) * time, low, high)
 
     pixel = torch.arange(SIZE) + 0.5
-    dx = pixel.view(1, 1, 1, 1, SIZE) - flight()
-    dy = pixel.view(1, 1, 1, SIZE, 1) - flight()
+    dx = pixel.view(1, 1, 1, 1, SIZE) - flight(place % 3, heading % 2)
+    dy = pixel.view(1, 1, 1, SIZE, 1) - flight(place // 3, heading // 2)
     dx, dy = torch.broadcast_tensors(dx, dy)
     coverage = (0.5 - _distance(kind, dx, dy, radius)).clamp(0, 1)
-    stripes = ((dx + dy) / 2.2).sin() > 0
-    checks = (dx > 0) ^ (dy > 0)
-    dark = torch.where(texture == 1, stripes, (texture == 2) & checks)
+    dark = (texture == 1) & (((dx + dy) / 2.2).sin() > 0)
     shade = torch.where(dark, 0.35, 1.0)
     slope = torch.rand(batch, 1, 3, generator=generator)[..., None, None] * 0.3
     ramp = (pixel / SIZE).view(1, 1, 1, SIZE, 1).expand(-1, -1, -1, -1, SIZE)

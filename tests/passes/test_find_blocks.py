@@ -1,0 +1,166 @@
+"""find_blocks: the blocks of the main stacks, in execution order; everything else with the reason."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from expecttest import assert_expected_inline
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from bwcache_compile.dataflow import DataFlow
+from bwcache_compile.passes import canonicalize, find_blocks
+from bwcache_compile.program import BlockSearch, Rejection
+from tests.models import Block, Casting, Functional, Interleaved, OddMiddle, OneStream, Refined, Tiny, TwoStream, captured
+from tests.passes.helpers import models, text
+
+
+def search(model: Tiny) -> BlockSearch:
+    return find_blocks(canonicalize(captured(model)).program)
+
+
+def test_one_stack() -> None:
+    found = search(OneStream(depth=2))
+    assert_expected_inline(str(found), """blocks.0 .. blocks.1: 2 x Block""")
+    assert_expected_inline(
+        "\n".join(f"{b.name}: {' '.join(b.nodes)} -> {b.feature}" for b in found.blocks),
+        """\
+blocks.0: mul linear_2 gelu linear_3 add -> add
+blocks.1: mul_1 linear_4 gelu_1 linear_5 add_1 -> add_1""",
+    )
+
+
+def test_two_streams() -> None:
+    found = search(TwoStream(double=2, single=3))
+    assert_expected_inline(
+        str(found),
+        """\
+double_blocks.0 .. double_blocks.1: 2 x DoubleBlock
+single_blocks.0 .. single_blocks.2: 3 x Block""",
+    )
+    assert_expected_inline(
+        "\n".join(f"{b.name}: {' '.join(b.live_outs)} -> {b.feature}" for b in found.blocks),
+        """\
+double_blocks.0: add_1 add_3 -> add_1
+double_blocks.1: add_5 add_7 -> add_5
+single_blocks.0: add_8 -> add_8
+single_blocks.1: add_9 -> add_9
+single_blocks.2: add_10 -> add_10""",
+    )
+    assert found.token_range == (2, 8), "the head takes the six video rows behind the two text rows"
+
+
+def test_blocks_in_turn() -> None:
+    assert [block.name for block in search(Interleaved(depth=2)).blocks] == ["spatial.0", "temporal.0", "spatial.1", "temporal.1"]
+
+
+def test_structure_alone() -> None:
+    assert_expected_inline(str(search(Functional(depth=3))), """repeat0.0 .. repeat0.2: 3 x repeated operators""")
+
+
+def test_casts_do_not_hide_blocks() -> None:
+    assert [block.name for block in search(Casting(depth=3)).blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def test_other_width_is_refused() -> None:
+    found = search(OddMiddle())
+    reason = "blocks.1 differs from blocks.0 at node `linear_4`: weight is f32[16, 8], expected f32[8, 8]"
+    assert found == BlockSearch((), (Rejection("blocks", 3, reason),))
+
+
+def test_refiner_stays_out() -> None:
+    assert_expected_inline(
+        str(search(Refined(refiners=2, depth=3))),
+        """\
+blocks.0 .. blocks.2: 3 x Block
+not cached: refiner (2 modules): its stream is not the one that reaches the output""",
+    )
+
+
+def test_two_repetitions_without_names_are_too_few() -> None:
+    assert search(Functional(depth=2)) == BlockSearch((), ())
+
+
+class SideBySide(OneStream):
+    """Equal modules that do not follow one another: experts, not blocks."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x, temb = self.patch(x), self.embed(t)
+        outputs = [block(x, temb) for block in self.blocks]
+        return self.head(sum(outputs))
+
+
+def test_modules_side_by_side_are_refused() -> None:
+    assert search(SideBySide(depth=2)) == BlockSearch((), (Rejection("blocks", 2, "blocks.1 does not depend on blocks.0"),))
+
+
+class Growing(OneStream):
+    """Doubles the tokens between the blocks."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x, temb = self.patch(x), self.embed(t)
+        for block in self.blocks:
+            x = block(x, temb).repeat_interleave(2, dim=1)
+        return self.head(x)
+
+
+def test_growing_streams_are_refused() -> None:
+    reason = "blocks.1 differs from blocks.0 at node `mul_1`: repeat_interleave is f32[1, 12, 8], expected f32[1, 6, 8]"
+    assert search(Growing(depth=3)) == BlockSearch((), (Rejection("blocks", 3, reason),))
+
+
+class LonelyLinear(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return x + self.inner(x * temb)
+
+
+class Mixed(OneStream):
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.blocks = nn.ModuleList([Block(8), LonelyLinear(8), Block(8)])
+
+
+def test_a_lone_projection_is_no_block() -> None:
+    assert search(Mixed()) == BlockSearch((), (Rejection("blocks", 3, "blocks.1 multiplies fewer than two matrices"),))
+
+
+@pytest.mark.parametrize("model", [OneStream(), TwoStream(), Functional(), Interleaved()], ids=lambda m: type(m).__name__)
+def test_the_graph_is_left_alone(model: Tiny) -> None:
+    program = canonicalize(captured(model)).program
+    before = text(program)
+    first, second = find_blocks(program), find_blocks(program)
+    assert text(program) == before
+    assert first == second
+
+
+@settings(max_examples=20, deadline=None)
+@given(models())
+def test_blocks_are_disjoint_ordered_convex(model: Tiny) -> None:
+    program = canonicalize(captured(model)).program
+    blocks = find_blocks(program).blocks
+    flow = DataFlow(program.compute.graph)
+    named = {node.name: node for node in flow.nodes}
+    masks = [flow.mask(named[name] for name in block.nodes) for block in blocks]
+    assert len(blocks) == sum(len(part) for part in stacks(model))
+    for left, right in pairwise(masks):
+        assert left & right == 0
+        assert left < right, "a later block has later nodes"
+        assert flow.before(right) & left, "each block depends on the one before it"
+        assert not flow.before(left) & right
+    for block, mask in zip(blocks, masks, strict=True):
+        between = flow.before(mask) & flow.after(mask) & ~mask
+        assert between == 0, f"{block.name} has foreign nodes inside"
+        assert block.feature in block.live_outs
+        assert set(block.live_outs) <= set(block.nodes)
+
+
+def stacks(model: Tiny) -> list[range | nn.ModuleList]:
+    """Return what must be found in a model: its main stacks."""
+    if isinstance(model, Functional):
+        return [range((len(model.weights) - 2) // 2)]
+    return [module for name, module in model.named_children() if isinstance(module, nn.ModuleList) and name != "refiner"]

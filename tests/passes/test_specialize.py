@@ -1,0 +1,230 @@
+"""specialize: a reused step runs what is left of the model when no cached block runs."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from bwcache_compile.config import CacheConfig, Reuse
+from bwcache_compile.errors import ConfigError, UnsupportedGraphError
+from bwcache_compile.graph_text import format_graph, op_counts
+from bwcache_compile.passes.specialize import specialize
+from bwcache_compile.program import REGION_MARK, CachedProgram
+from tests.models import Block, Exposed, Functional, InPlace, Interleaved, OneStream, Refined, Tiny, TwoStream
+from tests.passes.helpers import applied, compute, eager, fresh, models, ready_for, reuse, same, text
+
+
+def specialized(model: Tiny, **settings: object) -> CachedProgram:
+    return applied(specialize, ready_for(specialize, model, CacheConfig(**{"num_steps": 4, **settings})))
+
+
+def test_output() -> None:
+    assert_expected_inline(
+        format_graph(specialized(TwoStream()).reuse),
+        """\
+x: f32[1, 6, 4] = input
+text: f32[1, 2, 5] = input
+t: f32[1] = input
+kept_output_0: f32[1, 8, 8] = input
+step: i64[1] = input
+slice_1: f32[1, 6, 8] = slice(kept_output_0, 1, 2, 9223372036854775807)
+linear_11: f32[1, 6, 4] = linear(slice_1, head.weight, head.bias)
+return linear_11""",
+    )
+
+
+def test_residual_keeps_the_source() -> None:
+    assert_expected_inline(
+        format_graph(specialized(OneStream(depth=2), reuse="residual").reuse),
+        """\
+x: f32[1, 6, 4] = input
+t: f32[1] = input
+kept_output_0: f32[1, 6, 8] = input
+step: i64[1] = input
+linear: f32[1, 6, 8] = linear(x, patch.weight, patch.bias)
+reuse_0: f32[1, 6, 8] = call(reuse_0, linear, kept_output_0)
+  source_1: f32[1, 6, 8] = input
+  kept_1: f32[1, 6, 8] = input
+  add: f32[1, 6, 8] = add(source_1, kept_1)
+  return add
+linear_6: f32[1, 6, 4] = linear(reuse_0, head.weight, head.bias)
+return linear_6""",
+    )
+
+
+def test_taylor() -> None:
+    assert_expected_inline(
+        format_graph(specialized(OneStream(depth=2), reuse="taylor").reuse),
+        """\
+x: f32[1, 6, 4] = input
+t: f32[1] = input
+kept_output_0: f32[1, 6, 8] = input
+kept_previous_0: f32[1, 6, 8] = input
+kept_times: f32[2] = input
+step: i64[1] = input
+reuse_0: f32[1, 6, 8] = call(reuse_0, kept_output_0, kept_previous_0, kept_times, t)
+  last_1: f32[1, 6, 8] = input
+  previous_1: f32[1, 6, 8] = input
+  times_1: f32[2] = input
+  now_1: f32[1] = input
+  view: f32[1] = view(now_1, [-1])
+  slice_1: f32[1] = slice(view, 0, 0, 1)
+  select: f32[] = select(times_1, 0, 0)
+  select_1: f32[] = select(times_1, 0, 1)
+  sub: f32[] = sub(select, select_1)
+  view_1: f32[] = view(slice_1, [])
+  select_2: f32[] = select(times_1, 0, 0)
+  sub_1: f32[] = sub(view_1, select_2)
+  div: f32[] = div(sub_1, sub)
+  abs_1: f32[] = abs(div)
+  ne: b8[] = ne(abs_1, inf)
+  eq: b8[] = eq(div, div)
+  mul: b8[] = mul(eq, ne)
+  zeros_like: f32[] = zeros_like(div, pin_memory=False)
+  where: f32[] = where(mul, div, zeros_like)
+  sub_2: f32[1, 6, 8] = sub(last_1, previous_1)
+  mul_1: f32[1, 6, 8] = mul(where, sub_2)
+  add: f32[1, 6, 8] = add(last_1, mul_1)
+  return add
+linear_6: f32[1, 6, 4] = linear(reuse_0, head.weight, head.bias)
+return linear_6""",
+    )
+
+
+def test_what_the_epilogue_changes_is_copied_first() -> None:
+    assert_expected_inline(format_graph(specialized(Exposed(depth=2)).reuse), """""")
+
+
+def test_the_computed_step_is_left_alone() -> None:
+    program = ready_for(specialize, TwoStream(), CacheConfig(num_steps=4))
+    before = text(program)
+    after = specialize(program).program
+    assert text(after) == before
+    again = specialize(after)
+    assert not again.modified
+    assert again.program is after
+
+
+def test_blocks_outside_the_region_still_run() -> None:
+    program = specialized(OneStream(depth=4), compute_first=1, compute_last=1)
+    weights = [name for name, _ in program.reuse.named_parameters() if name.startswith("blocks")]
+    assert weights == [f"blocks.3.{part}.{kind}" for part in ("up", "down") for kind in ("weight", "bias")]
+
+
+class PairBlock(nn.Module):
+    """Returns a hidden state and a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(8)
+
+    def forward(self, x: Tensor, first: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.block(x + first, temb)
+        return x, x[:, :1]
+
+
+class Pair(OneStream):
+    """Writes to a view of the hidden state after the blocks, and reads the change through the hidden state."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.blocks = nn.ModuleList(PairBlock() for _ in range(2))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x, temb = self.patch(x), self.embed(t)
+        first = x[:, :1]
+        for block in self.blocks:
+            x, first = block(x, first, temb)
+        first.mul_(3)
+        return self.head(x)
+
+
+def test_a_write_through_a_view_is_seen_or_refused() -> None:
+    try:
+        program = specialized(Pair())
+    except UnsupportedGraphError:
+        return
+    check_hold(program, Pair().eval().requires_grad_(False))
+
+
+def check_hold(program: CachedProgram, model: Tiny) -> None:
+    """A step reused right after the one that filled the cache, on the same inputs, returns what that one returned."""
+    args = model.example(step=1)
+    wanted = eager(model, *args)
+    outputs, state = compute(program, args, fresh(program.planned()), 0)
+    assert same(outputs[: len(wanted)], wanted)
+    for step in (1, 2):
+        if program.planned().config.reuse == "residual":
+            check_close(reuse(program, args, state, step), wanted, 1e-5)  # x + (y - x) is y up to rounding
+        elif isinstance(model, Interleaved):
+            check_close(reuse(program, args, state, step), wanted, 1e-6)  # the slot is dense, the output a transpose: another kernel
+        else:
+            assert same(reuse(program, args, state, step), wanted)
+
+
+def check_close(got: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    for left, right in zip(got, wanted, strict=True):
+        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+
+
+MODELS = [OneStream(), TwoStream(), InPlace(), Interleaved(), Refined(), Functional(), Exposed()]
+
+
+@pytest.mark.parametrize("kind", ["output", "taylor"])
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: type(m).__name__)
+def test_numbers_on_the_same_inputs(model: Tiny, kind: Reuse) -> None:
+    check_hold(specialized(model, reuse=kind), model)
+
+
+def by_hand(model: OneStream, step: int) -> tuple[Tensor, Tensor]:
+    """Return the hidden state before and after the blocks."""
+    x, t = model.example(step=step)
+    start = hidden = model.patch(x)
+    for block in model.blocks:
+        hidden = block(hidden, model.embed(t))
+    return start, hidden
+
+
+def test_numbers_on_other_inputs() -> None:
+    model = OneStream().eval().requires_grad_(False)
+    starts, ends = zip(*(by_hand(model, step) for step in range(3)), strict=True)
+    wanted = {
+        "output": ends[1],
+        "residual": starts[2] + (ends[1] - starts[1]),
+        "taylor": ends[1] + (ends[1] - ends[0]),  # the time moves as far at each step
+    }
+    for kind in get_args(Reuse):
+        program = specialized(model, reuse=kind)
+        state = fresh(program.planned())
+        for step in range(2):
+            _, state = compute(program, model.example(step=step), state, step)
+        got = reuse(program, model.example(step=2), state, 2)
+        torch.testing.assert_close(got[0], model.head(wanted[kind]), rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(models(), st.sampled_from(get_args(Reuse)), st.integers(0, 1))
+def test_no_cached_block_is_left(model: Tiny, kind: Reuse, last: int) -> None:
+    try:
+        program = specialized(model, reuse=kind, compute_last=last)
+    except ConfigError:
+        assert kind == "residual"
+        return
+    plan = program.planned()
+    graphs = [module for module in program.reuse.modules() if isinstance(module, GraphModule)]
+    assert not any(node.meta.get(REGION_MARK) for graph in graphs for node in graph.graph.nodes)
+    marked = [n for m in program.compute.modules() if isinstance(m, GraphModule) for n in m.graph.nodes if n.meta.get(REGION_MARK)]
+    assert [node.name for node in marked] == list(plan.region), "the mark is there to be missed"
+    assert op_counts(program.reuse)["linear"] < op_counts(program.compute)["linear"]
+    inputs = [node.name for node in program.reuse.graph.find_nodes(op="placeholder")]
+    assert inputs == [*program.signature.inputs, *(f"kept_{name}" for name in program.reuse_slots), "step"]
+    roles = {"output": ("output",), "residual": ("output",), "taylor": ("output", "previous", "times")}[kind]
+    assert program.reuse_slots == tuple(slot.name for slot in plan.slots if slot.role in roles)
+    check_hold(program, model)

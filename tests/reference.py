@@ -1,0 +1,88 @@
+"""The oracle: BWCache in eager Python over a dict, by putting stand-ins for the blocks' forwards. Slow and plain."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def decide(indicators: dict[int, float], step: int, trigger: int | None, config: Any) -> tuple[bool, int | None]:
+    """Whether `step` reuses, and the trigger, from the definition; `indicators` holds what computed steps measured."""
+    s, k = config.num_steps, trigger
+    interval = config.reuse_interval
+    interval = interval if isinstance(interval, int) else max(1, math.floor(Fraction(str(interval)) * s + Fraction(1, 2)))
+    last = max(indicators, default=None)
+    if last is None or not math.isfinite(indicators[last]):
+        return False, k
+    if k is None and last >= max(1, config.warmup_steps) and indicators[last] < config.threshold:
+        k = last
+    if k is None:
+        return False, None
+    return not ((step - k) % (interval + 1) == 0 or step >= s - math.floor(Fraction(str(config.tail)) * k)), k
+
+
+class Oracle:
+    """Runs a model step by step; `streams` names the block inputs that the outputs continue, in output order."""
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], streams: tuple[str, ...], config: Any) -> None:
+        self.model, self.blocks, self.streams, self.config = model, blocks, streams, config
+        self.kept: dict[Any, Any] = {}
+        self.step, self.trigger, self.indicators, self.times = 0, None, {}, []
+
+    def _reused(self, name: int, now: float) -> tuple[Tensor, ...]:
+        last, previous = self.kept[name], self.kept.get(("previous", name))
+        if self.config.reuse == "taylor" and previous is not None and self.times[-1] != self.times[-2]:
+            weight = torch.tensor((now - self.times[-1]) / (self.times[-1] - self.times[-2]), dtype=torch.float32)
+            return tuple((a.float() + weight * (a.float() - b.float())).to(a.dtype) for a, b in zip(last, previous, strict=True))
+        return last
+
+    def __call__(self, now: float | None = None, **inputs: Any) -> Any:
+        now = float(self.step) if now is None else now
+        mask = self.config.steps_mask
+        reuse, self.trigger = (bool(mask[self.step]), None) if mask else decide(self.indicators, self.step, self.trigger, self.config)
+        first, final, changes, entered = 0, len(self.blocks) - 1, [], {}
+
+        def stand_in(i: int, original: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                bound = inspect.signature(original).bind(*args, **kwargs).arguments
+                if i == first:
+                    entered["in"] = tuple(bound[name] for name in self.streams)
+                if reuse and self.config.reuse == "residual" and i == final:
+                    outs = tuple(x + r for x, r in zip(entered["in"], self.kept["residual"], strict=True))
+                elif reuse:
+                    outs = self._reused(i, now)
+                else:
+                    result = original(*args, **kwargs)
+                    outs = result if isinstance(result, tuple) else (result,)
+                    at = self.streams.index("hidden_states")
+                    if i in self.kept:
+                        old, new = self.kept[i][at].float(), outs[at].float()
+                        changes.append(((new - old).abs().sum() / old.abs().sum()).item())
+                        self.kept["previous", i] = self.kept[i]
+                    self.kept[i] = tuple(out.clone() for out in outs)
+                    if i == final:
+                        self.kept["residual"] = tuple(y - x for y, x in zip(outs, entered["in"], strict=True))
+                return outs if len(outs) > 1 else outs[0]
+
+            return forward
+
+        originals = [block.forward for block in self.blocks]
+        for i, block in enumerate(self.blocks):
+            block.forward = stand_in(i, originals[i])  # type: ignore[method-assign]
+        try:
+            with torch.no_grad():
+                result = self.model(**inputs)
+        finally:
+            for block in self.blocks:
+                del block.forward
+        if not reuse:
+            self.indicators[self.step] = sum(changes) / len(changes) if changes else math.inf
+            self.times.append(now)
+        self.step += 1
+        self.reused = reuse
+        return result

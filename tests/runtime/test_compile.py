@@ -1,0 +1,94 @@
+"""Under torch.compile: two graphs per signature, none more for anything that a service changes, and errors no larger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import bwcache_compile as bw
+from tests.models import OneStream, TwoStream
+from tests.zoo import ZOO
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@torch.no_grad()
+def generation(module: Any, cached: bw.CachedModel, model: OneStream, steps: int, name: str) -> str:
+    for step in range(steps):
+        with cached.cache_context(name):
+            module(*model.example(step=step))
+    return "".join("#" if record.computed else "." for record in cached.report().contexts[name].steps)
+
+
+def test_two_graphs_and_never_another() -> None:
+    model = OneStream().eval()
+    cached = bw.transform(model, bw.CacheConfig(num_steps=6, threshold=float("inf"), reuse_interval=1, tail=0.0))
+    compiled = torch.compile(cached)
+    assert generation(compiled, cached, model, 6, "cond") == "##.#.#"
+    assert graphs() == 2
+    generation(compiled, cached, model, 6, "cond")
+    assert graphs() == 2, "a second generation"
+    generation(compiled, cached, model, 6, "uncond")
+    assert graphs() == 2, "a second context of the same shape"
+    cached.configure(threshold=1e-9)
+    with pytest.warns(bw.CacheWarning, match="no step of context 'cond' was reused"):
+        assert generation(compiled, cached, model, 6, "cond") == "######"
+    assert graphs() == 2, "a changed threshold"
+    cached.configure(threshold=float("inf"))
+    cached.reset(num_steps=8)
+    assert generation(compiled, cached, model, 8, "cond") == "##.#.#.#"
+    assert graphs() == 2, "a changed number of steps"
+    with torch.no_grad():
+        for step in range(3):
+            compiled(*model.example(batch=2, step=step))
+    assert graphs() == 4, "a second signature has two of its own"
+
+
+@pytest.mark.parametrize("reuse", ["output", "residual", "taylor"])
+def test_each_graph_compiles_whole(reuse: Any) -> None:
+    model = TwoStream().eval()
+    if reuse == "residual":
+        model = OneStream().eval()
+    config = bw.CacheConfig(policy="static", steps_mask=(0, 0, 1, 0, 1), reuse=reuse)
+    eager, cached = bw.transform(model, config), bw.transform(model, config)
+    cached.compile(fullgraph=True)
+    cached.warm_up(model.example())
+    assert graphs() == 2
+    assert sum(counters["graph_break"].values()) == 0
+    with torch.no_grad():
+        for step in range(5):
+            inputs = model.example(step=step)
+            torch.testing.assert_close(cached(*inputs), eager(*inputs), rtol=1e-5, atol=1e-5)
+    assert graphs() == 2, "warm-up compiled everything"
+
+
+def test_the_compiled_error_is_the_plainly_compiled_models_own() -> None:
+    """Wan's rotary embedding writes in place, which the compiler makes functional: held against eager and plain."""
+    entry = ZOO["wan"]
+    model: nn.Module = entry.make()
+    cached = bw.transform(model, bw.CacheConfig(num_steps=3, threshold=0))
+    compiled, plain = torch.compile(cached), torch.compile(entry.make())
+    with torch.no_grad():
+        for step in range(3):
+            inputs = entry.inputs(step)
+            expected = model(**inputs).sample
+            scale = expected.abs().max()
+            own = (plain(**inputs).sample - expected).abs().max() / scale
+            ours = (compiled(**inputs).sample - expected).abs().max() / scale
+            # both reorder float32 sums; twice the plain error, and a floor of a few units in the last place
+            assert ours <= 2 * own + 2e-6, f"step {step}: {ours:.2e} against {own:.2e}"

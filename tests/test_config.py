@@ -1,0 +1,89 @@
+"""Every setting out of range has a message; what is saved is what is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bwcache_compile as bw
+
+GOLDEN: list[tuple[dict[str, Any], str]] = [
+    ({"threshold": -0.1}, "threshold is -0.1; it must be >= 0 (0 never reuses)."),
+    ({"threshold": float("nan")}, "threshold is nan; it must be >= 0 (0 never reuses)."),
+    ({"reuse_interval": 0}, "reuse_interval is 0; an int counts steps and must be >= 1."),
+    ({"reuse_interval": -2}, "reuse_interval is -2; an int counts steps and must be >= 1."),
+    ({"reuse_interval": 0.0}, "reuse_interval is 0.0; a float is a fraction of the steps and must be in (0, 1]."),
+    ({"reuse_interval": 1.5}, "reuse_interval is 1.5; a float is a fraction of the steps and must be in (0, 1]."),
+    ({"reuse_interval": True}, "reuse_interval is True; a float is a fraction of the steps and must be in (0, 1]."),
+    ({"tail": 1.01}, "tail is 1.01; it must be in [0, 1]."),
+    ({"tail": -0.5}, "tail is -0.5; it must be in [0, 1]."),
+    ({"warmup_steps": -1}, "warmup_steps is -1; it must be an int >= 0."),
+    ({"num_steps": 0}, "num_steps is 0; it must be an int >= 1."),
+    ({"indicator_tokens": 0}, 'indicator_tokens is 0; it must be an int >= 1 or "all".'),
+    ({"indicator_blocks": "some"}, "indicator_blocks is 'some'; it must be an int >= 1 or \"all\"."),
+    ({"calls_per_step": 0}, "calls_per_step is 0; it must be an int >= 1."),
+    ({"policy": "magic"}, "policy is 'magic'; choose one of 'schedule', 'static'."),
+    ({"reuse": "blend"}, "reuse is 'blend'; choose one of 'output', 'residual', 'taylor'."),
+    ({"policy": "static"}, "policy='static' needs steps_mask: one entry per step, 1 reuses and 0 computes."),
+    (
+        {"policy": "static", "steps_mask": (1, 0)},
+        "steps_mask is (1, 0); entries are 0 or 1 and the first must be 0: nothing is cached yet.",
+    ),
+    (
+        {"policy": "static", "steps_mask": (0, 1, 1), "num_steps": 4},
+        "steps_mask has 3 entries but num_steps is 4; they must be equal.",
+    ),
+    ({"steps_mask": (0, 1)}, "steps_mask is only read by policy='static'; remove it or choose that policy."),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), GOLDEN, ids=[str(changes) for changes, _ in GOLDEN])
+def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(bw.ConfigError, match=f"^{re.escape(message)}$"):
+        bw.CacheConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps", "resolved"),
+    [(1, 50, 1), (1.0, 50, 50), (0.1, 50, 5), (0.05, 50, 3), (0.05, 30, 2), (0.01, 30, 1), (0.15, 30, 5), (0.29, 50, 15), (7, 2, 7)],
+)
+def test_fractions_round_half_up(interval: float, steps: int, resolved: int) -> None:
+    assert bw.CacheConfig(reuse_interval=interval).resolved_interval(steps) == resolved
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        bw.CacheConfig(),
+        bw.CacheConfig.paper(num_steps=30),
+        bw.CacheConfig(reuse_interval=1),
+        bw.CacheConfig(reuse_interval=1.0),
+        bw.CacheConfig(policy="static", steps_mask=(0, 1, 0)),
+        bw.CacheConfig(threshold=float("inf")),
+    ],
+)
+def test_saved_settings_come_back_with_their_types(config: bw.CacheConfig, tmp_path: Path) -> None:
+    config.save(tmp_path / "config.json")
+    loaded = bw.CacheConfig.load(tmp_path / "config.json")
+    assert loaded == config
+    assert type(loaded.reuse_interval) is type(config.reuse_interval)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("{")
+    with pytest.raises(bw.ConfigError, match="config.json is not JSON"):
+        bw.CacheConfig.load(path)
+    path.write_text('{"treshold": 0.1}')
+    with pytest.raises(bw.ConfigError, match=r"holds \['treshold'\], which are no settings of CacheConfig"):
+        bw.CacheConfig.load(path)
+
+
+def test_paper_settings_measure_everything() -> None:
+    paper = bw.CacheConfig.paper()
+    assert (paper.threshold, paper.reuse_interval, paper.tail) == (0.15, 0.1, 0.5)
+    assert (paper.indicator_blocks, paper.indicator_tokens) == ("all", "all")
