@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import CaptureError
-from bwcache_compile.program import CachedProgram, Signature
+from bwcache_compile.program import CachedProgram, Signature, flat_copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +46,6 @@ def _difference(expected: list[Any], actual: list[Any]) -> str | None:
     return None
 
 
-def _flat(module: GraphModule) -> GraphModule:
-    """Return the same graph with a plain flat call, without the exporter's hooks; the parameters are shared."""
-    module.graph.set_codegen(CodeGen())
-    output = module.graph.output_node()
-    returned = output.args[0]
-    output.args = (tuple(returned) if isinstance(returned, (list, tuple)) else (returned,),)
-    return GraphModule(module, module.graph)
-
-
 def _source_of(error: BaseException, model: nn.Module) -> str:
     """Find the line of the user's own code, or of the model's library, that stopped the capture."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -66,14 +56,16 @@ def _source_of(error: BaseException, model: nn.Module) -> str:
     return f'{frame.filename}:{frame.lineno}, in {frame.name}: "{frame.line}"'
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], strict: bool) -> tuple[GraphModule, Signature]:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], strict: bool) -> CachedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's advice to its own developers
         exported = torch.export.export(model, args, kwargs, strict=strict)
-        module = _flat(exported.module(check_guards=False))
+        module = exported.module(check_guards=False)
+    assert isinstance(module, GraphModule)
     inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
     spec = exported.call_spec
-    return module, Signature(spec.in_spec, spec.out_spec, inputs)
+    signature = Signature(spec.in_spec, spec.out_spec, inputs)
+    return CachedProgram(flat_copy(module), module, signature, type(model).__name__)
 
 
 def clone_tensors(tree: Any) -> Any:
@@ -119,16 +111,16 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         mode = "strict" if strict else "non-strict"
         try:
             with torch.no_grad():
-                module, signature = _export(model, args, kwargs, strict)
+                program = _export(model, args, kwargs, strict)
         except Exception as error:  # every front end raises its own kinds; they are reported together below
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             failures.append(f"{mode}: {type(error).__name__}: {reason}\n    at {_source_of(error, model)}")
             continue
         with torch.no_grad():
             flat, _ = pytree.tree_flatten((clone_tensors(args), clone_tensors(kwargs)))
-            difference = _difference(expected, list(module(*flat)))
+            difference = _difference(expected, list(program.compute(*flat)))
         if difference is None:
-            return Capture(CachedProgram(module, signature, name), reference)
+            return Capture(program, reference)
         _check_repeatable(model, args, kwargs, expected)
         failures.append(f"{mode}: the captured graph computes something else than the model: {difference}")
     raise CaptureError(

@@ -164,18 +164,28 @@ class Signature:
     inputs: tuple[str, ...]
 
 
+def flat_copy(module: GraphModule) -> GraphModule:
+    """Copy a graph, giving it a plain flat call and a tuple of outputs; the parameters are shared."""
+    graph = Graph()
+    returned = graph.graph_copy(module.graph, {})
+    graph.output(tuple(returned) if isinstance(returned, (list, tuple)) else (returned,))
+    return GraphModule(module, graph)
+
+
 @dataclasses.dataclass(frozen=True)
 class CachedProgram:
     """A captured model on its way to the cached form.
 
     `compute` is the whole model, edited in place by each pass; `reuse` exists after `specialize`. Neither holds
-    weights of its own: both point at the model's. `plan` is there from planning on.
+    weights of its own: both point at the model's. `exported` is the graph as it was captured, which no pass edits.
+    `plan` is there from planning on.
     After `lift_cache_state` the inputs of `compute` are the user's, then the slots in `compute_slots`, then the
     policy's, then the step; its outputs are the user's, then every slot, then `reuse_left`, then (if anything is
     measured) the indicator per measured block. `reuse` takes the user's inputs, the slots in `reuse_slots` and the step.
     """
 
     compute: GraphModule
+    exported: GraphModule
     signature: Signature
     model_name: str
     plan: CachePlan | None = None
@@ -184,10 +194,12 @@ class CachedProgram:
     reuse_slots: tuple[str, ...] = ()
 
     def copy(self) -> CachedProgram:
-        """Return a program with graphs of its own, so that passes on it leave this one alone; weights are shared."""
-        graph = Graph()
-        graph.output(graph.graph_copy(self.compute.graph, {}))
-        return self.replace(compute=GraphModule(self.compute, graph))
+        """Return a program with a compute graph of its own, so that passes on it leave this one alone; weights are shared."""
+        return self.replace(compute=flat_copy(self.compute))
+
+    def fresh(self) -> CachedProgram:
+        """Return the program as it was captured, before any pass."""
+        return CachedProgram(flat_copy(self.exported), self.exported, self.signature, self.model_name)
 
     def replace(self, **changes: Any) -> CachedProgram:
         """Return a copy with some fields changed."""

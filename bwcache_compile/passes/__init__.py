@@ -39,12 +39,10 @@ def run_pipeline(program: CachedProgram, passes: tuple[Pass, ...], after_pass: A
     """
     for transform in passes:
         program = transform(program).program
-        for module in (program.compute, program.reuse):
-            if module is not None:
-                module.recompile()
         verify(program, transform.__name__)
         if after_pass:
             after_pass(transform.__name__, program)
+    program.compute.recompile()  # once: writing a graph out as Python costs more than most passes
     return program
 
 

@@ -23,9 +23,8 @@ def _append(after: Node, target: torch._ops.OpOverload, args: tuple[Any, ...], n
     return node
 
 
-def _sample(inner: GraphModule, measured: Measured, index: int) -> Node:
+def _sample(inner: GraphModule, node: Node, measured: Measured, index: int) -> Node:
     """Take the measured rows of a feature, right where it is computed."""
-    node = next(n for n in inner.graph.nodes if n.name == measured.node)
     if measured.token_range is not None:
         node = _append(node, aten.slice.Tensor, (1, *measured.token_range), f"stream_{index}")
     value: Tensor = node.meta["val"]
@@ -55,7 +54,8 @@ def insert_indicator(program: CachedProgram) -> PassResult:
         return PassResult(program, False)
     inner = module.get_submodule("region")
     assert isinstance(inner, GraphModule)
-    samples = [_sample(inner, measured, i) for i, measured in enumerate(plan.measured)]
+    named = {node.name: node for node in inner.graph.nodes}
+    samples = [_sample(inner, named[measured.node], measured, i) for i, measured in enumerate(plan.measured)]
     output = inner.graph.output_node()
     output.args = ((*output.args[0], *samples),)  # type: ignore[misc]
     inner.recompile()

@@ -88,8 +88,8 @@ class CachedModel(ModelWrapper):
             loaded = self._programs.get(key)
             if loaded is None or loaded.tree != tree:
                 captured = self._toolchain.capture(self._original, args, kwargs)
-                program = self._toolchain.build(captured.copy(), self.cache_config)
-                loaded = LoadedProgram(program, captured, device_of_call(args, kwargs), tree_key(self._original))
+                program = self._toolchain.build(captured, self.cache_config)
+                loaded = LoadedProgram(program, device_of_call(args, kwargs), tree_key(self._original))
                 if self._compile_options is not None:
                     loaded.compile(self._compile_options)
                 self._captured += 1
@@ -313,4 +313,4 @@ class CachedModel(ModelWrapper):
 
     def graph_diff(self) -> dict[str, GraphDiff]:
         """Return what each pass changed, by its name, and what all did together, under "whole"."""
-        return self._toolchain.explain(self._latest.captured.copy(), self.cache_config)
+        return self._toolchain.explain(self._latest.program.fresh(), self.cache_config)

@@ -1,0 +1,144 @@
+"""Cache the bundled video model and see what it gains and what it costs.
+
+Runs 50 denoising steps with guidance: the model as it is, the cached model, and the model with as many steps as the
+cached one computed; then the first two again under torch.compile. Prints a table and writes pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent / "tiny_video_dit"))
+
+import data
+import model as tiny
+import quality
+
+import bwcache_compile as bw
+
+THRESHOLD = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Clips of one way of running, float32[B, 3, F, H, W], and the seconds of each generation."""
+
+    clips: Tensor
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """Median seconds of a generation."""
+        return statistics.median(self.seconds)
+
+
+def generate(name: str, module: Any, tokens: Tensor, noise: Tensor, steps: int, repeats: int, warm_up: Callable[[], None] | None = None) -> Run:
+    """Generate the same clips `repeats` times, after compiling or warming up out of the clock."""
+    if warm_up is not None:
+        warm_up()
+    seconds = []
+    with tqdm(total=steps * repeats, desc=f"{name:22}", unit="step") as bar:
+        for _ in range(repeats):
+            began = time.perf_counter()
+            clips = tiny.sample(module, tokens, noise, steps, on_step=bar.update)
+            seconds.append(time.perf_counter() - began)
+    return Run(clips, seconds)
+
+
+def draw_indicator(report: Any, profile: Any, threshold: float, path: Path) -> None:
+    """Plot the indicator of every step, as an uncached run measures it, and which steps the cached run reused."""
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for name, context in profile.contexts.items():
+        points = [(r.step, r.indicator) for r in context.steps if r.indicator is not None]
+        axis.plot(*zip(*points, strict=True), marker=".", label=f"{name}: change per step")
+    for record in next(iter(report.contexts.values())).steps:
+        if not record.computed:
+            axis.axvspan(record.step - 0.5, record.step + 0.5, color="0.88", linewidth=0)
+    axis.axhline(threshold, color="k", linestyle="--", linewidth=0.8, label=f"threshold {threshold:g}")
+    axis.set(xlabel="denoising step (grey: reused)", ylabel="relative L1 change of the blocks", ylim=(0, None))
+    axis.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="indicator below which reuse begins (default %(default)s)")
+    parser.add_argument("--reuse", choices=["output", "residual", "taylor"], default="output")
+    parser.add_argument("--clips", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=3, help="generations per way of running; the median counts")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes a minute or two)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    original = tiny.load()
+    attributes = data.draw_attributes(args.clips, torch.Generator().manual_seed(args.seed))
+    tokens, noise = data.encode(attributes), tiny.draw_noise(args.clips, args.seed)
+    example = {"hidden_states": noise, "timestep": torch.ones(args.clips), "encoder_hidden_states": tokens, "return_dict": False}
+    example_args = (example.pop("hidden_states"), example.pop("timestep"), example.pop("encoder_hidden_states"))
+    config = bw.CacheConfig(threshold=args.threshold, reuse=args.reuse, num_steps=args.steps)
+
+    cached = bw.transform(original, config, example_args=example_args, example_kwargs=example)
+    print(f"found {len(cached.blocks)} blocks in {type(original).__name__}\n{cached.plan}\n")
+    full = generate("baseline", original, tokens, noise, args.steps, args.repeats)
+    ours = generate("cached", cached, tokens, noise, args.steps, args.repeats)
+    report = cached.report()
+    computed = round(statistics.mean(context.computed for context in report.contexts.values()))
+    fewer = generate(f"baseline, {computed} steps", original, tokens, noise, computed, args.repeats)
+    profiler = bw.transform(original, dataclasses.replace(config, threshold=0))
+    tiny.sample(profiler, tokens, noise, args.steps)
+
+    rows = {"eager": full.median / ours.median}
+    if not args.no_compile:
+        plain, fast = torch.compile(original), torch.compile(cached)
+        with torch.no_grad():
+            full_compiled = generate("baseline, compiled", plain, tokens, noise, args.steps, args.repeats, lambda: plain(*example_args, **example))
+        cached.reset()
+        ours_compiled = generate("cached, compiled", fast, tokens, noise, args.steps, args.repeats, lambda: tiny.sample(fast, tokens, noise, args.steps))
+        rows["compiled"] = full_compiled.median / ours_compiled.median
+
+    print(f"\n{report}\n")
+    print(f"{'':26}{'speed-up':>9}{'PSNR':>9}{'SSIM':>8}   against the uncached run")
+    near, few = quality.closeness(ours.clips, full.clips), quality.closeness(fewer.clips, full.clips)
+    for name, ratio in rows.items():
+        print(f"{f'cached, {name}':26}{ratio:8.2f}x{near.psnr:6.1f} dB{near.ssim:8.3f}")
+    print(f"{f'plain run of {computed} steps':26}{full.median / fewer.median:8.2f}x{few.psnr:6.1f} dB{few.ssim:8.3f}")
+    held = sum(context.state_bytes for context in report.contexts.values())
+    print(f"cache memory: {held / 2**20:.2f} MiB for {len(report.contexts)} contexts, {cached.plan.hidden_states:.2f} hidden states each")
+
+    clips = {"baseline": full.clips, "cached": ours.clips, "fewer steps": fewer.clips}
+    quality.contact_sheet(clips, args.out / "contact_sheet.png")
+    quality.animation(clips, args.out / "side_by_side.gif")
+    draw_indicator(report, profiler.report(), args.threshold, args.out / "indicator.png")
+    result = {
+        "steps": args.steps, "threshold": args.threshold, "reuse": args.reuse, "clips": args.clips, "speed_up": rows,
+        "computed": {name: context.computed for name, context in report.contexts.items()},
+        "cached": dataclasses.asdict(near), "fewer_steps": dataclasses.asdict(few), "state_bytes": held,
+    }  # fmt: skip
+    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\nbaseline, cached and fewer steps, row by row: {args.out / 'contact_sheet.png'}, {args.out / 'side_by_side.gif'}")
+    print(f"the indicator over the run: {args.out / 'indicator.png'}")
+
+
+if __name__ == "__main__":
+    main()
