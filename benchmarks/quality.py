@@ -100,7 +100,9 @@ def main() -> None:
         for seed, (tokens, noise, full) in enumerate(cases):
             clips, computed = first_block_cache(threshold, tokens, noise)
             few = fewer(seed, max(1, round(computed)))
-            rows.append({"computed": computed, **dataclasses.asdict(quality.closeness(clips, full)), "fewer_psnr": few.psnr, "fewer_ssim": few.ssim})
+            rows.append(
+                {"computed": computed, **dataclasses.asdict(quality.closeness(clips, full)), "fewer_psnr": few.psnr, "fewer_ssim": few.ssim}
+            )
         result["first_block_cache"].append({"threshold": threshold} | summarise(rows))
 
     print(f"{'setting':46}{'trigger':>8}{'computed':>9}{'PSNR':>7}{'SSIM':>7}   as many plain steps")

@@ -36,7 +36,8 @@ def aliased_arguments(node: Node) -> tuple[list[Node], list[Node]]:
         info = argument.alias_info
         if info is not None and info.is_write:
             written += nodes
-        if (info is not None and info.before_set & returned) or (silent and position == 0):
+        # "*" is how a schema says that the parts of a returned list share this argument's storage
+        if (info is not None and (info.before_set & returned or "*" in info.after_set)) or (silent and position == 0):
             shared += nodes
     return shared, written
 

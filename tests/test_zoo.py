@@ -17,7 +17,6 @@ from bwcache_compile.runtime import Toolchain
 from tests.reference import Oracle
 from tests.zoo import ZOO, Entry
 
-
 Transform = Callable[[bw.CacheConfig], bw.CachedModel]
 
 

@@ -168,13 +168,20 @@ class CachedModel(ModelWrapper):
         try:
             loaded = self._loaded(args, kwargs)
             flat = pytree.tree_leaves((args, kwargs))
-            num_steps = moment.num_steps or self.cache_config.steps
+            num_steps = self._num_steps(moment)
             state = arrive(context, moment, loaded, flat, num_steps, weights_version(self._original))
             operands = loaded.operands(flat, state, self.cache_config, num_steps)
         except BaseException:
             context.lock.release()
             raise
         return _Call(context, loaded, state, loaded.reuse if state.reuses_next else loaded.compute, operands)
+
+    def _num_steps(self, moment: Moment | None) -> int | None:
+        """Return the steps of a generation: what the caller of this call said, else the settings."""
+        said, mask = moment.num_steps if moment else None, self.cache_config.steps_mask
+        if said is not None and mask is not None and said != len(mask):
+            raise ConfigError(f"steps_mask has {len(mask)} entries but num_inference_steps is {said}; they must be equal.")
+        return said or self.cache_config.steps
 
     def _unnamed(self) -> Moment:
         """Name the calls of one step apart where the caller does not."""
@@ -192,8 +199,7 @@ class CachedModel(ModelWrapper):
         gap = before.step - before.computed_at if before.computed_at >= 0 else None
         computed = not before.reuses_next
         context.records.append(StepRecord(before.step, computed, gap if computed else None, change))
-        moment = self._moment.get()
-        num_steps = (moment.num_steps if moment else None) or self.cache_config.steps
+        num_steps = self._num_steps(self._moment.get())
         if num_steps is not None and before.step == num_steps - 1:
             warn_without_reuse(context, self.cache_config)
         return outputs

@@ -68,9 +68,11 @@ def arrive(context: Context, moment: Moment, loaded: LoadedProgram, flat: list[A
         The state to run on; its `step` is the step of this call.
 
     Raises:
-        StateError: The call is at the same moment as the one before it.
+        StateError: The call is at the same moment as the one before it, or its step index is out of range.
     """
     state = context.state
+    if moment.step_index is not None and num_steps is not None and not 0 <= moment.step_index < num_steps:
+        raise StateError(f"step_index {moment.step_index} is outside the {num_steps} steps of a generation (0 .. {num_steps - 1}).")
     step = moment.step_index if moment.step_index is not None else state.step if state else 0
     first = 0 if moment.step_index is None else step
     if state is None or (num_steps is not None and step >= num_steps) or step < state.step:

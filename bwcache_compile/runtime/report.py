@@ -53,8 +53,8 @@ class ContextReport:
         return len(self.steps) - self.computed
 
     def smallest(self, first: int = 1) -> StepRecord | None:
-        """Return the step from `first` on with the smallest finite indicator."""
-        measured = [r for r in self.steps if r.step >= first and r.indicator is not None and math.isfinite(r.indicator)]
+        """Return the step from `first` on, the last one excepted, with the smallest finite indicator."""
+        measured = [r for r in self.steps[:-1] if r.step >= first and r.indicator is not None and math.isfinite(r.indicator)]
         return min(measured, key=lambda r: r.indicator or 0.0, default=None)
 
 

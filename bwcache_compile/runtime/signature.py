@@ -26,7 +26,7 @@ def device_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.devic
 
 def _leaf_key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return (tuple(leaf.shape), leaf.dtype, leaf.device, leaf.stride())
+        return (tuple(leaf.shape), leaf.dtype, leaf.device)
     if leaf is None or isinstance(leaf, (bool, int, float, str, bytes, torch.dtype, torch.device)):
         return (type(leaf), leaf)
     raise ConfigError(

@@ -74,7 +74,12 @@ def test_the_step_index_counts_where_it_is_given(model: OneStream) -> None:
         with cached.cache_context("uncond", step_index=step):
             run(cached, *model.example(step=step))
     steps = cached.report().contexts["uncond"].steps
-    assert [(record.step, record.computed, record.gap) for record in steps] == [(0, True, None), (3, True, 3), (4, False, None), (5, True, 2)]
+    assert [(record.step, record.computed, record.gap) for record in steps] == [
+        (0, True, None),
+        (3, True, 3),
+        (4, False, None),
+        (5, True, 2),
+    ]
     with cached.cache_context("uncond", step_index=0):
         run(cached, *model.example(step=0))
     assert [record.step for record in cached.report().contexts["uncond"].steps] == [0], "going back begins a generation"
@@ -105,6 +110,16 @@ def test_missing_num_steps_fails_at_the_first_call(model: OneStream) -> None:
         "num_steps is not known, and policy='schedule' places the protected tail by it. Set CacheConfig(num_steps=...),"
         " call cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
     )
+
+
+def test_what_a_context_says_must_fit(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    message = "steps_mask has 6 entries but num_inference_steps is 4; they must be equal."
+    with cached.cache_context("cond", num_inference_steps=4), pytest.raises(bw.ConfigError, match=message):
+        run(cached, *model.example())
+    message = r"step_index 6 is outside the 6 steps of a generation \(0 .. 5\)."
+    with cached.cache_context("cond", step_index=6), pytest.raises(bw.StateError, match=message):
+        run(cached, *model.example())
 
 
 def test_two_calls_a_step_are_noticed(model: OneStream) -> None:
@@ -166,7 +181,7 @@ def test_invalidate_is_for_edits_that_nothing_counts(model: OneStream) -> None:
 
 
 def test_a_run_without_reuse_says_which_threshold_would_do(model: OneStream) -> None:
-    cached = bw.transform(model, bw.CacheConfig.paper(num_steps=4, threshold=1e-6))
+    cached = bw.transform(model, bw.CacheConfig.paper(num_steps=4, threshold=1e-6, tail=0.0))
     with pytest.warns(bw.CacheWarning, match="no step of context 'default' was reused at threshold 1e-06") as caught:
         generation(cached, model, steps=4)
     smallest = cached.report().contexts["default"].smallest()
@@ -174,7 +189,7 @@ def test_a_run_without_reuse_says_which_threshold_would_do(model: OneStream) -> 
     assert f"the smallest indicator was {smallest.indicator:.4g} at step {smallest.step};" in str(caught[0].message)
     cached.configure(threshold=(smallest.indicator or 0) * 1.01)
     generation(cached, model, steps=4)
-    assert cached.report().contexts["default"].steps[smallest.step].computed
+    assert cached.report().contexts["default"].reused > 0
 
 
 def test_changed_settings_take_effect_without_a_capture(model: OneStream) -> None:
@@ -292,7 +307,11 @@ REFUSALS: list[tuple[Any, type[Exception], str]] = [
     (lambda m: bw.transform(bw.transform(m)), bw.StateError, "this model is transformed already; use it as it is, or"),
     (lambda m: bw.transform(torch.compile(m)), bw.ConfigError, "this model is compiled already: transform the original first, then call"),
     (lambda m: bw.transform(len), bw.ConfigError, "transform takes a torch.nn.Module, not a builtin_function_or_method."),
-    (lambda m: bw.transform(OneStream().to("meta")), bw.ConfigError, "the parameter patch.weight of OneStream has no data here (device meta)"),
+    (
+        lambda m: bw.transform(OneStream().to("meta")),
+        bw.ConfigError,
+        "the parameter patch.weight of OneStream has no data here (device meta)",
+    ),
     (lambda m: run(bw.transform(m.train(), STATIC), *m.example()), bw.StateError, "OneStream is in training mode; call .eval() first"),
     (lambda m: closed(m), bw.StateError, "this cached model was closed; transform the model again."),
     (lambda m: bw.transform(m).plan, bw.StateError, "nothing is captured yet: call the model once, or pass example_args"),

@@ -1,0 +1,28 @@
+# make demo: from a bare clone to the quickstart's output.  make test: from a bare clone to the test result.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test check lint lines
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/quickstart.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check bwcache_compile tests examples benchmarks
+	$(BIN)/ruff check bwcache_compile tests examples benchmarks
+	$(BIN)/mypy
+
+lines:
+	@cat $$(git ls-files 'bwcache_compile/*.py' 'bwcache_compile/**/*.py' | sort -u) | grep -cv '^[[:space:]]*$$' | sed 's/$$/ lines in the package, blank ones left out/'
+
+check: lint lines test
