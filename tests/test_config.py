@@ -76,7 +76,7 @@ def test_saved_settings_come_back_with_their_types(config: bw.CacheConfig, tmp_p
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("{")
-    with pytest.raises(bw.ConfigError, match="config.json is not JSON"):
+    with pytest.raises(bw.ConfigError, match=r"config\.json is not JSON"):
         bw.CacheConfig.load(path)
     path.write_text('{"treshold": 0.1}')
     with pytest.raises(bw.ConfigError, match=r"holds \['treshold'\], which are no settings of CacheConfig"):

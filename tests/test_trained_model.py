@@ -38,8 +38,8 @@ def trigger_steps(cached: bw.CachedModel, tokens: torch.Tensor, noise: torch.Ten
                 states[name] = dataclasses.replace(states[name], reuse_until=-1)  # keep computing: only the trigger counts here
         if all(at < STEPS for at in found.values()):
             break
-        velocity = out["uncond"] + tiny.GUIDANCE * (out["cond"] - out["uncond"])
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        clean = out["uncond"] + tiny.GUIDANCE * (out["cond"] - out["uncond"])
+        latents = scheduler.step((latents - clean) / (timestep / 1000), timestep, latents, return_dict=False)[0]
     return found
 
 

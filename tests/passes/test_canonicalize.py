@@ -99,7 +99,17 @@ def test_asserts_and_what_only_they_read_go() -> None:
     assert not after - before
 
 
-@pytest.mark.parametrize("model", [Casting(), Narrowing(), Checked(), InPlace()], ids=lambda m: type(m).__name__)
+class Halves(OneStream):
+    """Writes to one half of a tensor, and reads the whole."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        doubled = x.clone()
+        left, _ = doubled.chunk(2, dim=-1)
+        left.mul_(2)
+        return super().forward(doubled, t)
+
+
+@pytest.mark.parametrize("model", [Casting(), Narrowing(), Checked(), InPlace(), Halves()], ids=lambda m: type(m).__name__)
 def test_numbers(model: Tiny) -> None:
     program = captured(model)
     before, printed, args = program.copy(), text(program), model.example(step=1)

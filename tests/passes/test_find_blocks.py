@@ -138,7 +138,7 @@ def test_the_graph_is_left_alone(model: Tiny) -> None:
     assert first == second
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(models())
 def test_blocks_are_disjoint_ordered_convex(model: Tiny) -> None:
     program = canonicalize(captured(model)).program

@@ -92,17 +92,23 @@ def test_the_rest_of_the_graph_is_left_alone() -> None:
     assert [name for name, child in after.compute.named_children() if isinstance(child, GraphModule)] == [*inner, "policy"]
 
 
-class Stepped(OneStream):
-    """Calls its own input `step`, which is a name that the pass uses too."""
-
+class Step(OneStream):
     def forward(self, x: Tensor, step: Tensor) -> Tensor:
         return super().forward(x, step)
 
 
-def test_a_users_input_of_the_same_name_stays_the_users() -> None:
-    model = Stepped(depth=2)
+class Change(OneStream):
+    def forward(self, x: Tensor, change: Tensor) -> Tensor:
+        return super().forward(x, change)
+
+
+@pytest.mark.parametrize("model", [Step(depth=2), Change(depth=2)], ids=lambda m: type(m).__name__)
+def test_a_users_input_of_the_same_name_stays_the_users(model: Tiny) -> None:
     after = applied(insert_policy, ready_for(insert_policy, model))
-    assert len(after.compute.graph.find_nodes(op="placeholder")) == 2 + len(POLICY) + 1
+    inputs = after.compute.graph.find_nodes(op="placeholder")
+    assert len(inputs) == 2 + len(POLICY) + 1
+    call = next(node for node in after.compute.graph.nodes if node.target == "policy")
+    assert not set(call.args) & set(inputs[:2])
 
 
 def decision(program: CachedProgram, step: int, trigger: int, **policy: float) -> tuple[int, int, float]:
@@ -140,6 +146,7 @@ def test_worked_example(scheduled: CachedProgram) -> None:
     step, trigger, reused = 0, -1, []
     while step < 30:
         left, trigger, _ = decision(scheduled, step, trigger, **policy)
+        assert left >= 0
         reused += range(step + 1, step + 1 + left)
         step += 1 + left
     assert trigger == 8
@@ -150,6 +157,17 @@ def test_worked_example(scheduled: CachedProgram) -> None:
 def test_the_ends_of_the_threshold(scheduled: CachedProgram, threshold: float, left: int) -> None:
     assert decision(scheduled, 1, -1, threshold=threshold)[0] == left
     assert decision(scheduled, 0, -1, threshold=threshold)[:2] == (0, -1), "nothing is cached before the first step"
+
+
+def test_threshold_zero_never_reuses_though_nothing_moved(scheduled: CachedProgram) -> None:
+    fill_buffers(scheduled)
+    args = OneStream().example()
+    for step in range(3):
+        *_, left, change = scheduled.compute(*args, *policy_values(threshold=0.0, num_steps=30), torch.tensor([step]))
+    assert change.tolist() == [0, 0, 0]
+    assert (int(left), int(scheduled.compute.get_submodule("cache").trigger)) == (0, -1)
+    *_, left, _ = scheduled.compute(*args, *policy_values(threshold=1e-6, num_steps=30), torch.tensor([3]))
+    assert int(left) == 1
 
 
 @pytest.mark.parametrize("config", [CacheConfig(num_steps=4), STATIC], ids=["schedule", "static"])

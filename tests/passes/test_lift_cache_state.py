@@ -144,7 +144,7 @@ def test_numbers_residual_static() -> None:
     check_numbers(OneStream(), CacheConfig(reuse="residual", policy="static", steps_mask=(0, 0, 0)))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(models(), st.sampled_from(get_args(Reuse)), st.sampled_from([1, "all"]), st.booleans())
 def test_state_round_trips(model: Tiny, reuse: Reuse, blocks: int | str, static: bool) -> None:
     policy = {"policy": "static", "steps_mask": (0, 1, 0, 1)} if static else {"num_steps": 4}

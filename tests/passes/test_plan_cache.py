@@ -190,7 +190,7 @@ def test_taylor_counts_steps_where_the_time_is_uncertain() -> None:
     assert made.notes == ("no input is certain to be the time (the only one of rank 0 or 1, in float32), so steps are counted instead",)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(models(), st.integers(0, 2), st.integers(0, 1), st.sampled_from(["output", "taylor"]), st.sampled_from([1, 2, 7, 1000, "all"]))
 def test_plans_add_up(model: Tiny, first: int, last: int, reuse: str, tokens: int | str) -> None:
     program = canonicalize(captured(model)).program

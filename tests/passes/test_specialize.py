@@ -99,7 +99,19 @@ return linear_6""",
 
 
 def test_what_the_epilogue_changes_is_copied_first() -> None:
-    assert_expected_inline(format_graph(specialized(Exposed(depth=2)).reuse), """""")
+    assert_expected_inline(
+        format_graph(specialized(Exposed(depth=2)).reuse),
+        """\
+x: f32[1, 6, 4] = input
+t: f32[1] = input
+kept_output_0: f32[1, 6, 8] = input
+clone_default_1: f32[1, 6, 8] = clone(kept_output_0)
+step: i64[1] = input
+mul_: f32[1, 6, 8] = mul_(clone_default_1, 2)
+linear_6: f32[1, 6, 4] = linear(mul_, head.weight, head.bias)
+slice_1: f32[1, 2, 8] = slice(mul_, 1, 0, 2)
+return linear_6, slice_1""",
+    )
 
 
 def test_the_computed_step_is_left_alone() -> None:
@@ -183,6 +195,13 @@ def test_numbers_on_the_same_inputs(model: Tiny, kind: Reuse) -> None:
     check_hold(specialized(model, reuse=kind), model)
 
 
+@pytest.mark.parametrize("kind", ["output", "taylor"])
+def test_numbers_of_two_outputs(kind: Reuse) -> None:
+    program = specialized(TwoStream(), reuse=kind, compute_last=2)
+    assert len(program.planned().region_outputs) == 2
+    check_hold(program, TwoStream().eval())
+
+
 def by_hand(model: OneStream, step: int) -> tuple[Tensor, Tensor]:
     """Return the hidden state before and after the blocks."""
     x, t = model.example(step=step)
@@ -209,7 +228,7 @@ def test_numbers_on_other_inputs() -> None:
         torch.testing.assert_close(got[0], model.head(wanted[kind]), rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(models(), st.sampled_from(get_args(Reuse)), st.integers(0, 1))
 def test_no_cached_block_is_left(model: Tiny, kind: Reuse, last: int) -> None:
     try:

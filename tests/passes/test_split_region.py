@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_text import diff_graphs, op_counts
+from bwcache_compile.passes import find_blocks, plan_cache
 from bwcache_compile.passes.split_region import split_region
 from bwcache_compile.program import REGION_MARK, CachedProgram
 from tests.models import Exposed, Functional, InPlace, Interleaved, OneStream, Refined, Tiny, TwoStream
@@ -135,11 +136,23 @@ def test_a_write_outside_the_region_stays_outside() -> None:
     assert torch.equal(model.calls, calls + 1)
 
 
+class Skips(OneStream):
+    """Projects every block's output as soon as it is there: parts of the epilogue stand between the blocks."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        hidden, temb = self.patch(x), self.embed(t)
+        total = x
+        for block in self.blocks:
+            hidden = block(hidden, temb)
+            total = total + self.head(hidden)
+        return total
+
+
 def region(program: CachedProgram) -> list[str]:
     return [node.name for node in program.compute.get_submodule("region").graph.nodes if node.op == "call_function"]
 
 
-MODELS = [OneStream(), TwoStream(), InPlace(), Interleaved(), Refined(), Functional(), Exposed(), Late()]
+MODELS = [OneStream(), TwoStream(), InPlace(), Interleaved(), Refined(), Functional(), Exposed(), Late(), Skips()]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: type(m).__name__)
@@ -154,13 +167,15 @@ def test_numbers(model: Tiny) -> None:
         assert same(run(after, *model.example(step=step)), run(before, *model.example(step=step)))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(models(), st.integers(0, 2), st.integers(0, 2))
 def test_recomposes_bit_for_bit(model: Tiny, first: int, last: int) -> None:
-    plan = planned(model).planned()
-    first = min(first, len(plan.blocks) - 1)
-    last = min(last, len(plan.blocks) - 1 - first)
-    program = planned(model, CacheConfig(num_steps=4, compute_first=first, compute_last=last))
+    program = planned(model)
+    search = find_blocks(program)
+    first = min(first, len(search.blocks) - 1)
+    last = min(last, len(search.blocks) - 1 - first)
+    config = CacheConfig(num_steps=4, compute_first=first, compute_last=last)
+    program = program.replace(plan=plan_cache(program, search, config))
     once = applied(split_region, program)
     inner = once.compute.get_submodule("region")
     weights = {id(p) for p in model.parameters()}
