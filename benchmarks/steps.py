@@ -169,10 +169,10 @@ def main() -> None:
             f"{kind}: computed / plain {row['computed_over_plain']:.3f}, reused / shell {row['reused_over_shell']:.2f},"
             f" reused / plain {row['reused_over_plain']:.4f}"
         )
-    for row in result["transform"]:  # type: ignore[attr-defined]
-        print(
-            f"{row['layers']} blocks: export {row['export_s']:.2f} s, transform {row['transform_s']:.2f} s, ratio {row['transform_over_export']:.2f}"
-        )
+    rows: Any = result["transform"]
+    for row in rows:
+        seconds = f"export {row['export_s']:.2f} s, transform {row['transform_s']:.2f} s"
+        print(f"{row['layers']} blocks: {seconds}, ratio {row['transform_over_export']:.2f}")
     memory: Any = result["memory"]
     print(f"transform holds {memory['extra_over_weights']:.3f} of the weights ({memory['weights_mib']:.0f} MiB) beyond a forward")
     if args.out:

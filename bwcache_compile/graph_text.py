@@ -45,7 +45,7 @@ def op_name(node: Node) -> str:
 
 def _format_argument(argument: Any) -> str:
     if isinstance(argument, Node):
-        return str(argument.target) if argument.op == "get_attr" else argument.name
+        return str(argument.target).removeprefix("bwcache_") if argument.op == "get_attr" else argument.name
     if isinstance(argument, (list, tuple)):
         return f"[{', '.join(map(_format_argument, argument))}]"
     return str(argument)
@@ -57,7 +57,7 @@ def format_node(node: Node) -> str:
     if node.op == "output":
         return f"return {', '.join(_format_argument(a) for a in node.all_input_nodes)}"
     if node.op == "call_module":
-        arguments.insert(0, str(node.target))
+        arguments.insert(0, str(node.target).removeprefix("bwcache_"))
     value = node.meta.get("val")
     shown = f": {format_value(value)}" if value is not None else ""
     if node.op == "placeholder":

@@ -11,6 +11,9 @@ from torch.utils._pytree import TreeSpec
 
 from bwcache_compile.config import CacheConfig
 
+OURS = "bwcache_"
+"""Prefix of the names of graphs and buffers that passes add to a module, so that they never hide the model's own."""
+
 REGION_MARK = "bwcache_region"
 """Key in the `meta` of every operator of the cached region. Names repeat from graph to graph; this mark does not."""
 
@@ -165,11 +168,16 @@ class Signature:
 
 
 def flat_copy(module: GraphModule) -> GraphModule:
-    """Copy a graph, giving it a plain flat call and a tuple of outputs; the parameters are shared."""
+    """Copy a graph and those it calls, giving it a plain flat call and a tuple of outputs; the parameters are shared."""
     graph = Graph()
     returned = graph.graph_copy(module.graph, {})
     graph.output(tuple(returned) if isinstance(returned, (list, tuple)) else (returned,))
-    return GraphModule(module, graph)
+    copy = GraphModule(module, graph)
+    for node in graph.find_nodes(op="call_module"):
+        called = module.get_submodule(str(node.target))
+        if isinstance(called, GraphModule):
+            copy.add_submodule(str(node.target), flat_copy(called))
+    return copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,8 +202,8 @@ class CachedProgram:
     reuse_slots: tuple[str, ...] = ()
 
     def copy(self) -> CachedProgram:
-        """Return a program with a compute graph of its own, so that passes on it leave this one alone; weights are shared."""
-        return self.replace(compute=flat_copy(self.compute))
+        """Return a program with graphs of its own, so that passes on it leave this one alone; weights are shared."""
+        return self.replace(compute=flat_copy(self.compute), reuse=self.reuse and flat_copy(self.reuse))
 
     def fresh(self) -> CachedProgram:
         """Return the program as it was captured, before any pass."""

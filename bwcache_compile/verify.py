@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from bwcache_compile.errors import InvariantError
 from bwcache_compile.graph_text import format_node
-from bwcache_compile.program import REGION_MARK, CachedProgram
+from bwcache_compile.program import OURS, REGION_MARK, CachedProgram
 
 
 def _neighbourhood(node: Node) -> str:
@@ -15,6 +15,10 @@ def _neighbourhood(node: Node) -> str:
     at = nodes.index(node) if node in nodes else 0
     lines = [("> " if n is node else "  ") + format_node(n) for n in nodes[max(0, at - 5) : at + 6]]
     return "\n".join(lines)
+
+
+def _shown(node: Node) -> str:
+    return str(node.target).removeprefix(OURS)
 
 
 def _fail(after: str, reason: str, node: Node | None = None) -> None:
@@ -31,9 +35,9 @@ def _verify_graph(module: GraphModule, after: str) -> None:
         if node.op == "call_module":
             inner = module.get_submodule(str(node.target))
             if not isinstance(inner, GraphModule):
-                _fail(after, f"{node.target} is a {type(inner).__name__}, not a graph", node)
+                _fail(after, f"{_shown(node)} is a {type(inner).__name__}, not a graph", node)
             elif len(node.args) != len(inner.graph.find_nodes(op="placeholder")):
-                _fail(after, f"{node.target} is called with {len(node.args)} operands", node)
+                _fail(after, f"{_shown(node)} is called with {len(node.args)} operands", node)
             else:
                 _verify_graph(inner, after)
         elif node.op == "call_method":
@@ -47,17 +51,22 @@ def _verify_specialized(program: CachedProgram, after: str) -> None:
     for module in (program.compute, program.reuse):
         assert module is not None
         for node in module.graph.nodes:
-            if node.op == "get_attr" and str(node.target).startswith("cache."):
-                _fail(after, f"the state {node.target} is still a buffer", node)
+            if node.op == "get_attr" and str(node.target).startswith(f"{OURS}cache."):
+                _fail(after, f"the state {_shown(node)} is still a buffer", node)
     assert program.reuse is not None
     for inner in program.reuse.modules():
         for node in inner.graph.nodes if isinstance(inner, GraphModule) else ():
             if node.meta.get(REGION_MARK):
                 _fail(after, f"{node.name} of a cached block runs on a reused step", node)
-    outputs = program.compute.graph.output_node().args[0]
-    expected = program.signature.out_spec.num_leaves + len(plan.slots) + (2 if plan.measured else 1)
-    if not isinstance(outputs, (list, tuple)) or len(outputs) != expected:
-        _fail(after, f"the compute graph returns {len(outputs) if isinstance(outputs, (list, tuple)) else 1} values, not {expected}")
+    user = program.signature.out_spec.num_leaves
+    for name, graph, expected in (
+        ("compute", program.compute.graph, user + len(plan.slots) + (2 if plan.measured else 1)),
+        ("reuse", program.reuse.graph, user),
+    ):
+        outputs = graph.output_node().args[0]
+        returned = len(outputs) if isinstance(outputs, (list, tuple)) else 1
+        if returned != expected:
+            _fail(after, f"the {name} graph returns {returned} values, not {expected}")
 
 
 def verify(program: CachedProgram, after: str = "capture") -> None:
@@ -72,7 +81,7 @@ def verify(program: CachedProgram, after: str = "capture") -> None:
     """
     _verify_graph(program.compute, after)
     for name, tensor in program.compute.named_buffers():
-        if tensor.device == torch.device("meta") and not name.startswith("cache."):
+        if tensor.device == torch.device("meta") and not name.startswith(f"{OURS}cache."):
             _fail(after, f"the buffer {name} has no data")
     if program.reuse is not None:
         _verify_graph(program.reuse, after)

@@ -91,7 +91,7 @@ def main() -> None:
     original = tiny.load()
     attributes = data.draw_attributes(args.clips, torch.Generator().manual_seed(args.seed))
     tokens, noise = data.encode(attributes), tiny.draw_noise(args.clips, args.seed)
-    example = (noise, torch.ones(args.clips), tokens)
+    example = (tiny.with_coordinates(noise), torch.ones(args.clips), tokens)
     config = bw.CacheConfig(threshold=args.threshold, reuse=args.reuse, num_steps=args.steps)
 
     cached = bw.transform(original, config, example_args=example, example_kwargs={"return_dict": False})

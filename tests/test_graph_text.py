@@ -131,9 +131,9 @@ def test_graph_diff_of_the_whole() -> None:
 -linear_5: f32[1, 6, 8] = linear(gelu_1, blocks.1.down.weight, blocks.1.down.bias)
 -add_1: f32[1, 6, 8] = add(add, linear_5)
 -linear_6: f32[1, 6, 4] = linear(add_1, head.weight, head.bias)
-+kept_output_0: f32[1, 6, 8] = input
++cache_in_output_0: f32[1, 6, 8] = input
 +step: i64[1] = input
-+linear_6: f32[1, 6, 4] = linear(kept_output_0, head.weight, head.bias)
++linear_6: f32[1, 6, 4] = linear(cache_in_output_0, head.weight, head.bias)
 -6 linear, -1 view, -2 mul, -2 gelu, -2 add; 2 parameters shared, 0 copied; 2 blocks guarded""",
     )
     assert (whole.added, whole.removed) == ({}, {"linear": 6, "view": 1, "mul": 2, "gelu": 2, "add": 2})

@@ -26,13 +26,13 @@ def trigger_steps(cached: bw.CachedModel, tokens: torch.Tensor, noise: torch.Ten
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=tiny.SHIFT)
     scheduler.set_timesteps(STEPS)
     prompts = {"cond": tokens, "uncond": torch.zeros_like(tokens)}
-    states = {name: cached.init_state((noise, torch.ones(1), tokens), {"return_dict": False}) for name in prompts}
+    states = {name: cached.init_state((tiny.with_coordinates(noise), torch.ones(1), tokens), {"return_dict": False}) for name in prompts}
     found = dict.fromkeys(prompts, STEPS)
     latents = noise
     for step, timestep in enumerate(scheduler.timesteps):
         out = {}
         for name, prompt in prompts.items():
-            (out[name],), states[name] = cached.step((latents, timestep.expand(1), prompt), {"return_dict": False}, states[name])
+            (out[name],), states[name] = cached.step((tiny.with_coordinates(latents), timestep.expand(1), prompt), {"return_dict": False}, states[name])
             if states[name].reuse_until > step:
                 found[name] = min(found[name], step)
                 states[name] = dataclasses.replace(states[name], reuse_until=-1)  # keep computing: only the trigger counts here
@@ -44,7 +44,7 @@ def trigger_steps(cached: bw.CachedModel, tokens: torch.Tensor, noise: torch.Ten
 
 
 def test_the_default_state_is_small(trained: WanTransformer3DModel) -> None:
-    example = (torch.zeros(1, 3, 8, 32, 32), torch.ones(1), torch.zeros(1, data.OBJECTS, data.TOKEN_WIDTH))
+    example = (tiny.with_coordinates(torch.zeros(1, 3, 8, 32, 32)), torch.ones(1), torch.zeros(1, data.OBJECTS, data.TOKEN_WIDTH))
     plan = bw.transform(trained, bw.CacheConfig(num_steps=STEPS), example_args=example).plan
     assert len(plan.blocks) == 12
     assert plan.hidden_states <= 1.5

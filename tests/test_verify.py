@@ -53,7 +53,7 @@ check that Nodes in the graph are topologically ordered. This is a bug in bwcach
 
 def test_nodes_out_of_order_in_a_called_graph() -> None:
     program = built()
-    nodes = {node.name: node for node in program.compute.get_submodule("region").graph.nodes}
+    nodes = {node.name: node for node in program.compute.get_submodule("bwcache_region").graph.nodes}
     nodes["add_1"].append(nodes["add"])
     assert_expected_inline(
         complaint(program),
@@ -97,10 +97,10 @@ def test_a_single_value_is_returned() -> None:
 def test_a_cache_buffer_left(which: str) -> None:
     program = built()
     module: torch.fx.GraphModule = getattr(program, which)
-    module.add_module("cache", nn.Module())
-    module.get_submodule("cache").register_buffer("output_0", torch.zeros(1))
+    module.add_module("bwcache_cache", nn.Module())
+    module.get_submodule("bwcache_cache").register_buffer("output_0", torch.zeros(1))
     with module.graph.inserting_before(module.graph.output_node()):
-        module.graph.get_attr("cache.output_0")
+        module.graph.get_attr("bwcache_cache.output_0")
     message = "after some_pass: the state cache.output_0 is still a buffer. This is a bug in bwcache-compile, please report it."
     assert complaint(program).splitlines()[0] == message
 
@@ -114,16 +114,16 @@ def test_a_region_node_on_a_reused_step() -> None:
 after some_pass: linear_6 of a cached block runs on a reused step. This is a bug in bwcache-compile, please report it.
   x: f32[1, 6, 4] = input
   t: f32[1] = input
-  kept_output_0: f32[1, 6, 8] = input
+  cache_in_output_0: f32[1, 6, 8] = input
   step: i64[1] = input
-> linear_6: f32[1, 6, 4] = linear(kept_output_0, head.weight, head.bias)
+> linear_6: f32[1, 6, 4] = linear(cache_in_output_0, head.weight, head.bias)
   return linear_6""",
     )
 
 
 def test_a_region_node_in_a_graph_that_a_reused_step_calls() -> None:
     program = built(CacheConfig(policy="static", steps_mask=(0, 1), reuse="residual"))
-    inner = program.reuse.get_submodule("reuse_0")
+    inner = program.reuse.get_submodule("bwcache_reuse_0")
     next(node for node in inner.graph.nodes if node.name == "add").meta[REGION_MARK] = True
     assert_expected_inline(
         complaint(program),
@@ -138,7 +138,7 @@ after some_pass: add of a cached block runs on a reused step. This is a bug in b
 
 def test_a_called_module_that_is_no_graph() -> None:
     program = built()
-    program.compute.region = nn.Identity()
+    program.compute.bwcache_region = nn.Identity()
     assert_expected_inline(
         complaint(program),
         """\
@@ -158,7 +158,7 @@ after some_pass: region is a Identity, not a graph. This is a bug in bwcache-com
 
 def test_a_call_with_an_operand_less() -> None:
     program = built()
-    call = next(node for node in program.compute.graph.nodes if node.target == "region")
+    call = next(node for node in program.compute.graph.nodes if node.target == "bwcache_region")
     call.args = call.args[:-1]
     assert_expected_inline(
         complaint(program),
@@ -188,9 +188,9 @@ def test_a_method_call() -> None:
 after some_pass: a method is called where an operator is expected. This is a bug in bwcache-compile, please report it.
   x: f32[1, 6, 4] = input
   t: f32[1] = input
-  kept_output_0: f32[1, 6, 8] = input
+  cache_in_output_0: f32[1, 6, 8] = input
   step: i64[1] = input
-  linear_6: f32[1, 6, 4] = linear(kept_output_0, head.weight, head.bias)
+  linear_6: f32[1, 6, 4] = linear(cache_in_output_0, head.weight, head.bias)
 > neg = neg(linear_6)
   return linear_6""",
     )

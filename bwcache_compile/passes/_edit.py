@@ -12,10 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bwcache_compile.program import CachedProgram, CachePlan, CacheSlot
+from bwcache_compile.program import OURS, CachedProgram, CachePlan, CacheSlot
 
-CACHE = "cache"
+CACHE = f"{OURS}cache"
 """Path of the buffers that stand for the slots until `lift_cache_state`."""
+
+_ROLE = "bwcache_role"
 
 
 def fake(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -36,15 +38,32 @@ def device_of(program: CachedProgram) -> torch.device:
     raise AssertionError("the plan's feature is in none of the program's graphs")
 
 
-def graph_input(graph: Graph, name: str, value: Tensor) -> Node:
-    """Return the input of that name, after adding it behind the others if it is not there; `step` stays the last."""
-    inputs = {node.name: node for node in graph.find_nodes(op="placeholder")}
-    if name in inputs:
-        return inputs[name]
-    last = list(inputs.values())[-1]
-    with graph.inserting_before(last) if last.name == "step" else graph.inserting_after(last):
-        node = graph.placeholder(name)
+def inserted(graph: Graph, role: str) -> Node:
+    """Return the node that a pass inserted for a role (`step`, `region_0`, `change` ...).
+
+    Its name may be another one: the model's own inputs and operators keep theirs.
+    """
+    return next(node for node in graph.nodes if node.meta.get(_ROLE) == role)
+
+
+def new_input(graph: Graph, name: str, value: Any) -> Node:
+    """Add an input at the insertion point, under another name if the model has one of that name."""
+    node = graph.placeholder(name)
+    node.target = node.name
     node.meta["val"] = value
+    return node
+
+
+def graph_input(graph: Graph, role: str, value: Tensor) -> Node:
+    """Return our input of that role, after adding it behind the others if it is not there; `step` stays the last."""
+    inputs = graph.find_nodes(op="placeholder")
+    for node in inputs:
+        if node.meta.get(_ROLE) == role:
+            return node
+    last = inputs[-1]
+    with graph.inserting_before(last) if last.meta.get(_ROLE) == "step" else graph.inserting_after(last):
+        node = new_input(graph, role, value)
+    node.meta[_ROLE] = role
     return node
 
 
@@ -97,10 +116,11 @@ def as_graph(function: Callable[..., Any], examples: Sequence[Tensor]) -> GraphM
     return traced
 
 
-def call_graph(module: GraphModule, name: str, inner: GraphModule, operands: Sequence[Node]) -> Node:
+def call_graph(module: GraphModule, name: str, inner: GraphModule, operands: Sequence[Node], role: str | None = None) -> Node:
     """Insert a call of a graph; its results are read with `result`. The caller chooses the insertion point."""
-    module.add_submodule(name, inner)
-    node = module.graph.call_module(name, tuple(operands))
+    module.add_submodule(OURS + name, inner)
+    node = module.graph.create_node("call_module", OURS + name, tuple(operands), name=role or name)
+    node.meta[_ROLE] = role or name
     returned = inner.graph.output_node().args[0]
     if isinstance(returned, (list, tuple)):
         node.meta["val"] = tuple(item.meta.get("val") for item in returned)  # type: ignore[union-attr]
@@ -113,5 +133,5 @@ def result(call: Node, index: int, name: str) -> Node:
     """Read one result of a call, under a name of its own."""
     graph = call.graph
     node = graph.create_node("call_function", operator.getitem, (call, index), name=name)
-    node.meta["val"] = call.meta["val"][index]
+    node.meta |= {"val": call.meta["val"][index], _ROLE: name}
     return node

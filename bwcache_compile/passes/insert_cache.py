@@ -8,7 +8,8 @@ from torch.fx import GraphModule, Node
 
 from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow
-from bwcache_compile.passes._edit import as_graph, call_graph, read_slot, slots_by_role, step_input, write_slot
+from bwcache_compile.graph_text import called_graph
+from bwcache_compile.passes._edit import as_graph, call_graph, inserted, read_slot, slots_by_role, step_input, write_slot
 from bwcache_compile.program import CachedProgram, PassResult
 
 aten = torch.ops.aten
@@ -69,9 +70,9 @@ def insert_cache(program: CachedProgram) -> PassResult:
     """
     plan, graph = program.planned(), program.compute.graph
     named = {node.name: node for node in graph.nodes}
-    shared = _shared_inside(program.compute.get_submodule("region"))  # type: ignore[arg-type]
+    shared = _shared_inside(called_graph(program.compute, inserted(graph, "region")))
     for i, slot in enumerate(slots_by_role(plan, "output")):
-        value = named[f"region_{i}"]
+        value = inserted(graph, f"region_{i}")
         if plan.config.reuse == "residual":
             source = named[plan.sources[plan.region_outputs[i]]]
             with graph.inserting_after(value):

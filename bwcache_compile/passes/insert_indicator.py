@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bwcache_compile import policy
-from bwcache_compile.passes._edit import as_graph, call_graph, read_slot, result, slots_by_role, write_slot
+from bwcache_compile.graph_text import called_graph
+from bwcache_compile.passes._edit import as_graph, call_graph, inserted, read_slot, result, slots_by_role, write_slot
 from bwcache_compile.program import CachedProgram, Measured, PassResult
 
 aten = torch.ops.aten
@@ -52,14 +53,13 @@ def insert_indicator(program: CachedProgram) -> PassResult:
     plan, module, graph = program.planned(), program.compute, program.compute.graph
     if not plan.measured:
         return PassResult(program, False)
-    inner = module.get_submodule("region")
-    assert isinstance(inner, GraphModule)
+    call = inserted(graph, "region")
+    inner = called_graph(module, call)
     named = {node.name: node for node in inner.graph.nodes}
     samples = [_sample(inner, named[measured.node], measured, i) for i, measured in enumerate(plan.measured)]
     output = inner.graph.output_node()
     output.args = ((*output.args[0], *samples),)  # type: ignore[misc]
     inner.recompile()
-    call = next(node for node in graph.nodes if node.op == "call_module" and node.target == "region")
     call.meta["val"] = (*call.meta["val"], *(s.meta["val"] for s in samples))
     anchor: Node = call
     features = []
@@ -75,8 +75,7 @@ def insert_indicator(program: CachedProgram) -> PassResult:
 
     operands = [*features, *references]
     with graph.inserting_before(graph.output_node()):
-        node = call_graph(module, "indicator", as_graph(change, [n.meta["val"] for n in operands]), operands)
-    node._rename("change")
+        call_graph(module, "indicator", as_graph(change, [n.meta["val"] for n in operands]), operands, "change")
     for slot, feature in zip(slots, features, strict=True):
         write_slot(program, slot, feature)
     return PassResult(program, True)

@@ -13,6 +13,7 @@ from bwcache_compile.passes._edit import (
     device_of,
     fake,
     graph_input,
+    inserted,
     read_slot,
     result,
     slots_by_role,
@@ -47,18 +48,16 @@ def insert_policy(program: CachedProgram) -> PassResult:
     if plan.config.policy == "static":
         with graph.inserting_before(output):
             operands = [*parameters, step]
-            left = call_graph(module, "policy", as_graph(policy.static, [n.meta["val"] for n in operands]), operands)
+            left = call_graph(module, "policy", as_graph(policy.static, [n.meta["val"] for n in operands]), operands, "reuse_left")
         extra = [left]
     else:
         (slot,) = slots_by_role(plan, "trigger")
-        change = next(node for node in graph.nodes if node.name == "change")
+        change = inserted(graph, "change")
         operands = [change, read_slot(program, slot), step, *parameters]
         with graph.inserting_before(output):
             call = call_graph(module, "policy", as_graph(policy.schedule, [n.meta["val"] for n in operands]), operands)
             trigger, left = result(call, 0, "trigger"), result(call, 1, "reuse_left")
         write_slot(program, slot, trigger)
         extra = [left, change]
-    if plan.config.policy == "static":
-        left._rename("reuse_left")
     output.args = ((*output.args[0], *extra),)  # type: ignore[misc]
     return PassResult(program, True)

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from bwcache_compile.errors import InvariantError
 from bwcache_compile.graph_text import format_node
-from bwcache_compile.passes._edit import CACHE
+from bwcache_compile.passes._edit import CACHE, new_input
 from bwcache_compile.program import CachedProgram, PassResult
 
 _copy = torch.ops.aten.copy_.default
@@ -48,8 +48,7 @@ def lift_cache_state(program: CachedProgram) -> PassResult:
     inputs = {}
     for name, reads in found.items():
         with graph.inserting_after(anchor):
-            anchor = inputs[name] = graph.placeholder(f"cache_in_{name}")
-        anchor.meta["val"] = reads[0].meta["val"]
+            anchor = inputs[name] = new_input(graph, f"cache_in_{name}", reads[0].meta["val"])
         next_values = {other: anchor if value in reads else value for other, value in next_values.items()}
         for node in reads:
             for user in [user for user in node.users if user.target is _copy and user.args[0] is node]:

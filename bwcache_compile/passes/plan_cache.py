@@ -45,13 +45,23 @@ def _region(flow: DataFlow, blocks: tuple[Block, ...]) -> list[Node]:
         region = grown
 
 
-def _check_writes(flow: DataFlow, region: set[Node], program: CachedProgram) -> None:
+def _check_writes(flow: DataFlow, region: list[Node], outputs: list[Node], program: CachedProgram) -> None:
+    """Refuse writes that a reused step would skip, or that would reach one kept output and not another."""
+    inside, late = set(region), flow.after(flow.mask(region))
     for root, writers in flow.writers.items():
+        holders = [node for node in outputs if root in flow.roots[node]]
         for writer in writers:
-            if writer in region and root not in region:
+            if writer in inside and root not in inside:
                 raise UnsupportedGraphError(
                     f"{program.model_name} cannot be cached: `{writer.name}` inside the blocks writes to `{root.name}`, which lives"
                     " outside them. A reused step would skip that write. Make the block return the value instead."
+                )
+            if writer not in inside and late >> flow.index[writer] & 1 and holders and (len(holders) > 1 or root not in inside):
+                raise UnsupportedGraphError(
+                    f"{program.model_name} cannot be cached: `{writer.name}` after the blocks writes in place to memory that"
+                    f" {' and '.join(f'`{node.name}`' for node in holders)} of the blocks share with"
+                    f" {'one another' if root in inside else f'`{root.name}` before them'}; kept outputs have memory of their own."
+                    " Write to a copy instead."
                 )
 
 
@@ -135,9 +145,9 @@ def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig)
     nodes = {node.name: node for node in flow.nodes}
     region = _region(flow, blocks)
     inside = set(region)
-    _check_writes(flow, inside, program)
     inputs = list(dict.fromkeys(a for n in region for a in n.all_input_nodes if a not in inside and a.op != "get_attr"))
     outputs = [n for n in region if isinstance(n.meta.get("val"), Tensor) and any(u not in inside for u in n.users)]
+    _check_writes(flow, region, outputs, program)
     for node in outputs:
         if config.reuse != "output" and not node.meta["val"].is_floating_point():
             raise ConfigError(f"reuse={config.reuse!r} needs floating outputs; `{node.name}` is {format_value(node.meta['val'])}.")

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow, eliminate_dead_code
-from bwcache_compile.passes._edit import as_graph, call_graph, device_of, fake, graph_input
+from bwcache_compile.passes._edit import as_graph, call_graph, device_of, fake, inserted, new_input
 from bwcache_compile.passes.insert_cache import as_time
 from bwcache_compile.program import CachedProgram, PassResult
 
@@ -32,7 +32,8 @@ def _replacement(program: CachedProgram, module: GraphModule, index: int, slots:
         operands = [inputs[plan.sources[plan.region_outputs[index]]], kept]
     else:
         function = _extrapolated
-        operands = [kept, slots[f"previous_{index}"], slots["times"], inputs[plan.time_input or "step"]]
+        time = inputs[plan.time_input] if plan.time_input else inserted(module.graph, "step")
+        operands = [kept, slots[f"previous_{index}"], slots["times"], time]
     return call_graph(module, f"reuse_{index}", as_graph(function, [n.meta["val"] for n in operands]), operands)
 
 
@@ -40,9 +41,10 @@ def _protect(graph: Graph, slots: dict[str, Node]) -> None:
     """Copy a slot that the epilogue writes to, or that the caller would get hold of."""
     flow = DataFlow(graph)
     returned = frozenset().union(*(flow.roots[node] for node in graph.output_node().all_input_nodes))
+    last = graph.find_nodes(op="placeholder")[-1]
     for node in slots.values():
         if node in returned or node in flow.writers:
-            with graph.inserting_after(node):
+            with graph.inserting_after(last):
                 copy = graph.call_function(torch.ops.aten.clone.default, (node,))
             copy.meta["val"] = node.meta["val"]
             for user in [user for user in node.users if user is not copy]:
@@ -58,31 +60,26 @@ def specialize(program: CachedProgram) -> PassResult:
     if program.reuse is not None:
         return PassResult(program, False)
     plan, source = program.planned(), program.compute
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    graph.output(graph.graph_copy(source.graph, copies))
-    module = GraphModule(source, graph, "Reuse")
     user_inputs, user_outputs = len(program.signature.inputs), program.signature.out_spec.num_leaves
-    output = graph.output_node()
-    returned: Any = output.args[0]
-    output.args = (tuple(returned[:user_outputs]),)
-    graph_input(graph, "step", fake((1,), torch.int64, device_of(program)))
-    inputs = graph.find_nodes(op="placeholder")
+    inputs = source.graph.find_nodes(op="placeholder")
+    graph = Graph()
+    copies: dict[Node, Node] = {node: graph.node_copy(node) for node in inputs[:user_inputs]}
     slots = {}
-    anchor = inputs[user_inputs - 1]
     for slot in plan.slots:
         if slot.role in ("output", "previous", "times"):
-            with graph.inserting_after(anchor):
-                anchor = graph.create_node("placeholder", f"kept_{slot.name}", name=f"kept_{slot.name}")
-            anchor.meta["val"] = fake(slot.shape, slot.dtype, device_of(program))
-            slots[slot.name] = anchor
+            slots[slot.name] = new_input(graph, f"cache_in_{slot.name}", fake(slot.shape, slot.dtype, device_of(program)))
+    step = inserted(source.graph, "step")
+    copies[step] = graph.node_copy(step)
+    unused = {node: new_input(graph, "unused", node.meta["val"]) for node in inputs if node not in copies}
+    returned: Any = graph.graph_copy(source.graph, copies | unused)
+    graph.output(tuple(returned[:user_outputs]))
+    module = GraphModule(source, graph, "Reuse")
     for i in range(len(plan.region_outputs)):
-        node = next(n for n in graph.nodes if n.name == f"region_{i}")
+        node = inserted(graph, f"region_{i}")
         with graph.inserting_before(node):
             node.replace_all_uses_with(_replacement(program, module, i, slots))
     _protect(graph, slots)
     eliminate_dead_code(graph)
-    for node in inputs[user_inputs:]:
-        if node.name != "step":
-            graph.erase_node(node)
+    for node in unused.values():
+        graph.erase_node(node)
     return PassResult(program.replace(reuse=GraphModule(module, graph, "Reuse"), reuse_slots=tuple(slots)), True)

@@ -6,7 +6,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.passes._edit import call_graph, result
-from bwcache_compile.program import REGION_MARK, CachedProgram, PassResult
+from bwcache_compile.program import OURS, REGION_MARK, CachedProgram, PassResult
+
+
+REGION = f"{OURS}region"
+"""Path of the region's graph in the compute graph's module."""
 
 
 def _outline(module: GraphModule, region: list[Node], inputs: list[Node], outputs: list[Node]) -> GraphModule:
@@ -35,7 +39,7 @@ def split_region(program: CachedProgram) -> PassResult:
     """
     plan = program.planned()
     module, graph = program.compute, program.compute.graph
-    if any(node.op == "call_module" and node.target == "region" for node in graph.nodes):
+    if any(node.op == "call_module" and node.target == REGION for node in graph.nodes):
         return PassResult(program, False)
     named = {node.name: node for node in graph.nodes}
     region = [named[name] for name in plan.region]

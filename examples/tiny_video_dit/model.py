@@ -1,4 +1,9 @@
-"""The tiny video diffusion transformer: a diffusers Wan model, its weights and its sampler."""
+"""The tiny video diffusion transformer: a diffusers Wan model, its weights and its sampler.
+
+The model predicts the clean clip, from which the velocity of the flow follows: a patch holds as many numbers as the model
+is wide, and noise, unlike pictures, does not fit through. Its input carries three channels of coordinates beside the
+three of colour, because rotary embeddings tell how far apart two tokens are, not where the walls are.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ def build() -> WanTransformer3DModel:
         patch_size=(2, 4, 4),
         num_attention_heads=3,
         attention_head_dim=32,
-        in_channels=3,
+        in_channels=6,
         out_channels=3,
         text_dim=TOKEN_WIDTH,
         freq_dim=128,
@@ -39,6 +44,13 @@ def load(weights: Path = WEIGHTS) -> WanTransformer3DModel:
     model = build()
     model.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
     return model.eval().requires_grad_(False)
+
+
+def with_coordinates(clips: Tensor) -> Tensor:
+    """Append channels that run from -1 to 1 along time, height and width: float32[B, 6, FRAMES, SIZE, SIZE]."""
+    axes = [torch.linspace(-1, 1, length) for length in clips.shape[2:]]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    return torch.cat([clips, grid.expand(len(clips), -1, -1, -1, -1)], dim=1)
 
 
 def draw_noise(clips: int, seed: int) -> Tensor:
@@ -65,11 +77,12 @@ def sample(model: Any, tokens: Tensor, noise: Tensor, steps: int, on_step: Calla
     latents, nothing = noise, torch.zeros_like(tokens)
     context = getattr(model, "_orig_mod", model).cache_context
     for timestep in scheduler.timesteps:
-        time = timestep.expand(len(latents))
+        time, noisy = timestep.expand(len(latents)), with_coordinates(latents)
         with context("cond"):
-            conditioned = model(latents, time, tokens, return_dict=False)[0]
+            conditioned = model(noisy, time, tokens, return_dict=False)[0]
         with context("uncond"):
-            free = model(latents, time, nothing, return_dict=False)[0]
-        latents = scheduler.step(free + GUIDANCE * (conditioned - free), timestep, latents, return_dict=False)[0]
+            free = model(noisy, time, nothing, return_dict=False)[0]
+        clean = free + GUIDANCE * (conditioned - free)
+        latents = scheduler.step((latents - clean) / (timestep / 1000), timestep, latents, return_dict=False)[0]
         on_step()
     return latents.clamp(-1, 1)

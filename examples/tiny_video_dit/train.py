@@ -10,10 +10,12 @@ from pathlib import Path
 
 import data
 import torch
-from model import WEIGHTS, build
+from model import WEIGHTS, build, with_coordinates
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SIGMA_FLOOR = 0.15
 
 
 def learning_rate(step: int, total: int, warmup: int, decay: int) -> float:
@@ -22,7 +24,7 @@ def learning_rate(step: int, total: int, warmup: int, decay: int) -> float:
 
 
 def draw_batch(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw noisy clips, timesteps in [0, 1000], condition tokens (one in ten dropped) and velocity targets."""
+    """Draw noisy clips, their sigmas, condition tokens (one in ten dropped) and the clean clips."""
     attributes = data.draw_attributes(batch, generator)
     clip = data.render(attributes, generator)
     tokens = data.encode(attributes)
@@ -30,7 +32,7 @@ def draw_batch(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     noise = torch.randn(clip.shape, generator=generator)
     sigma = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch  # stratified
     mix = sigma.view(-1, 1, 1, 1, 1)
-    return torch.lerp(clip, noise, mix), sigma * 1000, tokens, noise - clip
+    return torch.lerp(clip, noise, mix), sigma, tokens, clip
 
 
 def save_atomically(value: object, path: Path) -> None:
@@ -39,12 +41,24 @@ def save_atomically(value: object, path: Path) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def draw_loss(log: Path, picture: Path) -> None:
+    """Plot the logged loss."""
+    import matplotlib.pyplot as plt
+
+    rows = [(int(step), float(loss)) for step, loss in csv.reader(log.open())]
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    axis.semilogy(*zip(*rows, strict=True))
+    axis.set(xlabel="step", ylabel="flow-matching loss, mean of 50 steps")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
     """Train, resuming from the run folder's checkpoint if there is one, and write the averaged weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder for the checkpoint and the loss log")
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--decay", type=int, default=2000, help="steps of the final linear decay")
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--decay", type=int, default=1200, help="steps of the final linear decay")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the float16 weights are written")
@@ -79,11 +93,13 @@ def main() -> None:
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * learning_rate(step, args.steps, 200, args.decay)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # so that a resumed run sees the same data
-        noisy, timestep, tokens, target = draw_batch(args.batch, generator)
+        noisy, sigma, tokens, clip = draw_batch(args.batch, generator)
         # the CPU's fused attention is several times slower backwards than the plain formula at this size
         with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            velocity = compiled(noisy, timestep, tokens, return_dict=False)[0]
-        loss = (velocity.float() - target).square().mean()
+            predicted = compiled(with_coordinates(noisy), sigma * 1000, tokens, return_dict=False)[0]
+        # the error of the velocity (noisy - clean) / sigma, bounded where sigma vanishes
+        error = (predicted.float() - clip) / sigma.clamp(min=SIGMA_FLOOR).view(-1, 1, 1, 1, 1)
+        loss = error.square().mean()
         if not loss.isfinite():
             raise FloatingPointError(f"loss is {loss.item()} at step {step}")
         loss.backward()
@@ -109,6 +125,8 @@ def main() -> None:
             temporary = args.weights.with_suffix(".tmp")
             save_file({name: value.half().contiguous() for name, value in average.items()}, temporary)
             os.replace(temporary, args.weights)
+    log.close()
+    draw_loss(args.run / "loss.csv", args.run / "loss.png")
 
 
 if __name__ == "__main__":

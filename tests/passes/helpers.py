@@ -54,7 +54,7 @@ def fresh(plan: CachePlan) -> dict[str, Tensor]:
 
 def fill_buffers(program: CachedProgram) -> None:
     """Give the buffers that stand for the slots a fresh state's data, so that a program before lifting can run."""
-    holder = program.compute.get_submodule("cache")
+    holder = program.compute.get_submodule("bwcache_cache")
     for name, tensor in fresh(program.planned()).items():
         if hasattr(holder, name):
             setattr(holder, name, tensor)

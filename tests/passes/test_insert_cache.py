@@ -171,7 +171,7 @@ def watched(program: CachedProgram) -> list[tuple[Tensor, ...]]:
         seen.append(tuple(value.clone() for value in inputs))
         seen.append(tuple(value.clone() for value in outputs))
 
-    program.compute.get_submodule("region").register_forward_hook(record)
+    program.compute.get_submodule("bwcache_region").register_forward_hook(record)
     return seen
 
 
@@ -186,7 +186,7 @@ def check_numbers(model: Tiny, reuse: Reuse) -> None:
         args = model.example(step=step)
         assert same(run(after, *args, step=step), run(before, *args, step=step))
     _, first, inputs, second = seen
-    slots = dict(after.compute.get_submodule("cache").named_buffers())
+    slots = dict(after.compute.get_submodule("bwcache_cache").named_buffers())
     sources = [inputs[plan.region_inputs.index(plan.sources[name])] for name in plan.region_outputs] if reuse == "residual" else []
     kept = [out - source for out, source in zip(second, sources, strict=True)] if reuse == "residual" else list(second)
     assert same([slots[f"output_{i}"] for i in range(len(kept))], kept)
@@ -228,4 +228,4 @@ def test_slots_hold_the_last_step(depth: int, width: int, reuse: Reuse) -> None:
 def test_every_output_slot_is_written_once(model: Tiny) -> None:
     program = applied(insert_cache, ready_for(insert_cache, model))
     written = [str(n.args[0].target) for n in program.compute.graph.nodes if n.op == "call_function" and "aten.copy_" in str(n.target)]
-    assert written == [f"cache.{slot.name}" for slot in program.planned().slots if slot.role == "output"]
+    assert written == [f"bwcache_cache.{slot.name}" for slot in program.planned().slots if slot.role == "output"]

@@ -72,7 +72,7 @@ def test_every_token_of_every_block() -> None:
 
 def test_video_rows_alone() -> None:
     after = applied(insert_indicator, ready_for(insert_indicator, TwoStream(), CacheConfig(num_steps=4, indicator_tokens=3)))
-    region = {node.name: node for node in after.compute.get_submodule("region").graph.nodes}
+    region = {node.name: node for node in after.compute.get_submodule("bwcache_region").graph.nodes}
     chain = [[name for name in region if name.endswith(f"_{i}") and name.startswith(("stream", "rows", "sample"))] for i in range(4)]
     assert chain == [["rows_0", "sample_0"], ["rows_1", "sample_1"], ["stream_2", "rows_2", "sample_2"], ["stream_3", "rows_3", "sample_3"]]
     assert region["stream_3"].args[1:] == (1, 2, 8)
@@ -115,9 +115,9 @@ def check_numbers(model: Tiny, config: CacheConfig) -> None:
     flat = planned(model, config)
     program = applied(insert_indicator, run_pipeline(flat.copy(), (split_region, insert_cache)))
     fill_buffers(program)
-    holder = program.compute.get_submodule("cache")
+    holder = program.compute.get_submodule("bwcache_cache")
     measured, changes = [], []
-    program.compute.get_submodule("indicator").register_forward_hook(lambda _, inputs, output: changes.append(output.clone()))
+    program.compute.get_submodule("bwcache_indicator").register_forward_hook(lambda _, inputs, output: changes.append(output.clone()))
     for step in range(2):
         args = model.example(step=step)
         assert same(run(program, *args), eager(model, *args))

@@ -86,10 +86,10 @@ def test_taylor_counting_steps_shares_the_step() -> None:
 
 def test_the_rest_of_the_graph_is_left_alone() -> None:
     program = ready_for(insert_policy, OneStream())
-    inner = {name: format_graph(program.compute.get_submodule(name)) for name in ("region", "indicator")}
+    inner = {name: format_graph(program.compute.get_submodule(name)) for name in ("bwcache_region", "bwcache_indicator")}
     after = applied(insert_policy, program)
     assert {name: format_graph(after.compute.get_submodule(name)) for name in inner} == inner
-    assert [name for name, child in after.compute.named_children() if isinstance(child, GraphModule)] == [*inner, "policy"]
+    assert [name for name, child in after.compute.named_children() if isinstance(child, GraphModule)] == [*inner, "bwcache_policy"]
 
 
 class Step(OneStream):
@@ -107,14 +107,14 @@ def test_a_users_input_of_the_same_name_stays_the_users(model: Tiny) -> None:
     after = applied(insert_policy, ready_for(insert_policy, model))
     inputs = after.compute.graph.find_nodes(op="placeholder")
     assert len(inputs) == 2 + len(POLICY) + 1
-    call = next(node for node in after.compute.graph.nodes if node.target == "policy")
+    call = next(node for node in after.compute.graph.nodes if node.target == "bwcache_policy")
     assert not set(call.args) & set(inputs[:2])
 
 
 def decision(program: CachedProgram, step: int, trigger: int, **policy: float) -> tuple[int, int, float]:
     """Run a computed step whose features have moved; return `reuse_left`, the trigger, and the indicator."""
     fill_buffers(program)
-    holder, model_args = program.compute.get_submodule("cache"), OneStream().example(step=step)
+    holder, model_args = program.compute.get_submodule("bwcache_cache"), OneStream().example(step=step)
     for name, value in holder.named_buffers():
         if name.startswith("reference"):
             value.fill_(1.0)
@@ -165,7 +165,7 @@ def test_threshold_zero_never_reuses_though_nothing_moved(scheduled: CachedProgr
     for step in range(3):
         *_, left, change = scheduled.compute(*args, *policy_values(threshold=0.0, num_steps=30), torch.tensor([step]))
     assert change.tolist() == [0, 0, 0]
-    assert (int(left), int(scheduled.compute.get_submodule("cache").trigger)) == (0, -1)
+    assert (int(left), int(scheduled.compute.get_submodule("bwcache_cache").trigger)) == (0, -1)
     *_, left, _ = scheduled.compute(*args, *policy_values(threshold=1e-6, num_steps=30), torch.tensor([3]))
     assert int(left) == 1
 

@@ -116,7 +116,7 @@ def check_numbers(model: Tiny, config: CacheConfig) -> None:
     lifted = applied(lift_cache_state, lifted)
     plan = lifted.planned()
     fill_buffers(buffered)
-    holder = buffered.compute.get_submodule("cache")
+    holder = buffered.compute.get_submodule("bwcache_cache")
     state = fresh(plan)
     values = policy_values() if config.policy == "schedule" else [torch.tensor(config.steps_mask)]
     for step in range(3):
@@ -127,8 +127,8 @@ def check_numbers(model: Tiny, config: CacheConfig) -> None:
         assert same(got[: lifted.signature.out_spec.num_leaves], eager(model, *args))
         assert list(state) == [slot.name for slot in plan.slots]
         assert same(list(state.values()), [getattr(holder, name) for name in state])
-    assert not list(lifted.compute.named_buffers(prefix="cache", recurse=False))
-    assert not hasattr(lifted.compute, "cache")
+    assert not list(lifted.compute.named_buffers(prefix="bwcache_cache", recurse=False))
+    assert not hasattr(lifted.compute, "bwcache_cache")
 
 
 MODELS = [OneStream(), TwoStream(), Exposed(), Interleaved()]

@@ -32,9 +32,9 @@ def test_output() -> None:
 x: f32[1, 6, 4] = input
 text: f32[1, 2, 5] = input
 t: f32[1] = input
-kept_output_0: f32[1, 8, 8] = input
+cache_in_output_0: f32[1, 8, 8] = input
 step: i64[1] = input
-slice_1: f32[1, 6, 8] = slice(kept_output_0, 1, 2, 9223372036854775807)
+slice_1: f32[1, 6, 8] = slice(cache_in_output_0, 1, 2, 9223372036854775807)
 linear_11: f32[1, 6, 4] = linear(slice_1, head.weight, head.bias)
 return linear_11""",
     )
@@ -46,10 +46,10 @@ def test_residual_keeps_the_source() -> None:
         """\
 x: f32[1, 6, 4] = input
 t: f32[1] = input
-kept_output_0: f32[1, 6, 8] = input
+cache_in_output_0: f32[1, 6, 8] = input
 step: i64[1] = input
 linear: f32[1, 6, 8] = linear(x, patch.weight, patch.bias)
-reuse_0: f32[1, 6, 8] = call(reuse_0, linear, kept_output_0)
+reuse_0: f32[1, 6, 8] = call(reuse_0, linear, cache_in_output_0)
   source_1: f32[1, 6, 8] = input
   kept_1: f32[1, 6, 8] = input
   add: f32[1, 6, 8] = add(source_1, kept_1)
@@ -65,11 +65,11 @@ def test_taylor() -> None:
         """\
 x: f32[1, 6, 4] = input
 t: f32[1] = input
-kept_output_0: f32[1, 6, 8] = input
-kept_previous_0: f32[1, 6, 8] = input
-kept_times: f32[2] = input
+cache_in_output_0: f32[1, 6, 8] = input
+cache_in_previous_0: f32[1, 6, 8] = input
+cache_in_times: f32[2] = input
 step: i64[1] = input
-reuse_0: f32[1, 6, 8] = call(reuse_0, kept_output_0, kept_previous_0, kept_times, t)
+reuse_0: f32[1, 6, 8] = call(reuse_0, cache_in_output_0, cache_in_previous_0, cache_in_times, t)
   last_1: f32[1, 6, 8] = input
   previous_1: f32[1, 6, 8] = input
   times_1: f32[2] = input
@@ -104,9 +104,9 @@ def test_what_the_epilogue_changes_is_copied_first() -> None:
         """\
 x: f32[1, 6, 4] = input
 t: f32[1] = input
-kept_output_0: f32[1, 6, 8] = input
-clone_default_1: f32[1, 6, 8] = clone(kept_output_0)
+cache_in_output_0: f32[1, 6, 8] = input
 step: i64[1] = input
+clone_default_1: f32[1, 6, 8] = clone(cache_in_output_0)
 mul_: f32[1, 6, 8] = mul_(clone_default_1, 2)
 linear_6: f32[1, 6, 4] = linear(mul_, head.weight, head.bias)
 slice_1: f32[1, 2, 8] = slice(mul_, 1, 0, 2)
@@ -243,7 +243,7 @@ def test_no_cached_block_is_left(model: Tiny, kind: Reuse, last: int) -> None:
     assert [node.name for node in marked] == list(plan.region), "the mark is there to be missed"
     assert op_counts(program.reuse)["linear"] < op_counts(program.compute)["linear"]
     inputs = [node.name for node in program.reuse.graph.find_nodes(op="placeholder")]
-    assert inputs == [*program.signature.inputs, *(f"kept_{name}" for name in program.reuse_slots), "step"]
+    assert inputs == [*program.signature.inputs, *(f"cache_in_{name}" for name in program.reuse_slots), "step"]
     roles = {"output": ("output",), "residual": ("output",), "taylor": ("output", "previous", "times")}[kind]
     assert program.reuse_slots == tuple(slot.name for slot in plan.slots if slot.role in roles)
     check_hold(program, model)

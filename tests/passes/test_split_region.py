@@ -149,7 +149,7 @@ class Skips(OneStream):
 
 
 def region(program: CachedProgram) -> list[str]:
-    return [node.name for node in program.compute.get_submodule("region").graph.nodes if node.op == "call_function"]
+    return [node.name for node in program.compute.get_submodule("bwcache_region").graph.nodes if node.op == "call_function"]
 
 
 MODELS = [OneStream(), TwoStream(), InPlace(), Interleaved(), Refined(), Functional(), Exposed(), Late(), Skips()]
@@ -177,7 +177,7 @@ def test_recomposes_bit_for_bit(model: Tiny, first: int, last: int) -> None:
     config = CacheConfig(num_steps=4, compute_first=first, compute_last=last)
     program = program.replace(plan=plan_cache(program, search, config))
     once = applied(split_region, program)
-    inner = once.compute.get_submodule("region")
+    inner = once.compute.get_submodule("bwcache_region")
     weights = {id(p) for p in model.parameters()}
     assert {id(p) for p in once.compute.parameters()} <= weights, "no weight is copied"
     assert all(node.meta.get(REGION_MARK) for node in inner.graph.nodes if node.op == "call_function")
