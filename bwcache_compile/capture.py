@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import traceback
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import CaptureError
-from bwcache_compile.program import CachedProgram, Signature, flat_copy
+from bwcache_compile.program import CachedProgram, Captured, Signature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +59,40 @@ def _source_of(error: BaseException, model: nn.Module) -> str:
     return f'{frame.filename}:{frame.lineno}, in {frame.name}: "{frame.line}"'
 
 
+def _unlifted(exported: ExportedProgram) -> Captured:
+    """Read weights where they are used instead of passing them in.
+
+    `ExportedProgram.module()` does this too, and is taken where the model writes to its inputs or buffers; elsewhere it
+    only costs time, as it writes the graph out as Python several times over.
+    """
+    signature = exported.graph_signature
+    kinds = {spec.kind for spec in signature.input_specs}
+    plain = {InputKind.USER_INPUT, InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+    graph = Graph()
+    if not kinds <= plain or signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        root: Any = exported.module(check_guards=False)
+        returned: Any = graph.graph_copy(root.graph, {})
+        tensors = {}
+    else:
+        root, tensors, copies = exported.graph_module, {**exported.constants, **exported.state_dict}, {}
+        for spec, node in zip(signature.input_specs, exported.graph.find_nodes(op="placeholder"), strict=True):
+            if spec.kind != InputKind.USER_INPUT:
+                copies[node] = graph.get_attr(str(spec.target))
+                copies[node].meta["val"] = node.meta["val"]
+        returned = graph.graph_copy(exported.graph, copies)
+    graph.output(tuple(returned) if isinstance(returned, (list, tuple)) else (returned,))
+    names = [str(node.target) for node in graph.find_nodes(op="get_attr")]
+    return Captured(graph, {name: tensors[name] if name in tensors else operator.attrgetter(name)(root) for name in names})
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], strict: bool) -> CachedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's advice to its own developers
         exported = torch.export.export(model, args, kwargs, strict=strict)
-        module = exported.module(check_guards=False)
-    assert isinstance(module, GraphModule)
-    inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
-    spec = exported.call_spec
-    signature = Signature(spec.in_spec, spec.out_spec, inputs)
-    return CachedProgram(flat_copy(module), module, signature, type(model).__name__)
+        captured = _unlifted(exported)
+    inputs = tuple(node.name for node in captured.graph.find_nodes(op="placeholder"))
+    signature = Signature(exported.call_spec.in_spec, exported.call_spec.out_spec, inputs)
+    return CachedProgram(captured.module(), captured, signature, type(model).__name__)
 
 
 def clone_tensors(tree: Any) -> Any:

@@ -167,17 +167,33 @@ class Signature:
     inputs: tuple[str, ...]
 
 
-def flat_copy(module: GraphModule) -> GraphModule:
-    """Copy a graph and those it calls, giving it a plain flat call and a tuple of outputs; the parameters are shared."""
+def graph_module_copy(module: GraphModule) -> GraphModule:
+    """Copy a graph and those it calls; the parameters are shared."""
     graph = Graph()
-    returned = graph.graph_copy(module.graph, {})
-    graph.output(tuple(returned) if isinstance(returned, (list, tuple)) else (returned,))
+    graph.output(graph.graph_copy(module.graph, {}))
     copy = GraphModule(module, graph)
     for node in graph.find_nodes(op="call_module"):
         called = module.get_submodule(str(node.target))
         if isinstance(called, GraphModule):
-            copy.add_submodule(str(node.target), flat_copy(called))
+            copy.add_submodule(str(node.target), graph_module_copy(called))
     return copy
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A model's graph as it was captured, which no pass edits: flat inputs, a tuple of outputs, weights read by name.
+
+    `attributes` maps those names to the model's own tensors (and to the graphs that higher-order operators run).
+    """
+
+    graph: Graph
+    attributes: dict[str, Any]
+
+    def module(self) -> GraphModule:
+        """Return a graph of its own over the same weights."""
+        graph = Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return GraphModule(self.attributes, graph)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,15 +201,14 @@ class CachedProgram:
     """A captured model on its way to the cached form.
 
     `compute` is the whole model, edited in place by each pass; `reuse` exists after `specialize`. Neither holds
-    weights of its own: both point at the model's. `exported` is the graph as it was captured, which no pass edits.
-    `plan` is there from planning on.
+    weights of its own: both point at the model's. `plan` is there from planning on.
     After `lift_cache_state` the inputs of `compute` are the user's, then the slots in `compute_slots`, then the
     policy's, then the step; its outputs are the user's, then every slot, then `reuse_left`, then (if anything is
     measured) the indicator per measured block. `reuse` takes the user's inputs, the slots in `reuse_slots` and the step.
     """
 
     compute: GraphModule
-    exported: GraphModule
+    captured: Captured
     signature: Signature
     model_name: str
     plan: CachePlan | None = None
@@ -203,11 +218,11 @@ class CachedProgram:
 
     def copy(self) -> CachedProgram:
         """Return a program with graphs of its own, so that passes on it leave this one alone; weights are shared."""
-        return self.replace(compute=flat_copy(self.compute), reuse=self.reuse and flat_copy(self.reuse))
+        return self.replace(compute=graph_module_copy(self.compute), reuse=self.reuse and graph_module_copy(self.reuse))
 
     def fresh(self) -> CachedProgram:
         """Return the program as it was captured, before any pass."""
-        return CachedProgram(flat_copy(self.exported), self.exported, self.signature, self.model_name)
+        return CachedProgram(self.captured.module(), self.captured, self.signature, self.model_name)
 
     def replace(self, **changes: Any) -> CachedProgram:
         """Return a copy with some fields changed."""

@@ -32,7 +32,8 @@ def trigger_steps(cached: bw.CachedModel, tokens: torch.Tensor, noise: torch.Ten
     for step, timestep in enumerate(scheduler.timesteps):
         out = {}
         for name, prompt in prompts.items():
-            (out[name],), states[name] = cached.step((tiny.with_coordinates(latents), timestep.expand(1), prompt), {"return_dict": False}, states[name])
+            inputs = (tiny.with_coordinates(latents), timestep.expand(1), prompt)
+            (out[name],), states[name] = cached.step(inputs, {"return_dict": False}, states[name])
             if states[name].reuse_until > step:
                 found[name] = min(found[name], step)
                 states[name] = dataclasses.replace(states[name], reuse_until=-1)  # keep computing: only the trigger counts here

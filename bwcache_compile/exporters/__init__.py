@@ -1,0 +1,1 @@
+"""Writing cached programs to files for other runtimes. Nothing is here yet."""

@@ -120,7 +120,9 @@ def structural_stacks(graph: Graph, least: int = 3) -> list[Stack]:
             continue
         start, period, repetitions = found
         slack = 0
-        while start + period * repetitions + slack < len(tokens) and tokens[start + slack] == tokens[start + slack + period * (repetitions)]:
+        while (
+            start + period * repetitions + slack < len(tokens) and tokens[start + slack] == tokens[start + slack + period * (repetitions)]
+        ):
             slack += 1
         start = min(range(start, start + min(slack, period - 1) + 1), key=lambda at: _cut_cost(piece, at))
         units = tuple(

@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.passes._isomorphism import difference, outside_operands
-from bwcache_compile.passes._stacks import Stack, Unit, is_substantial, is_stream, live_outs, named_stacks, structural_stacks
+from bwcache_compile.passes._stacks import Stack, Unit, is_stream, is_substantial, live_outs, named_stacks, structural_stacks
 from bwcache_compile.passes._streams import continued, needed_rows
 from bwcache_compile.program import Block, BlockSearch, CachedProgram, Rejection
 

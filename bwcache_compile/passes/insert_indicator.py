@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from bwcache_compile import policy
 from bwcache_compile.graph_text import called_graph
 from bwcache_compile.passes._edit import as_graph, call_graph, inserted, read_slot, result, slots_by_role, write_slot
-from bwcache_compile.program import CachedProgram, Measured, PassResult
+from bwcache_compile.program import OURS, CachedProgram, Measured, PassResult
 
 aten = torch.ops.aten
 
@@ -32,15 +32,12 @@ def _sample(inner: GraphModule, node: Node, measured: Measured, index: int) -> N
     if measured.stride is None:
         return _append(node, aten.clone.default, (), f"sample_{index}")
     rows = torch.Size(value.shape[:-1]).numel()
-    places = f"tokens_{index}"
-    inner.register_buffer(places, policy.sampled_tokens(rows, measured.stride, index).to(value.device), persistent=False)
+    places = policy.sampled_tokens(rows, measured.stride, index)
+    inner.register_buffer(f"{OURS}tokens_{index}", places.to(value.device), persistent=False)
     node = _append(node, aten.reshape.default, ([rows, value.shape[-1]],), f"rows_{index}")
     with inner.graph.inserting_before(node):
-        chosen = inner.graph.get_attr(places)
-    with torch._subclasses.fake_tensor.unset_fake_temporarily():
-        count = inner.get_buffer(places).shape[0]
-    with node.meta["val"].fake_mode:
-        chosen.meta["val"] = torch.empty(count, dtype=torch.int64, device=value.device)
+        chosen = inner.graph.get_attr(f"{OURS}tokens_{index}")
+    chosen.meta["val"] = value.new_empty(len(places), dtype=torch.int64)  # of the graph's own fake mode
     return _append(node, aten.index_select.default, (0, chosen), f"sample_{index}")
 
 

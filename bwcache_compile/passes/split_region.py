@@ -8,7 +8,6 @@ from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.passes._edit import call_graph, result
 from bwcache_compile.program import OURS, REGION_MARK, CachedProgram, PassResult
 
-
 REGION = f"{OURS}region"
 """Path of the region's graph in the compute graph's module."""
 
@@ -22,7 +21,7 @@ def _outline(module: GraphModule, region: list[Node], inputs: list[Node], output
         copies[node].meta = dict(node.meta)
     inside = set(region)
     for node in module.graph.nodes:
-        if node.op == "get_attr" and any(user in inside for user in node.users) or node in inside:
+        if (node.op == "get_attr" and any(user in inside for user in node.users)) or node in inside:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node in inside:
                 copies[node].meta[REGION_MARK] = True

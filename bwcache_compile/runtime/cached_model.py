@@ -80,7 +80,7 @@ class CachedModel(ModelWrapper):
 
     def _loaded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LoadedProgram:
         """Return the program for a call, capturing the model if there is none yet."""
-        if self.training or self._original.training:
+        if self._original.training:
             raise StateError(f"{type(self._original).__name__} is in training mode; call .eval() first: caching is for inference.")
         key = call_key(args, kwargs)
         with self._lock:
