@@ -290,6 +290,27 @@ def test_several_streams_and_positional_or_named_arguments() -> None:
     assert len(cached._programs) == 2, "the order of keywords is no new signature"
 
 
+class OurNames(OneStream):
+    """Inputs, and a submodule, under names that the passes use for their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.region = nn.Linear(4, 4)
+
+    def forward(self, cache_in_output_0: Tensor, step: Tensor, policy_mask: Tensor) -> Tensor:
+        return super().forward(self.region(cache_in_output_0 + policy_mask), step)
+
+
+def test_a_models_own_names_are_never_taken() -> None:
+    model = OurNames().eval()
+    cached = bw.transform(model, bw.CacheConfig(policy="static", steps_mask=(0, 1, 0), reuse="taylor"))
+    for at in range(3):
+        x, t = model.example(step=at)
+        expected, actual = run(model, x, t, x * 2), run(cached, x, t, x * 2)
+        assert torch.equal(actual, expected) == (at != 1)
+    assert pattern(cached) == "#.#"
+
+
 def test_graph_diff_shows_each_pass_and_the_whole(model: OneStream) -> None:
     cached = bw.transform(model, bw.CacheConfig(num_steps=4), example_args=model.example())
     diffs = cached.graph_diff()
