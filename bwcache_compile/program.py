@@ -105,6 +105,7 @@ class CachePlan:
         slots: Every tensor of one context's state.
         time_input: For `reuse="taylor"`: the input that gives the time; None counts steps.
         hidden_bytes: Bytes of one hidden state: the last block's feature.
+        device: Where the features are, and the state with them.
         notes: What the user should know about this plan.
     """
 
@@ -118,6 +119,7 @@ class CachePlan:
     slots: tuple[CacheSlot, ...]
     time_input: str | None
     hidden_bytes: int
+    device: torch.device
     notes: tuple[str, ...] = ()
 
     @property

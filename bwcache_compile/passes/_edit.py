@@ -26,18 +26,6 @@ def fake(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tens
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
-def device_of(program: CachedProgram) -> torch.device:
-    """Return the device of the features, where the state lives."""
-    plan = program.planned()
-    names = {plan.blocks[-1].feature, *plan.region_outputs}
-    for module in (program.compute, *(m for m in program.compute.children() if isinstance(m, GraphModule))):
-        for node in module.graph.nodes:
-            if node.name in names and isinstance(node.meta.get("val"), Tensor):
-                device: torch.device = node.meta["val"].device
-                return device
-    raise AssertionError("the plan's feature is in none of the program's graphs")
-
-
 def inserted(graph: Graph, role: str) -> Node:
     """Return the node that a pass inserted for a role (`step`, `region_0`, `change` ...).
 
@@ -69,7 +57,7 @@ def graph_input(graph: Graph, role: str, value: Tensor) -> Node:
 
 def step_input(program: CachedProgram) -> Node:
     """Return the input that holds the step, int64[1]."""
-    return graph_input(program.compute.graph, "step", fake((1,), torch.int64, device_of(program)))
+    return graph_input(program.compute.graph, "step", fake((1,), torch.int64, program.planned().device))
 
 
 def read_slot(program: CachedProgram, slot: CacheSlot) -> Node:
@@ -87,7 +75,7 @@ def read_slot(program: CachedProgram, slot: CacheSlot) -> Node:
     inputs = graph.find_nodes(op="placeholder")
     with graph.inserting_after(inputs[-1]):
         node = graph.get_attr(path)
-    node.meta["val"] = fake(slot.shape, slot.dtype, device_of(program))
+    node.meta["val"] = fake(slot.shape, slot.dtype, program.planned().device)
     return node
 
 

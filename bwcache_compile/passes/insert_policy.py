@@ -10,7 +10,6 @@ from bwcache_compile import policy
 from bwcache_compile.passes._edit import (
     as_graph,
     call_graph,
-    device_of,
     fake,
     graph_input,
     inserted,
@@ -27,7 +26,7 @@ SCHEDULE_INPUTS = ("threshold", "interval", "tail_numerator", "tail_denominator"
 
 def policy_inputs(program: CachedProgram) -> dict[str, Tensor]:
     """Return the policy's inputs by name, as values without data: float32 or int64, of shape [1], or [S] for a mask."""
-    device = device_of(program)
+    device = program.planned().device
     mask = program.planned().config.steps_mask
     if mask is not None:
         return {"policy_mask": fake((len(mask),), torch.int64, device)}

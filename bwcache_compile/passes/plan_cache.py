@@ -173,5 +173,6 @@ def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig)
         slots=_slots(config, outputs, measured, nodes),
         time_input=time_input,
         hidden_bytes=feature.numel() * feature.dtype.itemsize,
+        device=feature.device,
         notes=tuple(notes),
     )

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow, eliminate_dead_code
-from bwcache_compile.passes._edit import as_graph, call_graph, device_of, fake, inserted, new_input
+from bwcache_compile.passes._edit import as_graph, call_graph, fake, inserted, new_input
 from bwcache_compile.passes.insert_cache import as_time
 from bwcache_compile.program import CachedProgram, PassResult
 
@@ -67,7 +67,7 @@ def specialize(program: CachedProgram) -> PassResult:
     slots = {}
     for slot in plan.slots:
         if slot.role in ("output", "previous", "times"):
-            slots[slot.name] = new_input(graph, f"cache_in_{slot.name}", fake(slot.shape, slot.dtype, device_of(program)))
+            slots[slot.name] = new_input(graph, f"cache_in_{slot.name}", fake(slot.shape, slot.dtype, program.planned().device))
     step = inserted(source.graph, "step")
     copies[step] = graph.node_copy(step)
     unused = {node: new_input(graph, "unused", node.meta["val"]) for node in inputs if node not in copies}

@@ -22,7 +22,7 @@ from bwcache_compile.program import Block, CachedProgram, CachePlan
 from bwcache_compile.runtime.context import UNNAMED, Context, Moment, arrive, warn_without_reuse
 from bwcache_compile.runtime.loaded import LoadedProgram, run_both
 from bwcache_compile.runtime.report import Report, StepRecord
-from bwcache_compile.runtime.signature import call_key, device_of_call, ordered, tree_key, weights_version
+from bwcache_compile.runtime.signature import call_key, ordered, tree_key, weights_version
 from bwcache_compile.runtime.state import CacheState, fresh_state
 from bwcache_compile.runtime.wrapper import ModelWrapper
 
@@ -89,7 +89,7 @@ class CachedModel(ModelWrapper):
             if loaded is None or loaded.tree != tree:
                 captured = self._toolchain.capture(self._original, args, kwargs)
                 program = self._toolchain.build(captured, self.cache_config)
-                loaded = LoadedProgram(program, device_of_call(args, kwargs), tree_key(self._original))
+                loaded = LoadedProgram(program, tree_key(self._original))
                 if self._compile_options is not None:
                     loaded.compile(self._compile_options)
                 self._captured += 1
@@ -209,7 +209,7 @@ class CachedModel(ModelWrapper):
     def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState:
         """Return the state of a fresh context for inputs like these, capturing the model if need be."""
         loaded = self._loaded(*ordered(args, kwargs or {}))
-        return fresh_state(loaded.plan, loaded.device)
+        return fresh_state(loaded.plan)
 
     def step(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], state: CacheState, config: CacheConfig | None = None
@@ -288,7 +288,7 @@ class CachedModel(ModelWrapper):
         with self._lock:
             for context in self._contexts.values():
                 if context.state is not None and context.owner is not None:
-                    context.state = fresh_state(context.owner.plan, context.owner.device, context.state.step)
+                    context.state = fresh_state(context.owner.plan, context.state.step)
                     context.events.append(f"invalidated before step {context.state.step}")
 
     def close(self) -> None:
@@ -309,7 +309,7 @@ class CachedModel(ModelWrapper):
         args, kwargs = ordered(args, kwargs or {})
         loaded = self._loaded(args, kwargs)
         num_steps = self.cache_config.steps or 2
-        fresh = fresh_state(loaded.plan, loaded.device)
+        fresh = fresh_state(loaded.plan)
         run_both(loaded, pytree.tree_leaves((args, kwargs)), fresh, self.cache_config, num_steps)
 
     def report(self) -> Report:

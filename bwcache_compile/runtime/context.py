@@ -77,14 +77,14 @@ def arrive(context: Context, moment: Moment, loaded: LoadedProgram, flat: list[A
     first = 0 if moment.step_index is None else step
     if state is None or (num_steps is not None and step >= num_steps) or step < state.step:
         context.start()
-        step, state = first, fresh_state(loaded.plan, loaded.device, first)
+        step, state = first, fresh_state(loaded.plan, first)
     elif context.owner is not loaded:
         context.start()
         context.events.append(f"the inputs or modules changed before step {state.step}: a new generation began")
-        step, state = first, fresh_state(loaded.plan, loaded.device, first)
+        step, state = first, fresh_state(loaded.plan, first)
     if context.weights not in (None, weights):
         context.events.append(f"the weights changed before step {step}: the cache was cleared")
-        state = fresh_state(loaded.plan, loaded.device, step)
+        state = fresh_state(loaded.plan, step)
     if moment.name == UNNAMED and moment.step_index is None and step == 1 and same_moment(context.inputs, flat):
         raise StateError(
             "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"

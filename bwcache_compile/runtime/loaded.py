@@ -18,10 +18,10 @@ from bwcache_compile.runtime.state import CacheState, policy_parameters
 class LoadedProgram:
     """A program ready to run: its two graphs, compiled where asked for, and its scalars on the device."""
 
-    def __init__(self, program: CachedProgram, device: torch.device, tree: int) -> None:
+    def __init__(self, program: CachedProgram, tree: int) -> None:
         """Wrap a program; nothing is compiled yet."""
         assert program.reuse is not None
-        self.program, self.device, self.tree = program, device, tree
+        self.program, self.tree = program, tree
         self.compute: Callable[..., Any] = program.compute
         self.reuse: Callable[..., Any] = program.reuse
         self.plan = program.planned()
@@ -39,7 +39,7 @@ class LoadedProgram:
     def step_tensor(self, step: int) -> Tensor:
         """Return int64[1] on the device, made once per step."""
         if step not in self._scalars:
-            self._scalars[step] = torch.tensor([step], dtype=torch.int64, device=self.device)
+            self._scalars[step] = torch.tensor([step], dtype=torch.int64, device=self.plan.device)
         tensor: Tensor = self._scalars[step]
         return tensor
 
@@ -47,7 +47,7 @@ class LoadedProgram:
         """Return the policy's inputs, made once per setting."""
         key = ("policy", config, num_steps)
         if key not in self._scalars:
-            self._scalars[key] = policy_parameters(config, num_steps, self.device)
+            self._scalars[key] = policy_parameters(config, num_steps, self.plan.device)
         tensors: tuple[Tensor, ...] = self._scalars[key]
         return tensors
 
@@ -69,7 +69,7 @@ class LoadedProgram:
             return outputs, state.reused(), None
         end = spec.num_leaves + len(self.plan.slots)
         slots = tuple(returned[spec.num_leaves : end])
-        if self.device.type == "cuda":  # a replayed CUDA graph overwrites what it returned before
+        if self.plan.device.type == "cuda":  # a replayed CUDA graph overwrites what it returned before
             slots = tuple(slot.clone() for slot in slots)
         change = returned[end + 1] if len(returned) > end + 1 else None
         return outputs, state.computed(slots, int(returned[end])), change

@@ -19,11 +19,6 @@ def ordered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return args, dict(sorted(kwargs.items()))
 
 
-def device_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    """Return the device of the first tensor among the inputs."""
-    return next((leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), torch.device("cpu"))
-
-
 def _leaf_key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return (tuple(leaf.shape), leaf.dtype, leaf.device)

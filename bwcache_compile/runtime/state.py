@@ -47,9 +47,9 @@ class CacheState:
         return dataclasses.replace(self, step=self.step + 1)
 
 
-def fresh_state(plan: CachePlan, device: torch.device, step: int = 0) -> CacheState:
+def fresh_state(plan: CachePlan, step: int = 0) -> CacheState:
     """Return the state of a context that has computed nothing; its next step is `step`."""
-    slots = tuple(torch.full(slot.shape, slot.fill, dtype=slot.dtype, device=device) for slot in plan.slots)
+    slots = tuple(torch.full(slot.shape, slot.fill, dtype=slot.dtype, device=plan.device) for slot in plan.slots)
     return CacheState(slots, step)
 
 

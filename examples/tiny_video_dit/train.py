@@ -48,7 +48,7 @@ def draw_loss(log: Path, picture: Path) -> None:
     rows = [(int(step), float(loss)) for step, loss in csv.reader(log.open())]
     figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
     axis.semilogy(*zip(*rows, strict=True))
-    axis.set(xlabel="step", ylabel="flow-matching loss, mean of 50 steps")
+    axis.set(xlabel="step", ylabel="loss, mean of 50 steps")
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 
@@ -57,8 +57,8 @@ def main() -> None:
     """Train, resuming from the run folder's checkpoint if there is one, and write the averaged weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder for the checkpoint and the loss log")
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--decay", type=int, default=1200, help="steps of the final linear decay")
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--decay", type=int, default=1400, help="steps of the final linear decay")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the float16 weights are written")
