@@ -1,8 +1,6 @@
-"""The compact indicator on the model that was trained: what it takes, and that it triggers where the exact one does."""
+"""The compact indicator on the model that was trained: what it takes, and how near it stays to the exact one."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import data
 import model as tiny
@@ -11,7 +9,6 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 import bwcache_compile as bw
-from examples.quickstart import THRESHOLD
 
 STEPS = 50
 
@@ -21,27 +18,24 @@ def trained() -> WanTransformer3DModel:
     return tiny.load()
 
 
-def trigger_steps(cached: bw.CachedModel, tokens: torch.Tensor, noise: torch.Tensor) -> dict[str, int]:
-    """Generate until both contexts have triggered, and return where; `STEPS` if one never does."""
+def indicators(models: list[bw.CachedModel], tokens: torch.Tensor, noise: torch.Tensor, steps: int) -> list[list[float]]:
+    """Run the first steps with every model in turn, all of them computed; return what each measured, both contexts."""
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=tiny.SHIFT)
     scheduler.set_timesteps(STEPS)
     prompts = {"cond": tokens, "uncond": torch.zeros_like(tokens)}
-    states = {name: cached.init_state((tiny.with_coordinates(noise), torch.ones(1), tokens), {"return_dict": False}) for name in prompts}
-    found = dict.fromkeys(prompts, STEPS)
     latents = noise
-    for step, timestep in enumerate(scheduler.timesteps):
+    for model in models:
+        model.reset()
+    for timestep in scheduler.timesteps[:steps]:
         out = {}
         for name, prompt in prompts.items():
-            inputs = (tiny.with_coordinates(latents), timestep.expand(1), prompt)
-            (out[name],), states[name] = cached.step(inputs, {"return_dict": False}, states[name])
-            if states[name].reuse_until > step:
-                found[name] = min(found[name], step)
-                states[name] = dataclasses.replace(states[name], reuse_until=-1)  # keep computing: only the trigger counts here
-        if all(at < STEPS for at in found.values()):
-            break
+            for model in models:
+                with torch.no_grad(), model.cache_context(name):
+                    (out[name],) = model(tiny.with_coordinates(latents), timestep.expand(1), prompt, return_dict=False)
         clean = out["uncond"] + tiny.GUIDANCE * (out["cond"] - out["uncond"])
         latents = scheduler.step((latents - clean) / (timestep / 1000), timestep, latents, return_dict=False)[0]
-    return found
+    contexts = [model.report().contexts.values() for model in models]
+    return [[r.indicator for context in group for r in context.steps if r.indicator is not None] for group in contexts]
 
 
 def test_the_default_state_is_small(trained: WanTransformer3DModel) -> None:
@@ -53,13 +47,16 @@ def test_the_default_state_is_small(trained: WanTransformer3DModel) -> None:
     assert exact.hidden_states > 13
 
 
-def test_the_compact_indicator_triggers_where_the_exact_one_does(trained: WanTransformer3DModel) -> None:
-    compact = bw.transform(trained, bw.CacheConfig(num_steps=STEPS, threshold=THRESHOLD))
-    exact = bw.transform(trained, bw.CacheConfig.paper(num_steps=STEPS, threshold=THRESHOLD))
-    pairs = []
+def test_the_compact_indicator_stays_near_the_exact_one(trained: WanTransformer3DModel) -> None:
+    """At the default threshold both trigger at the same step; elsewhere they can only differ within the error seen here."""
+    compact = bw.transform(trained, bw.CacheConfig(num_steps=STEPS, threshold=0))
+    exact = bw.transform(trained, bw.CacheConfig.paper(num_steps=STEPS, threshold=0))
+    default = bw.CacheConfig().threshold
+    errors = []
     for seed in range(20):
         tokens = data.encode(data.draw_attributes(1, torch.Generator().manual_seed(seed)))
-        noise = tiny.draw_noise(1, seed)
-        pairs.append((trigger_steps(compact, tokens, noise), trigger_steps(exact, tokens, noise)))
-    assert [ours for ours, _ in pairs] == [paper for _, paper in pairs]
-    assert all(1 < step < STEPS for _, paper in pairs for step in paper.values()), "the threshold is where the curve decides"
+        ours, paper = indicators([compact, exact], tokens, tiny.draw_noise(1, seed), steps=8)
+        errors += [abs(a - b) / b for a, b in zip(ours, paper, strict=True)]
+        assert [a < default for a in ours] == [b < default for b in paper]
+    assert max(errors) < 0.12
+    assert sum(errors) / len(errors) < 0.03
