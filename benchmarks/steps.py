@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import platform
 import resource
@@ -106,9 +107,11 @@ def measure_transform(layers: int) -> dict[str, float]:
         forward = time.perf_counter() - began
         export, transform = [], []
         for _ in range(3):
+            gc.collect()  # neither is to pay for the other's garbage
             began = time.perf_counter()
             torch.export.export(model, (), call, strict=False)
             export.append(time.perf_counter() - began)
+            gc.collect()
             began = time.perf_counter()
             bw.transform(model, bw.CacheConfig(num_steps=50), example_kwargs=call)
             transform.append(time.perf_counter() - began)
