@@ -117,6 +117,11 @@ def call_graph(module: GraphModule, name: str, inner: GraphModule, operands: Seq
     return node
 
 
+def call_traced(module: GraphModule, name: str, function: Callable[..., Any], operands: Sequence[Node], role: str | None = None) -> Node:
+    """Insert a call of a pure tensor function, traced for these operands."""
+    return call_graph(module, name, as_graph(function, [node.meta["val"] for node in operands]), operands, role)
+
+
 def result(call: Node, index: int, name: str) -> Node:
     """Read one result of a call, under a name of its own."""
     graph = call.graph

@@ -48,10 +48,9 @@ def _objection(stack: Stack, flow: DataFlow) -> str | None:
             return f"{unit.name} returns another shape than {common.name}"
     for unit in stack.units:
         mask = flow.mask(unit.nodes)
-        if flow.before(mask) & flow.after(mask) & ~mask:
-            between = [n for n in flow.select(flow.before(mask) & flow.after(mask) & ~mask) if n.op == "call_function"]
-            if between:
-                return f"`{between[0].name}` outside {unit.name} runs in the middle of it"
+        between = [n for n in flow.select(flow.before(mask) & flow.after(mask) & ~mask) if n.op == "call_function"]
+        if between:
+            return f"`{between[0].name}` outside {unit.name} runs in the middle of it"
     return None
 
 

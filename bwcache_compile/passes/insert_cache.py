@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.graph_text import called_graph
-from bwcache_compile.passes._edit import as_graph, call_graph, inserted, read_slot, slots_by_role, step_input, write_slot
+from bwcache_compile.passes._edit import call_traced, inserted, read_slot, slots_by_role, step_input, write_slot
 from bwcache_compile.program import CachedProgram, PassResult
 
 aten = torch.ops.aten
@@ -76,9 +76,7 @@ def insert_cache(program: CachedProgram) -> PassResult:
         if plan.config.reuse == "residual":
             source = named[plan.sources[plan.region_outputs[i]]]
             with graph.inserting_after(value):
-                kept = call_graph(
-                    program.compute, f"keep_{i}", as_graph(policy.residual, [value.meta["val"], source.meta["val"]]), [value, source]
-                )
+                kept = call_traced(program.compute, f"keep_{i}", policy.residual, [value, source])
         else:
             kept = _snapshot(program, value, shared[i])
         if plan.config.reuse == "taylor":
@@ -87,7 +85,6 @@ def insert_cache(program: CachedProgram) -> PassResult:
     for slot in slots_by_role(plan, "times"):
         time, times = clock(program), read_slot(program, slot)
         with graph.inserting_before(graph.output_node()):
-            inner = as_graph(_push_time, [time.meta["val"], times.meta["val"]])
-            moved = call_graph(program.compute, "push_time", inner, [time, times])
+            moved = call_traced(program.compute, "push_time", _push_time, [time, times])
         write_slot(program, slot, moved)
     return PassResult(program, True)

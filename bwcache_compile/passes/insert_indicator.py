@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from bwcache_compile import policy
 from bwcache_compile.graph_text import called_graph
-from bwcache_compile.passes._edit import as_graph, call_graph, inserted, read_slot, result, slots_by_role, write_slot
+from bwcache_compile.passes._edit import call_traced, inserted, read_slot, result, slots_by_role, write_slot
 from bwcache_compile.program import OURS, CachedProgram, Measured, PassResult
 
 aten = torch.ops.aten
@@ -72,7 +72,7 @@ def insert_indicator(program: CachedProgram) -> PassResult:
 
     operands = [*features, *references]
     with graph.inserting_before(graph.output_node()):
-        call_graph(module, "indicator", as_graph(change, [n.meta["val"] for n in operands]), operands, "change")
+        call_traced(module, "indicator", change, operands, "change")
     for slot, feature in zip(slots, features, strict=True):
         write_slot(program, slot, feature)
     return PassResult(program, True)

@@ -8,8 +8,7 @@ from torch.fx import Node
 
 from bwcache_compile import policy
 from bwcache_compile.passes._edit import (
-    as_graph,
-    call_graph,
+    call_traced,
     fake,
     graph_input,
     inserted,
@@ -47,14 +46,14 @@ def insert_policy(program: CachedProgram) -> PassResult:
     if plan.config.policy == "static":
         with graph.inserting_before(output):
             operands = [*parameters, step]
-            left = call_graph(module, "policy", as_graph(policy.static, [n.meta["val"] for n in operands]), operands, "reuse_left")
+            left = call_traced(module, "policy", policy.static, operands, "reuse_left")
         extra = [left]
     else:
         (slot,) = slots_by_role(plan, "trigger")
         change = inserted(graph, "change")
         operands = [change, read_slot(program, slot), step, *parameters]
         with graph.inserting_before(output):
-            call = call_graph(module, "policy", as_graph(policy.schedule, [n.meta["val"] for n in operands]), operands)
+            call = call_traced(module, "policy", policy.schedule, operands)
             trigger, left = result(call, 0, "trigger"), result(call, 1, "reuse_left")
         write_slot(program, slot, trigger)
         extra = [left, change]

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow, eliminate_dead_code
-from bwcache_compile.passes._edit import as_graph, call_graph, fake, inserted, new_input
+from bwcache_compile.passes._edit import call_traced, fake, inserted, new_input
 from bwcache_compile.passes.insert_cache import as_time
 from bwcache_compile.program import CachedProgram, PassResult
 
@@ -34,7 +34,7 @@ def _replacement(program: CachedProgram, module: GraphModule, index: int, slots:
         function = _extrapolated
         time = inputs[plan.time_input] if plan.time_input else inserted(module.graph, "step")
         operands = [kept, slots[f"previous_{index}"], slots["times"], time]
-    return call_graph(module, f"reuse_{index}", as_graph(function, [n.meta["val"] for n in operands]), operands)
+    return call_traced(module, f"reuse_{index}", function, operands)
 
 
 def _protect(graph: Graph, slots: dict[str, Node]) -> None:
