@@ -10,15 +10,10 @@ from bwcache_compile import passes
 from bwcache_compile.capture import capture
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, StateError
-from bwcache_compile.program import BlockSearch, CachedProgram
+from bwcache_compile.program import BlockSearch
 from bwcache_compile.runtime import CachedModel, Toolchain
 
-
-def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CachedProgram:
-    return capture(model, args, kwargs).program
-
-
-_TOOLCHAIN = Toolchain(capture=_capture, build=passes.build, explain=passes.explain)
+_TOOLCHAIN = Toolchain(capture=capture, build=passes.build, explain=passes.explain)
 
 
 def transform(
@@ -77,5 +72,5 @@ def find_blocks(model: nn.Module, *, example_args: tuple[Any, ...] = (), example
     Raises:
         CaptureError: The model could not be captured.
     """
-    program = capture(model, example_args, example_kwargs or {}).program
+    program = capture(model, example_args, example_kwargs or {})
     return passes.find_blocks(passes.canonicalize(program).program)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 import traceback
 import warnings
@@ -17,14 +16,6 @@ from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import CaptureError
 from bwcache_compile.program import CachedProgram, Captured, Signature
-
-
-@dataclasses.dataclass(frozen=True)
-class Capture:
-    """A captured program, and what the model itself returned for the example inputs."""
-
-    program: CachedProgram
-    reference: Any
 
 
 def flat_outputs(outputs: Any) -> list[Any]:
@@ -112,7 +103,7 @@ def _check_repeatable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         )
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CachedProgram:
     """Capture a model as a flat graph over its own parameters.
 
     The model runs once eagerly first: exporting a model that never ran can damage it, and that run is the reference.
@@ -124,15 +115,14 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         kwargs: Example keyword arguments.
 
     Returns:
-        The program, whose weights are the model's own tensors, and the eager outputs.
+        The program; its weights are the model's own tensors.
 
     Raises:
         CaptureError: No front end took the model, or what they captured computes something else.
     """
     name = type(model).__name__
     with torch.no_grad():
-        reference = model(*clone_tensors(args), **clone_tensors(kwargs))
-    expected = flat_outputs(reference)
+        expected = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
     failures: list[str] = []
     for strict in (False, True):
         mode = "strict" if strict else "non-strict"
@@ -147,7 +137,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             flat, _ = pytree.tree_flatten((clone_tensors(args), clone_tensors(kwargs)))
             difference = _difference(expected, list(program.compute(*flat)))
         if difference is None:
-            return Capture(program, reference)
+            return program
         _check_repeatable(model, args, kwargs, expected)
         failures.append(f"{mode}: the captured graph computes something else than the model: {difference}")
     raise CaptureError(

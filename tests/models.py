@@ -31,7 +31,7 @@ def noise(name: str, step: int, *shape: int) -> Tensor:
 
 def captured(model: Tiny, *args: Tensor) -> CachedProgram:
     """Capture a model in evaluation mode, on its own example if no arguments are given."""
-    return capture(model.eval().requires_grad_(False), args or model.example(), {}).program
+    return capture(model.eval().requires_grad_(False), args or model.example(), {})
 
 
 class Block(nn.Module):

@@ -83,7 +83,7 @@ def test_a_model_that_differs_from_itself_is_named() -> None:
 
 def test_weights_are_shared_by_identity() -> None:
     model = OneStream().eval()
-    program = capture(model, model.example(), {}).program
+    program = capture(model, model.example(), {})
     held = {id(p) for p in program.compute.parameters()}
     assert held == {id(p) for p in model.parameters()}
 

@@ -30,7 +30,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Entry, nn.Module]:
 def transform(case: tuple[Entry, nn.Module]) -> Transform:
     """`bw.transform` with one capture for all settings: exporting is the slow part, and the same each time."""
     entry, model = case
-    captured = capture(model, (), dict(sorted(entry.inputs(0).items()))).program
+    captured = capture(model, (), dict(sorted(entry.inputs(0).items())))
     toolchain = Toolchain(capture=lambda *_: captured.fresh(), build=passes.build, explain=passes.explain)
     return lambda config: bw.CachedModel(model, config, toolchain)
 
