@@ -55,7 +55,10 @@ def transform(
             f"the parameter {meta} of {type(model).__name__} has no data here (device meta): an offload hook moves it in and out,"
             " and a captured graph would hold on to copies. Place the whole model on one device first."
         )
-    cached = CachedModel(model, config or CacheConfig(), _TOOLCHAIN)
+    config = config or CacheConfig()
+    if config.granularity == "block":
+        raise ConfigError("granularity='block' decides for each block on its own, which needs the guard in the graph.")
+    cached = CachedModel(model, config, _TOOLCHAIN)
     if example_args is not None or example_kwargs is not None:
         cached.prepare(example_args or (), example_kwargs or {})
     return cached

@@ -14,6 +14,7 @@ from bwcache_compile.errors import ConfigError
 
 Policy = Literal["schedule", "static"]
 Reuse = Literal["output", "residual", "taylor"]
+Granularity = Literal["stack", "block"]
 
 
 def _is_int(value: object) -> bool:
@@ -34,6 +35,9 @@ class CacheConfig:
         policy: "schedule" measures the indicator and follows the paper; "static" follows `steps_mask`.
         reuse: What a reused step returns: "output" holds the cached outputs; "residual" adds what the blocks last
             added to their input; "taylor" extrapolates the outputs from the last two computed steps.
+        granularity: "stack" guards all blocks together; "block" guards each on its own: a block whose own features hardly
+            change adds what it last added to its current input, so changes of the blocks before it still flow through.
+            Needs `guard="graph"` and `reuse="residual"`, and keeps one residual per block.
         warmup_steps: Steps at the start that are always computed, whatever the indicator says.
         num_steps: Denoising steps of one generation (`S`), per context.
         steps_mask: For "static": one entry per step, 1 reuses and 0 computes. Its length is the number of steps.
@@ -55,6 +59,7 @@ class CacheConfig:
     tail: float = 0.5
     policy: Policy = "schedule"
     reuse: Reuse = "output"
+    granularity: Granularity = "stack"
     warmup_steps: int = 0
     num_steps: int | None = None
     steps_mask: tuple[int, ...] | None = None
@@ -76,10 +81,17 @@ class CacheConfig:
             raise ConfigError("steps_mask is only read by policy='static'; remove it or choose that policy.")
 
     def _check_choices(self) -> None:
-        for name, choices in (("policy", get_args(Policy)), ("reuse", get_args(Reuse))):
+        for name, choices in (("policy", get_args(Policy)), ("reuse", get_args(Reuse)), ("granularity", get_args(Granularity))):
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+
+        if self.granularity == "block" and self.reuse != "residual":
+            raise ConfigError(
+                f"granularity='block' needs reuse='residual', not {self.reuse!r}: a held output would hide what earlier blocks changed."
+            )
+        if self.granularity == "block" and self.indicator_blocks != "all":
+            raise ConfigError(f"granularity='block' measures every block; indicator_blocks is {self.indicator_blocks!r}, not \"all\".")
 
     def _check_numbers(self) -> None:
         if not (isinstance(self.threshold, (int, float)) and self.threshold >= 0):

@@ -17,7 +17,7 @@ OURS = "bwcache_"
 REGION_MARK = "bwcache_region"
 """Key in the `meta` of every operator of the cached region. Names repeat from graph to graph; this mark does not."""
 
-Role = Literal["output", "previous", "times", "reference", "trigger"]
+Role = Literal["output", "previous", "times", "reference", "trigger", "until"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +92,37 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
+class Region:
+    """What one guard covers: the whole stack, or one block.
+
+    Attributes:
+        tag: Empty for the stack; the block's position for a block. It ends the names of what belongs to the region.
+        nodes: Names of all nodes between the first block's inputs and the last block's outputs.
+        inputs: Values that the region reads, parameters left out.
+        outputs: Values that others read.
+        sources: For `reuse="residual"`: the region input that each region output continues.
+        measured: Features that the indicator measures; empty for `policy="static"`.
+    """
+
+    tag: str
+    nodes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sources: dict[str, str]
+    measured: tuple[Measured, ...]
+
+    def slot(self, kind: str, index: int | None = None) -> str:
+        """Name a slot of this region: `output_0`, or `output3_0` for the block at position 3."""
+        return f"{kind}{self.tag}" + ("" if index is None else f"_{index}")
+
+
+@dataclasses.dataclass(frozen=True)
 class CachePlan:
     """What is cached, how much it takes, and what could not be proved.
 
     Attributes:
         blocks: The blocks that a reused step skips, in execution order.
-        region: Names of all nodes between the first block's inputs and the last block's outputs.
-        region_inputs: Values that the region reads, parameters left out.
-        region_outputs: Values that the epilogue reads.
-        sources: For `reuse="residual"`: the region input that each region output continues.
-        measured: Features that the indicator measures; empty for `policy="static"`.
+        regions: What is guarded, in execution order: one region, or one per block with `granularity="block"`.
         slots: Every tensor of one context's state.
         time_input: For `reuse="taylor"`: the input that gives the time; None counts steps.
         hidden_bytes: Bytes of one hidden state: the last block's feature.
@@ -111,16 +132,17 @@ class CachePlan:
 
     config: CacheConfig
     blocks: tuple[Block, ...]
-    region: tuple[str, ...]
-    region_inputs: tuple[str, ...]
-    region_outputs: tuple[str, ...]
-    sources: dict[str, str]
-    measured: tuple[Measured, ...]
+    regions: tuple[Region, ...]
     slots: tuple[CacheSlot, ...]
     time_input: str | None
     hidden_bytes: int
     device: torch.device
     notes: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> tuple[Measured, ...]:
+        """Features that the indicator measures, over all regions; empty for `policy="static"`."""
+        return tuple(measured for region in self.regions for measured in region.measured)
 
     @property
     def state_bytes(self) -> int:

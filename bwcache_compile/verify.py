@@ -60,7 +60,7 @@ def _verify_specialized(program: CachedProgram, after: str) -> None:
                 _fail(after, f"{node.name} of a cached block runs on a reused step", node)
     user = program.signature.out_spec.num_leaves
     for name, graph, expected in (
-        ("compute", program.compute.graph, user + len(plan.slots) + (2 if plan.measured else 1)),
+        ("compute", program.compute.graph, user + len(plan.slots) + len(plan.regions) * (2 if plan.measured else 1)),
         ("reuse", program.reuse.graph, user),
     ):
         outputs = graph.output_node().args[0]

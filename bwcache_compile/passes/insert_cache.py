@@ -9,8 +9,8 @@ from torch.fx import GraphModule, Node
 from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.graph_text import called_graph
-from bwcache_compile.passes._edit import call_traced, inserted, read_slot, slots_by_role, step_input, write_slot
-from bwcache_compile.program import CachedProgram, PassResult
+from bwcache_compile.passes._edit import call_traced, inserted, read_slot, step_input, write_slot
+from bwcache_compile.program import CachedProgram, PassResult, Region
 
 aten = torch.ops.aten
 
@@ -62,29 +62,43 @@ def _snapshot(program: CachedProgram, value: Node, shared: bool) -> Node:
     return copy
 
 
+def source_of(call: Node, region: Region, index: int) -> Node:
+    """Return what the region's output `index` continues: an operand of the region's call."""
+    source = call.args[region.inputs.index(region.sources[region.outputs[index]])]
+    assert isinstance(source, Node)
+    return source
+
+
+def _keep(program: CachedProgram, region: Region) -> None:
+    plan, graph = program.planned(), program.compute.graph
+    slots = {slot.name: slot for slot in plan.slots}
+    call = inserted(graph, f"region{region.tag}")
+    shared = _shared_inside(called_graph(program.compute, call))
+    for i in range(len(region.outputs)):
+        slot = slots[region.slot("output", i)]
+        value = inserted(graph, f"region{region.tag}_{i}")
+        if plan.config.reuse == "residual":
+            with graph.inserting_after(value):
+                kept = call_traced(program.compute, region.slot("keep", i), policy.residual, [value, source_of(call, region, i)])
+        else:
+            kept = _snapshot(program, value, shared[i])
+        if plan.config.reuse == "taylor":
+            write_slot(program, slots[region.slot("previous", i)], read_slot(program, slot))
+        write_slot(program, slot, kept)
+    if plan.config.reuse == "taylor":
+        slot = slots[region.slot("times")]
+        time, times = clock(program), read_slot(program, slot)
+        with graph.inserting_before(graph.output_node()):
+            moved = call_traced(program.compute, region.slot("push_time"), _push_time, [time, times])
+        write_slot(program, slot, moved)
+
+
 def insert_cache(program: CachedProgram) -> PassResult:
     """Write each output slot from the region's outputs; nothing later in the step can change what was kept.
 
     With `reuse="residual"` the slot keeps output minus input, proved to belong together by the plan. With "taylor"
     the slot's old value moves to `previous_*`, and `times` keeps the two times.
     """
-    plan, graph = program.planned(), program.compute.graph
-    named = {node.name: node for node in graph.nodes}
-    shared = _shared_inside(called_graph(program.compute, inserted(graph, "region")))
-    for i, slot in enumerate(slots_by_role(plan, "output")):
-        value = inserted(graph, f"region_{i}")
-        if plan.config.reuse == "residual":
-            source = named[plan.sources[plan.region_outputs[i]]]
-            with graph.inserting_after(value):
-                kept = call_traced(program.compute, f"keep_{i}", policy.residual, [value, source])
-        else:
-            kept = _snapshot(program, value, shared[i])
-        if plan.config.reuse == "taylor":
-            write_slot(program, slots_by_role(plan, "previous")[i], read_slot(program, slot))
-        write_slot(program, slot, kept)
-    for slot in slots_by_role(plan, "times"):
-        time, times = clock(program), read_slot(program, slot)
-        with graph.inserting_before(graph.output_node()):
-            moved = call_traced(program.compute, "push_time", _push_time, [time, times])
-        write_slot(program, slot, moved)
+    for region in program.planned().regions:
+        _keep(program, region)
     return PassResult(program, True)

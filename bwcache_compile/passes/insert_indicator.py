@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 
 from bwcache_compile import policy
 from bwcache_compile.graph_text import called_graph
-from bwcache_compile.passes._edit import call_traced, inserted, read_slot, result, slots_by_role, write_slot
-from bwcache_compile.program import OURS, CachedProgram, Measured, PassResult
+from bwcache_compile.passes._edit import call_traced, inserted, read_slot, result, write_slot
+from bwcache_compile.program import OURS, CachedProgram, Measured, PassResult, Region
 
 aten = torch.ops.aten
 
@@ -41,19 +41,12 @@ def _sample(inner: GraphModule, node: Node, measured: Measured, index: int) -> N
     return _append(node, aten.index_select.default, (0, chosen), f"sample_{index}")
 
 
-def insert_indicator(program: CachedProgram) -> PassResult:
-    """Make `change` the relative L1 change of each measured block, float32[blocks], against the reference slots.
-
-    The region returns the measured rows behind its outputs; each becomes the next value of its reference slot. A
-    static policy measures nothing, and the graph stays as it is.
-    """
+def _measure(program: CachedProgram, region: Region) -> None:
     plan, module, graph = program.planned(), program.compute, program.compute.graph
-    if not plan.measured:
-        return PassResult(program, False)
-    call = inserted(graph, "region")
+    call = inserted(graph, f"region{region.tag}")
     inner = called_graph(module, call)
     named = {node.name: node for node in inner.graph.nodes}
-    samples = [_sample(inner, named[measured.node], measured, i) for i, measured in enumerate(plan.measured)]
+    samples = [_sample(inner, named[m.node], m, plan.measured.index(m)) for m in region.measured]
     output = inner.graph.output_node()
     output.args = ((*output.args[0], *samples),)  # type: ignore[misc]
     inner.recompile()
@@ -62,9 +55,9 @@ def insert_indicator(program: CachedProgram) -> PassResult:
     features = []
     for i in range(len(samples)):
         with graph.inserting_after(anchor):
-            anchor = result(call, len(plan.region_outputs) + i, f"feature_{i}")
+            anchor = result(call, len(region.outputs) + i, region.slot("feature", i))
         features.append(anchor)
-    slots = slots_by_role(plan, "reference")
+    slots = [slot for i in range(len(samples)) for slot in plan.slots if slot.name == region.slot("reference", i)]
     references = [read_slot(program, slot) for slot in slots]
 
     def change(*tensors: Tensor) -> Tensor:
@@ -72,7 +65,18 @@ def insert_indicator(program: CachedProgram) -> PassResult:
 
     operands = [*features, *references]
     with graph.inserting_before(graph.output_node()):
-        call_traced(module, "indicator", change, operands, "change")
+        call_traced(module, region.slot("indicator"), change, operands, region.slot("change"))
     for slot, feature in zip(slots, features, strict=True):
         write_slot(program, slot, feature)
-    return PassResult(program, True)
+
+
+def insert_indicator(program: CachedProgram) -> PassResult:
+    """Make `change` the relative L1 change of each measured block, float32[blocks], against the reference slots.
+
+    The region returns the measured rows behind its outputs; each becomes the next value of its reference slot. A
+    static policy measures nothing, and the graph stays as it is. With guards per block each has its own `change0` ...
+    """
+    measuring = [region for region in program.planned().regions if region.measured]
+    for region in measuring:
+        _measure(program, region)
+    return PassResult(program, bool(measuring))

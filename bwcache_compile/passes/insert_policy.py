@@ -14,11 +14,10 @@ from bwcache_compile.passes._edit import (
     inserted,
     read_slot,
     result,
-    slots_by_role,
     step_input,
     write_slot,
 )
-from bwcache_compile.program import CachedProgram, PassResult
+from bwcache_compile.program import CachedProgram, PassResult, Region
 
 SCHEDULE_INPUTS = ("threshold", "interval", "tail_numerator", "tail_denominator", "warmup", "num_steps")
 
@@ -33,29 +32,33 @@ def policy_inputs(program: CachedProgram) -> dict[str, Tensor]:
     return {f"policy_{name}": fake((1,), dtypes.get(name, torch.int64), device) for name in SCHEDULE_INPUTS}
 
 
+def _decide(program: CachedProgram, region: Region, parameters: list[Node], step: Node) -> list[Node]:
+    """Insert one region's decision; return `reuse_left` and, where measured, `change`."""
+    plan, module, graph = program.planned(), program.compute, program.compute.graph
+    name, left = region.slot("policy"), region.slot("reuse_left")
+    if plan.config.policy == "static":
+        with graph.inserting_before(graph.output_node()):
+            return [call_traced(module, name, policy.static, [*parameters, step], left)]
+    (slot,) = (slot for slot in plan.slots if slot.name == region.slot("trigger"))
+    change = inserted(graph, region.slot("change"))
+    operands = [change, read_slot(program, slot), step, *parameters]
+    with graph.inserting_before(graph.output_node()):
+        call = call_traced(module, name, policy.schedule, operands)
+        trigger, remaining = result(call, 0, slot.name), result(call, 1, left)
+    write_slot(program, slot, trigger)
+    return [remaining, change]
+
+
 def insert_policy(program: CachedProgram) -> PassResult:
     """Return `reuse_left`, int64[1], as the output behind the user's; the parameters become inputs `policy_*`.
 
-    With the paper's schedule the trigger is a slot, and the indicator per block is returned too, for the report.
+    With the paper's schedule the trigger is a slot, and the indicator per block is returned too, for the report. With
+    guards per block there is one pair of outputs for each.
     """
-    plan, module, graph = program.planned(), program.compute, program.compute.graph
+    graph = program.compute.graph
     parameters = [graph_input(graph, name, value) for name, value in policy_inputs(program).items()]
     step = step_input(program)
+    extra = [node for region in program.planned().regions for node in _decide(program, region, parameters, step)]
     output = graph.output_node()
-    extra: list[Node]
-    if plan.config.policy == "static":
-        with graph.inserting_before(output):
-            operands = [*parameters, step]
-            left = call_traced(module, "policy", policy.static, operands, "reuse_left")
-        extra = [left]
-    else:
-        (slot,) = slots_by_role(plan, "trigger")
-        change = inserted(graph, "change")
-        operands = [change, read_slot(program, slot), step, *parameters]
-        with graph.inserting_before(output):
-            call = call_traced(module, "policy", policy.schedule, operands)
-            trigger, left = result(call, 0, "trigger"), result(call, 1, "reuse_left")
-        write_slot(program, slot, trigger)
-        extra = [left, change]
     output.args = ((*output.args[0], *extra),)  # type: ignore[misc]
     return PassResult(program, True)

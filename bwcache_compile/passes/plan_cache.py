@@ -11,7 +11,7 @@ from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.graph_text import format_value
 from bwcache_compile.passes._streams import continued, same_places
-from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured
+from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region
 
 
 def _cached_blocks(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> tuple[Block, ...]:
@@ -102,38 +102,70 @@ def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfi
     )
 
 
-def _reference_slot(index: int, measured: Measured, value: Tensor) -> CacheSlot:
+def _reference_slot(name: str, measured: Measured, value: Tensor) -> CacheSlot:
     shape = list(value.shape)
     if measured.token_range is not None:
         shape[1] = measured.token_range[1] - measured.token_range[0]
     if measured.stride is not None:
         tokens = torch.Size(shape[:-1]).numel()
         shape = [max(1, tokens // measured.stride), shape[-1]]
-    return CacheSlot(f"reference_{index}", "reference", tuple(shape), value.dtype)
+    return CacheSlot(name, "reference", tuple(shape), value.dtype)
 
 
-def _slots(config: CacheConfig, outputs: list[Node], measured: tuple[Measured, ...], nodes: dict[str, Node]) -> tuple[CacheSlot, ...]:
+def _slots(config: CacheConfig, region: Region, nodes: dict[str, Node]) -> tuple[CacheSlot, ...]:
     slots = []
-    for i, node in enumerate(outputs):
-        value = node.meta["val"]
-        slots.append(CacheSlot(f"output_{i}", "output", tuple(value.shape), value.dtype))
+    values = [nodes[name].meta["val"] for name in region.outputs]
+    for i, value in enumerate(values):
+        slots.append(CacheSlot(region.slot("output", i), "output", tuple(value.shape), value.dtype))
     if config.reuse == "taylor":
-        for i, node in enumerate(outputs):
-            value = node.meta["val"]
-            slots.append(CacheSlot(f"previous_{i}", "previous", tuple(value.shape), value.dtype))
-        slots.append(CacheSlot("times", "times", (2,), torch.float32, fill=float("nan")))
-    slots += [_reference_slot(i, m, nodes[m.node].meta["val"]) for i, m in enumerate(measured)]
+        for i, value in enumerate(values):
+            slots.append(CacheSlot(region.slot("previous", i), "previous", tuple(value.shape), value.dtype))
+        slots.append(CacheSlot(region.slot("times"), "times", (2,), torch.float32, fill=float("nan")))
+    slots += [_reference_slot(region.slot("reference", i), m, nodes[m.node].meta["val"]) for i, m in enumerate(region.measured)]
     if config.policy == "schedule":
-        slots.append(CacheSlot("trigger", "trigger", (1,), torch.int64, fill=-1))
+        slots.append(CacheSlot(region.slot("trigger"), "trigger", (1,), torch.int64, fill=-1))
     return tuple(slots)
 
 
-def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> CachePlan:
-    """Choose the region, its inputs and outputs, what is measured, and every slot of the state.
+def _make_region(
+    program: CachedProgram, flow: DataFlow, blocks: tuple[Block, ...], measured: tuple[Measured, ...], config: CacheConfig, tag: str
+) -> Region:
+    """Take in all that depends on one of the blocks and that one of them depends on, and check that it may be skipped."""
+    nodes = _region(flow, blocks)
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside and a.op != "get_attr"))
+    outputs = [n for n in nodes if isinstance(n.meta.get("val"), Tensor) and any(u not in inside for u in n.users)]
+    _check_writes(flow, nodes, outputs, program)
+    for node in outputs:
+        if config.reuse != "output" and not node.meta["val"].is_floating_point():
+            raise ConfigError(f"reuse={config.reuse!r} needs floating outputs; `{node.name}` is {format_value(node.meta['val'])}.")
+    return Region(
+        tag=tag,
+        nodes=tuple(n.name for n in nodes),
+        inputs=tuple(n.name for n in inputs),
+        outputs=tuple(n.name for n in outputs),
+        sources=_sources(program, inputs, outputs) if config.reuse == "residual" else {},
+        measured=measured,
+    )
 
-    The region is all that depends on a block and that a block depends on; before it is the prologue, after it the
-    epilogue. Of a stream that holds text and video rows, the indicator measures those that the epilogue takes, where
-    that is proved.
+
+def _notes(search: BlockSearch, measured: tuple[Measured, ...], config: CacheConfig, time_input: str | None) -> tuple[str, ...]:
+    notes = []
+    if config.reuse == "taylor" and time_input is None:
+        notes.append("no input is certain to be the time (the only one of rank 0 or 1, in float32), so steps are counted instead")
+    for m in measured[-1:]:
+        if m.token_range is not None:
+            notes.append(f"the indicator measures tokens {m.token_range[0]}:{m.token_range[1]}, those that the output takes")
+    notes += [f"{r.stack} is not cached: {r.reason}" for r in search.rejections if "differs from" in r.reason]
+    return tuple(notes)
+
+
+def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> CachePlan:
+    """Choose the regions, their inputs and outputs, what is measured, and every slot of the state.
+
+    A region is all that depends on a block and that a block depends on; before it is the prologue, after it the
+    epilogue. There is one, or with `granularity="block"` one per block. Of a stream that holds text and video rows, the
+    indicator measures those that the epilogue takes, where that is proved.
 
     Raises:
         NoBlocksFoundError: The search found none.
@@ -143,36 +175,21 @@ def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig)
     blocks = _cached_blocks(program, search, config)
     flow = DataFlow(program.compute.graph)
     nodes = {node.name: node for node in flow.nodes}
-    region = _region(flow, blocks)
-    inside = set(region)
-    inputs = list(dict.fromkeys(a for n in region for a in n.all_input_nodes if a not in inside and a.op != "get_attr"))
-    outputs = [n for n in region if isinstance(n.meta.get("val"), Tensor) and any(u not in inside for u in n.users)]
-    _check_writes(flow, region, outputs, program)
-    for node in outputs:
-        if config.reuse != "output" and not node.meta["val"].is_floating_point():
-            raise ConfigError(f"reuse={config.reuse!r} needs floating outputs; `{node.name}` is {format_value(node.meta['val'])}.")
     measured = _measured(blocks, search, config, nodes)
-    notes = []
+    if config.granularity == "block":
+        own = [tuple(m for m in measured if m.block == block.name) for block in blocks]
+        regions = tuple(_make_region(program, flow, (b,), m, config, str(i)) for i, (b, m) in enumerate(zip(blocks, own, strict=True)))
+    else:
+        regions = (_make_region(program, flow, blocks, measured, config, ""),)
     time_input = _time_input(program) if config.reuse == "taylor" else None
-    if config.reuse == "taylor" and time_input is None:
-        notes.append("no input is certain to be the time (the only one of rank 0 or 1, in float32), so steps are counted instead")
-    for m in measured[-1:]:
-        if m.token_range is not None:
-            notes.append(f"the indicator measures tokens {m.token_range[0]}:{m.token_range[1]}, those that the output takes")
-    skipped = [r for r in search.rejections if "differs from" in r.reason]
-    notes += [f"{r.stack} is not cached: {r.reason}" for r in skipped]
     feature = nodes[blocks[-1].feature].meta["val"]
     return CachePlan(
         config=config,
         blocks=blocks,
-        region=tuple(n.name for n in region),
-        region_inputs=tuple(n.name for n in inputs),
-        region_outputs=tuple(n.name for n in outputs),
-        sources=_sources(program, inputs, outputs) if config.reuse == "residual" else {},
-        measured=measured,
-        slots=_slots(config, outputs, measured, nodes),
+        regions=regions,
+        slots=tuple(slot for region in regions for slot in _slots(config, region, nodes)),
         time_input=time_input,
         hidden_bytes=feature.numel() * feature.dtype.itemsize,
         device=feature.device,
-        notes=tuple(notes),
+        notes=_notes(search, measured, config, time_input),
     )

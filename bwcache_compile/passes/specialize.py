@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow, eliminate_dead_code
 from bwcache_compile.passes._edit import call_traced, fake, inserted, new_input
-from bwcache_compile.passes.insert_cache import as_time
+from bwcache_compile.passes.insert_cache import as_time, source_of
 from bwcache_compile.program import CachedProgram, PassResult
 
 
@@ -23,15 +23,16 @@ def _extrapolated(last: Tensor, previous: Tensor, times: Tensor, now: Tensor) ->
 def _replacement(program: CachedProgram, module: GraphModule, index: int, slots: dict[str, Node]) -> Node:
     """Build what a reused step takes in place of the region's output `index`."""
     plan = program.planned()
-    inputs = {node.name: node for node in module.graph.nodes}
+    (region,) = plan.regions
     kept = slots[f"output_{index}"]
     if plan.config.reuse == "output":
         return kept
     if plan.config.reuse == "residual":
         function: Callable[..., Tensor] = policy.add_residual
-        operands = [inputs[plan.sources[plan.region_outputs[index]]], kept]
+        operands = [source_of(inserted(module.graph, "region"), region, index), kept]
     else:
         function = _extrapolated
+        inputs = {node.name: node for node in module.graph.find_nodes(op="placeholder")}
         time = inputs[plan.time_input] if plan.time_input else inserted(module.graph, "step")
         operands = [kept, slots[f"previous_{index}"], slots["times"], time]
     return call_traced(module, f"reuse_{index}", function, operands)
@@ -74,7 +75,7 @@ def specialize(program: CachedProgram) -> PassResult:
     returned: Any = graph.graph_copy(source.graph, copies | unused)
     graph.output(tuple(returned[:user_outputs]))
     module = GraphModule(source, graph, "Reuse")
-    for i in range(len(plan.region_outputs)):
+    for i in range(len(plan.regions[0].outputs)):
         node = inserted(graph, f"region_{i}")
         with graph.inserting_before(node):
             node.replace_all_uses_with(_replacement(program, module, i, slots))

@@ -6,10 +6,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.passes._edit import call_graph, result
-from bwcache_compile.program import OURS, REGION_MARK, CachedProgram, PassResult
+from bwcache_compile.program import OURS, REGION_MARK, CachedProgram, PassResult, Region
 
 REGION = f"{OURS}region"
-"""Path of the region's graph in the compute graph's module."""
+"""Path of a region's graph in the compute graph's module, up to the region's tag."""
 
 
 def _outline(module: GraphModule, region: list[Node], inputs: list[Node], outputs: list[Node]) -> GraphModule:
@@ -29,20 +29,12 @@ def _outline(module: GraphModule, region: list[Node], inputs: list[Node], output
     return GraphModule(module, graph, "Region")
 
 
-def split_region(program: CachedProgram) -> PassResult:
-    """Leave one call, `region`, where the cached blocks were: prologue, call, epilogue.
-
-    The region reads the prologue's values in plan order and returns the values that the epilogue reads, in plan
-    order, as `region_0`, `region_1` ... Node names inside it are the ones they had. The numbers do not change: the
-    same operators run, and none moves across a write that it depends on.
-    """
-    plan = program.planned()
+def _split(program: CachedProgram, plan: Region, renamed: dict[str, str]) -> None:
+    """Move one region out; `renamed` learns the names under which its outputs are read from now on."""
     module, graph = program.compute, program.compute.graph
-    if any(node.op == "call_module" and node.target == REGION for node in graph.nodes):
-        return PassResult(program, False)
     named = {node.name: node for node in graph.nodes}
-    region = [named[name] for name in plan.region]
-    inputs, outputs = [named[n] for n in plan.region_inputs], [named[n] for n in plan.region_outputs]
+    region = [named[name] for name in plan.nodes]
+    inputs, outputs = [named[renamed.get(n, n)] for n in plan.inputs], [named[n] for n in plan.outputs]
     inner = _outline(module, region, inputs, outputs)
     # what does not depend on the region runs before the call, what does runs after it, each in the order it had
     flow = DataFlow(graph)
@@ -54,12 +46,13 @@ def split_region(program: CachedProgram) -> PassResult:
         if node not in moved and node.op != "output":
             first.prepend(node)
     with graph.inserting_after(last):
-        call = call_graph(module, "region", inner, inputs)
+        call = call_graph(module, f"region{plan.tag}", inner, inputs)
     anchor: Node = call
     for i, node in enumerate(outputs):
         with graph.inserting_after(anchor):
-            anchor = result(call, i, f"region_{i}")
+            anchor = result(call, i, f"region{plan.tag}_{i}")
         node.replace_all_uses_with(anchor, delete_user_cb=lambda user: user not in inside)
+        renamed[node.name] = anchor.name
     for node in late:
         anchor.append(node)
         anchor = node
@@ -67,5 +60,19 @@ def split_region(program: CachedProgram) -> PassResult:
         graph.erase_node(node)
     for node in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
         graph.erase_node(node)
-    module.delete_all_unused_submodules()
+
+
+def split_region(program: CachedProgram) -> PassResult:
+    """Leave one call, `region`, where the cached blocks were: prologue, call, epilogue. With guards per block: `region0` ...
+
+    The region reads the prologue's values in plan order and returns the values that the epilogue reads, in plan
+    order, as `region_0`, `region_1` ... Node names inside it are the ones they had. The numbers do not change: the
+    same operators run, and none moves across a write that it depends on.
+    """
+    if any(node.op == "call_module" and str(node.target).startswith(REGION) for node in program.compute.graph.nodes):
+        return PassResult(program, False)
+    renamed: dict[str, str] = {}
+    for region in program.planned().regions:
+        _split(program, region, renamed)
+    program.compute.delete_all_unused_submodules()
     return PassResult(program, True)

@@ -154,7 +154,7 @@ class Halved(OneStream):
 def test_what_may_change_or_is_not_dense_is_copied(model: Tiny) -> None:
     program = applied(insert_cache, ready_for(insert_cache, model))
     writes = [node for node in program.compute.graph.nodes if node.op == "call_function" and "copy_" in str(node.target)]
-    assert [str(node.args[1].target) for node in writes] == ["aten.clone.default"] * len(program.planned().region_outputs)
+    assert [str(node.args[1].target) for node in writes] == ["aten.clone.default"] * len(program.planned().regions[0].outputs)
     assert all(node.args[1].meta["val"].is_contiguous() for node in writes)
 
 
@@ -187,7 +187,11 @@ def check_numbers(model: Tiny, reuse: Reuse) -> None:
         assert same(run(after, *args, step=step), run(before, *args, step=step))
     _, first, inputs, second = seen
     slots = dict(after.compute.get_submodule("bwcache_cache").named_buffers())
-    sources = [inputs[plan.region_inputs.index(plan.sources[name])] for name in plan.region_outputs] if reuse == "residual" else []
+    sources = (
+        [inputs[plan.regions[0].inputs.index(plan.regions[0].sources[name])] for name in plan.regions[0].outputs]
+        if reuse == "residual"
+        else []
+    )
     kept = [out - source for out, source in zip(second, sources, strict=True)] if reuse == "residual" else list(second)
     assert same([slots[f"output_{i}"] for i in range(len(kept))], kept)
     if reuse == "taylor":

@@ -44,7 +44,7 @@ reference_1: reference float32[3, 256] = 0
 reference_2: reference float32[3, 256] = 0
 trigger: trigger int64[1] = -1""",
     )
-    assert (made.region_inputs, made.region_outputs) == (("linear", "linear_1"), ("add_2",))
+    assert (made.regions[0].inputs, made.regions[0].outputs) == (("linear", "linear_1"), ("add_2",))
 
 
 def test_two_streams_measure_what_the_output_takes() -> None:
@@ -91,15 +91,15 @@ def test_static_measures_nothing() -> None:
 
 
 def test_residual_names_its_source() -> None:
-    assert plan(OneStream(), reuse="residual").sources == {"add_2": "linear"}
-    assert plan(Interleaved(), reuse="residual", compute_last=1).sources == {"add_2": "reshape"}
+    assert plan(OneStream(), reuse="residual").regions[0].sources == {"add_2": "linear"}
+    assert plan(Interleaved(), reuse="residual", compute_last=1).regions[0].sources == {"add_2": "reshape"}
 
 
 def test_compute_first_and_last_shrink_the_region() -> None:
     made = plan(OneStream(depth=4), compute_first=1, compute_last=2)
     assert [block.name for block in made.blocks] == ["blocks.1"]
-    assert made.region == made.blocks[0].nodes
-    assert made.region_inputs == ("add", "linear_1")
+    assert made.regions[0].nodes == made.blocks[0].nodes
+    assert made.regions[0].inputs == ("add", "linear_1")
 
 
 @pytest.mark.parametrize(("count", "names"), [(1, [4]), (2, [2, 4]), (3, [1, 3, 4]), (9, [0, 1, 2, 3, 4]), ("all", [0, 1, 2, 3, 4])])
@@ -171,7 +171,7 @@ class Square(Interleaved):
 
 def test_residual_of_exchanged_rows_and_columns() -> None:
     made = plan(Square(), reuse="output")
-    assert (made.region_inputs, made.region_outputs) == (("reshape", "linear_1"), ("add_3",))
+    assert (made.regions[0].inputs, made.regions[0].outputs) == (("reshape", "linear_1"), ("add_3",))
     assert "no input of the blocks is proved" in refused(Square(), ConfigError, reuse="residual")
 
 
@@ -200,20 +200,22 @@ def test_plans_add_up(model: Tiny, first: int, last: int, reuse: str, tokens: in
     made = plan_cache(program, search, config)
     flow = DataFlow(program.compute.graph)
     named = {node.name: node for node in flow.nodes}
-    region = flow.mask(named[name] for name in made.region)
+    region = flow.mask(named[name] for name in made.regions[0].nodes)
     assert made.blocks == search.blocks[first : len(search.blocks) - last]
     assert flow.before(region) & flow.after(region) == region, "the region is convex"
-    assert {name for block in made.blocks for name in block.nodes} <= set(made.region)
-    reads = {a for name in made.region for a in named[name].all_input_nodes if a.op != "get_attr"}
-    assert set(made.region_inputs) == {node.name for node in reads} - set(made.region)
-    assert set(made.region_outputs) == {n for n in made.region if any(user.name not in made.region for user in named[n].users)}
+    assert {name for block in made.blocks for name in block.nodes} <= set(made.regions[0].nodes)
+    reads = {a for name in made.regions[0].nodes for a in named[name].all_input_nodes if a.op != "get_attr"}
+    assert set(made.regions[0].inputs) == {node.name for node in reads} - set(made.regions[0].nodes)
+    assert set(made.regions[0].outputs) == {
+        n for n in made.regions[0].nodes if any(user.name not in made.regions[0].nodes for user in named[n].users)
+    }
     assert [m.node for m in made.measured] == [block.feature for block in made.blocks]
     check_slots(made, {name: node.meta["val"] for name, node in named.items() if "val" in node.meta})
 
 
 def check_slots(made: CachePlan, values: dict[str, Tensor]) -> None:
     outputs = [slot for slot in made.slots if slot.role == "output"]
-    assert [(slot.shape, slot.dtype) for slot in outputs] == [(values[n].shape, values[n].dtype) for n in made.region_outputs]
+    assert [(slot.shape, slot.dtype) for slot in outputs] == [(values[n].shape, values[n].dtype) for n in made.regions[0].outputs]
     assert len([slot for slot in made.slots if slot.role == "previous"]) == (len(outputs) if made.config.reuse == "taylor" else 0)
     references = [slot for slot in made.slots if slot.role == "reference"]
     assert [slot.shape[-1] for slot in references] == [values[m.node].shape[-1] for m in made.measured]

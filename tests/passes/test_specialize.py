@@ -198,7 +198,7 @@ def test_numbers_on_the_same_inputs(model: Tiny, kind: Reuse) -> None:
 @pytest.mark.parametrize("kind", ["output", "taylor"])
 def test_numbers_of_two_outputs(kind: Reuse) -> None:
     program = specialized(TwoStream(), reuse=kind, compute_last=2)
-    assert len(program.planned().region_outputs) == 2
+    assert len(program.planned().regions[0].outputs) == 2
     check_hold(program, TwoStream().eval())
 
 
@@ -240,7 +240,7 @@ def test_no_cached_block_is_left(model: Tiny, kind: Reuse, last: int) -> None:
     graphs = [module for module in program.reuse.modules() if isinstance(module, GraphModule)]
     assert not any(node.meta.get(REGION_MARK) for graph in graphs for node in graph.graph.nodes)
     marked = [n for m in program.compute.modules() if isinstance(m, GraphModule) for n in m.graph.nodes if n.meta.get(REGION_MARK)]
-    assert [node.name for node in marked] == list(plan.region), "the mark is there to be missed"
+    assert [node.name for node in marked] == list(plan.regions[0].nodes), "the mark is there to be missed"
     assert op_counts(program.reuse)["linear"] < op_counts(program.compute)["linear"]
     inputs = [node.name for node in program.reuse.graph.find_nodes(op="placeholder")]
     assert inputs == [*program.signature.inputs, *(f"cache_in_{name}" for name in program.reuse_slots), "step"]
