@@ -12,6 +12,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.program import BlockSearch
 from bwcache_compile.runtime import CachedModel, Toolchain
+from bwcache_compile.runtime.watch import refuse_hooks
 
 _TOOLCHAIN = Toolchain(capture=capture, build=passes.build, explain=passes.explain)
 
@@ -39,7 +40,7 @@ def transform(
         A module that is called like `model`, and returns what `model` returns.
 
     Raises:
-        ConfigError: `model` is no module, or is compiled already.
+        ConfigError: `model` is no module, is compiled already, or has offload hooks.
         StateError: `model` is a cached model already.
         CaptureError, NoBlocksFoundError, UnsupportedGraphError: With examples, what the first call would raise.
     """
@@ -49,12 +50,7 @@ def transform(
         raise ConfigError(f"transform takes a torch.nn.Module, not a {type(model).__name__}.")
     if hasattr(model, "_orig_mod"):
         raise ConfigError("this model is compiled already: transform the original first, then call torch.compile on the result.")
-    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if meta is not None:
-        raise ConfigError(
-            f"the parameter {meta} of {type(model).__name__} has no data here (device meta): an offload hook moves it in and out,"
-            " and a captured graph would hold on to copies. Place the whole model on one device first."
-        )
+    refuse_hooks(model)
     config = config or CacheConfig()
     if config.granularity == "block":
         raise ConfigError("granularity='block' decides for each block on its own, which needs the guard in the graph.")

@@ -1,6 +1,7 @@
 """Running cached programs: state, contexts, reports."""
 
-from bwcache_compile.runtime.cached_model import CachedModel, Toolchain
+from bwcache_compile.runtime.cached_model import CachedModel
+from bwcache_compile.runtime.programs import Toolchain
 from bwcache_compile.runtime.report import ContextReport, Report, StepRecord
 from bwcache_compile.runtime.state import CacheState
 

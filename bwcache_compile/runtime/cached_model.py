@@ -6,9 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import threading
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,33 +14,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import CacheWarning, ConfigError, StateError
+from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import Block, CachedProgram, CachePlan
 from bwcache_compile.runtime.context import UNNAMED, Context, Moment, arrive, warn_without_reuse
 from bwcache_compile.runtime.loaded import LoadedProgram, run_both
+from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
 from bwcache_compile.runtime.report import Report, StepRecord
-from bwcache_compile.runtime.signature import call_key, ordered, tree_key, weights_version
+from bwcache_compile.runtime.signature import ordered
 from bwcache_compile.runtime.state import CacheState, fresh_state
 from bwcache_compile.runtime.wrapper import ModelWrapper
-
-MAX_PROGRAMS = 8
-"""Signatures kept at a time; the least recently used goes first."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Toolchain:
-    """How a model becomes a program; handed in, so that running needs no compiler.
-
-    Attributes:
-        capture: Model, positional and keyword arguments to a captured program.
-        build: A captured program, which it consumes, and settings to a cached one.
-        explain: The same to the diff of each pass.
-    """
-
-    capture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], CachedProgram]
-    build: Callable[[CachedProgram, CacheConfig], CachedProgram]
-    explain: Callable[[CachedProgram, CacheConfig], dict[str, GraphDiff]]
 
 
 @dataclasses.dataclass
@@ -67,59 +48,34 @@ class CachedModel(ModelWrapper):
         super().__init__(model)
         self.cache_config = config
         self._toolchain = toolchain
-        self._programs: OrderedDict[Hashable, LoadedProgram] = OrderedDict()
+        self._programs = ProgramCache(model, toolchain)
         self._contexts: dict[str, Context] = {}
         self._lock = threading.RLock()
         self._moment: contextvars.ContextVar[Moment | None] = contextvars.ContextVar("bwcache_moment", default=None)
-        self._compile_options: dict[str, Any] | None = None
         self._calls = 0
-        self._captured = 0
         self._closed = False
+        self._seal()
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        """Copy or pickle the model and the settings; the copy captures anew and starts without state."""
+        return CachedModel, (self._original, self.cache_config, self._toolchain)
+
+    def _changed(self) -> None:
+        self._programs.touch()
 
     # -- programs ------------------------------------------------------------------------------------------------
 
-    def _loaded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LoadedProgram:
-        """Return the program for a call, capturing the model if there is none yet."""
-        if self._original.training:
-            raise StateError(f"{type(self._original).__name__} is in training mode; call .eval() first: caching is for inference.")
-        key = call_key(args, kwargs)
-        with self._lock:
-            tree = tree_key(self._original)
-            loaded = self._programs.get(key)
-            if loaded is None or loaded.tree != tree:
-                captured = self._toolchain.capture(self._original, args, kwargs)
-                program = self._toolchain.build(captured, self.cache_config)
-                loaded = LoadedProgram(program, tree_key(self._original))
-                if self._compile_options is not None:
-                    loaded.compile(self._compile_options)
-                self._captured += 1
-                if self._captured == 3 * MAX_PROGRAMS:
-                    warnings.warn(
-                        f"{self._captured} signatures of {type(self._original).__name__} were captured; something in its inputs"
-                        " changes from call to call (a Python number that could be a tensor?), and each capture takes seconds.",
-                        CacheWarning,
-                        stacklevel=2,
-                    )
-                self._programs[key] = loaded
-            self._programs.move_to_end(key)
-            while len(self._programs) > MAX_PROGRAMS:
-                self._programs.popitem(last=False)
-        return loaded
-
     def prepare(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CachePlan:
         """Capture the model for inputs like these now instead of at the first call, and return the plan."""
-        return self._loaded(*ordered(args, kwargs or {})).plan
+        return self._fit(*ordered(args, kwargs or {})).loaded.plan
 
-    @property
-    def _latest(self) -> LoadedProgram:
-        if not self._programs:
-            raise StateError("nothing is captured yet: call the model once, or pass example_args / example_kwargs to transform.")
-        return next(reversed(self._programs.values()))
+    def _fit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fit:
+        return self._programs.fit(args, kwargs, self.cache_config)
 
     @property
     def plan(self) -> CachePlan:
         """The plan of the program used last."""
-        return self._latest.plan
+        return self._programs.latest.plan
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -129,7 +85,7 @@ class CachedModel(ModelWrapper):
     @property
     def program(self) -> CachedProgram:
         """The program used last."""
-        return self._latest.program
+        return self._programs.latest.program
 
     # -- calling -------------------------------------------------------------------------------------------------
 
@@ -166,10 +122,9 @@ class CachedModel(ModelWrapper):
                 " `with cached.cache_context(name):`."
             )
         try:
-            loaded = self._loaded(args, kwargs)
-            flat = pytree.tree_leaves((args, kwargs))
-            num_steps = self._num_steps(moment)
-            state = arrive(context, moment, loaded, flat, num_steps, weights_version(self._original))
+            fit = self._fit(args, kwargs)
+            loaded, flat, num_steps = fit.loaded, pytree.tree_leaves((args, kwargs)), self._num_steps(moment)
+            state = arrive(context, moment, fit, flat, num_steps)
             operands = loaded.operands(flat, state, self.cache_config, num_steps)
         except BaseException:
             context.lock.release()
@@ -187,7 +142,7 @@ class CachedModel(ModelWrapper):
         """Name the calls of one step apart where the caller does not."""
         calls = self.cache_config.calls_per_step
         if calls == 1:
-            return Moment(UNNAMED)
+            return Moment(UNNAMED, named=False)
         with self._lock:
             self._calls += 1
             return Moment(f"call_{(self._calls - 1) % calls}")
@@ -208,8 +163,7 @@ class CachedModel(ModelWrapper):
 
     def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState:
         """Return the state of a fresh context for inputs like these, capturing the model if need be."""
-        loaded = self._loaded(*ordered(args, kwargs or {}))
-        return fresh_state(loaded.plan)
+        return fresh_state(self._fit(*ordered(args, kwargs or {})).loaded.plan)
 
     def step(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], state: CacheState, config: CacheConfig | None = None
@@ -226,7 +180,7 @@ class CachedModel(ModelWrapper):
             The model's output and the next state.
         """
         args, kwargs = ordered(args, kwargs)
-        loaded = self._loaded(args, kwargs)
+        loaded = self._fit(args, kwargs).loaded
         shapes = [(tuple(t.shape), t.dtype) for t in state.slots]
         if shapes != [(slot.shape, slot.dtype) for slot in loaded.plan.slots]:
             raise StateError("this state belongs to inputs of other shapes or dtypes; start from init_state for these.")
@@ -287,9 +241,8 @@ class CachedModel(ModelWrapper):
         """Forget every cached tensor but keep each context's step: for weights edited where no version counts it."""
         with self._lock:
             for context in self._contexts.values():
-                if context.state is not None and context.owner is not None:
-                    context.state = fresh_state(context.owner.plan, context.state.step)
-                    context.events.append(f"invalidated before step {context.state.step}")
+                if context.state is not None and context.fit is not None:
+                    context.forget("invalidated", context.state.step, context.fit.loaded.plan)
 
     def close(self) -> None:
         """Free every program and state. The original model is as it was."""
@@ -300,23 +253,21 @@ class CachedModel(ModelWrapper):
 
     def compile(self, **options: Any) -> None:
         """Compile each program's two graphs with `torch.compile(**options)`, those captured later too."""
-        self._compile_options = options
-        for loaded in self._programs.values():
-            loaded.compile(options)
+        self._programs.compile(options)
 
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
         """Run both graphs once for inputs like these, so that whatever compiles does so now. No state is touched."""
         args, kwargs = ordered(args, kwargs or {})
-        loaded = self._loaded(args, kwargs)
+        loaded = self._fit(args, kwargs).loaded
         num_steps = self.cache_config.steps or 2
         fresh = fresh_state(loaded.plan)
         run_both(loaded, pytree.tree_leaves((args, kwargs)), fresh, self.cache_config, num_steps)
 
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""
-        blocks = tuple(m.block for m in self._latest.plan.measured) if self._programs else ()
-        return Report({name: context.report() for name, context in self._contexts.items()}, blocks)
+        blocks = tuple(m.block for m in self.plan.measured) if len(self._programs) else ()
+        return Report({name: context.report() for name, context in self._contexts.items()}, blocks, self._programs.captured)
 
     def graph_diff(self) -> dict[str, GraphDiff]:
         """Return what each pass changed, by its name, and what all did together, under "whole"."""
-        return self._toolchain.explain(self._latest.program.fresh(), self.cache_config)
+        return self._programs.explain(self.cache_config)

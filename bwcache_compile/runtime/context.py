@@ -7,13 +7,12 @@ import threading
 import warnings
 from typing import Any
 
-from torch import Tensor
-
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CacheWarning, StateError
-from bwcache_compile.runtime.loaded import LoadedProgram
+from bwcache_compile.program import CachePlan
+from bwcache_compile.runtime.clock import Clock
+from bwcache_compile.runtime.programs import Fit
 from bwcache_compile.runtime.report import ContextReport, StepRecord
-from bwcache_compile.runtime.signature import same_moment
 from bwcache_compile.runtime.state import CacheState, fresh_state
 
 UNNAMED = "default"
@@ -22,11 +21,15 @@ UNNAMED = "default"
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """What the caller said about a call: the context's name, the step and the number of steps, where known."""
+    """What the caller said about a call: the context's name, the step and the number of steps, where known.
+
+    `named` is False where the caller opened no context, so that calls can only be told apart by their order.
+    """
 
     name: str
     step_index: int | None = None
     num_steps: int | None = None
+    named: bool = True
 
 
 class Context:
@@ -37,32 +40,55 @@ class Context:
         self.name = name
         self.lock = threading.Lock()
         self.state: CacheState | None = None
-        self.owner: LoadedProgram | None = None
-        self.weights: int | None = None
-        self.inputs: list[Any] = []
+        self.fit: Fit | None = None
+        self.clock = Clock()
         self.records: list[StepRecord] = []
         self.events: list[str] = []
 
-    def start(self) -> None:
+    def start(self, *events: str) -> None:
         """Begin a new generation: the history of the last one goes."""
-        self.records, self.events, self.weights = [], [], None
+        self.records, self.events = [], list(events)
 
     def report(self) -> ContextReport:
         """Return the current generation as a value."""
         held = self.state.bytes if self.state else 0
         return ContextReport(self.name, tuple(self.records), tuple(self.events), held)
 
+    def forget(self, why: str, step: int, plan: CachePlan) -> None:
+        """Drop what is cached and keep the step."""
+        self.events.append(f"{why} before step {step}: the cache was cleared")
+        self.state = fresh_state(plan, step)
 
-def arrive(context: Context, moment: Moment, loaded: LoadedProgram, flat: list[Any], num_steps: int | None, weights: int) -> CacheState:
+
+def _starts_over(context: Context, moment: Moment, state: CacheState, flat: list[Any]) -> bool:
+    """Whether the time says that a run began anew; asked only where the caller does not give the step.
+
+    Raises:
+        StateError: The calls of one step are not told apart.
+    """
+    if state.step == 1 and context.clock.same_moment(flat):
+        if moment.named:
+            return True
+        raise StateError(
+            "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"
+            " overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set"
+            " CacheConfig(calls_per_step=2). If the first call was of a run that was broken off, call cached.reset()."
+        )
+    return context.clock.went_back(flat)
+
+
+def arrive(context: Context, moment: Moment, fit: Fit, flat: list[Any], num_steps: int | None) -> CacheState:
     """Bring a context to the step of a call: a new generation, a lost cache, or simply the next step.
+
+    A new generation begins, in this order of authority: where the caller's `step_index` goes back, where the count of
+    calls has reached `num_steps`, where the inputs are of another signature, and where the time goes back.
 
     Args:
         context: Locked by the caller.
         moment: What the caller said about the call.
-        loaded: The program that the call needs.
+        fit: The program that the call needs, and the model's version.
         flat: The call's leaves.
         num_steps: Steps of a generation, where known; one more call begins the next.
-        weights: Version of the weights.
 
     Returns:
         The state to run on; its `step` is the step of this call.
@@ -70,31 +96,29 @@ def arrive(context: Context, moment: Moment, loaded: LoadedProgram, flat: list[A
     Raises:
         StateError: The call is at the same moment as the one before it, or its step index is out of range.
     """
+    given, before = moment.step_index, context.fit
+    if given is not None and num_steps is not None and not 0 <= given < num_steps:
+        raise StateError(f"step_index {given} is outside the {num_steps} steps of a generation (0 .. {num_steps - 1}).")
     state = context.state
-    if moment.step_index is not None and num_steps is not None and not 0 <= moment.step_index < num_steps:
-        raise StateError(f"step_index {moment.step_index} is outside the {num_steps} steps of a generation (0 .. {num_steps - 1}).")
-    step = moment.step_index if moment.step_index is not None else state.step if state else 0
-    first = 0 if moment.step_index is None else step
-    if state is None or (num_steps is not None and step >= num_steps) or step < state.step:
-        context.start()
-        step, state = first, fresh_state(loaded.plan, first)
-    elif context.owner is not loaded:
-        context.start()
-        context.events.append(f"the inputs or modules changed before step {state.step}: a new generation began")
-        step, state = first, fresh_state(loaded.plan, first)
-    if context.weights not in (None, weights):
-        context.events.append(f"the weights changed before step {step}: the cache was cleared")
-        state = fresh_state(loaded.plan, step)
-    if moment.name == UNNAMED and moment.step_index is None and step == 1 and same_moment(context.inputs, flat):
-        raise StateError(
-            "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"
-            " overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set"
-            " CacheConfig(calls_per_step=2)."
-        )
-    # a copy, because a pipeline may write the next timestep into the same tensor
-    context.inputs = [leaf.clone() if isinstance(leaf, Tensor) and leaf.dim() <= 2 else leaf for leaf in flat] if step == 0 else []
-    context.owner, context.weights = loaded, weights
-    return dataclasses.replace(state, step=step)
+    step = given if given is not None else state.step if state else 0
+    events = None
+    if state is None or before is None or (num_steps is not None and step >= num_steps) or step < state.step:
+        events = []
+    elif before.key != fit.key:
+        events = [f"the inputs changed before step {state.step}: a new generation began"]
+    elif given is None and _starts_over(context, moment, state, flat):
+        events = [f"the time went back before step {state.step}: a new generation began"]
+    if events is not None:
+        context.start(*events)
+        context.clock.start(flat)
+        step = given or 0
+        context.state = fresh_state(fit.loaded.plan, step)
+    elif before is not None and before.version != fit.version:
+        rebuilt = before.version[0] != fit.version[0]
+        context.forget(f"the modules changed ({fit.changed})" if rebuilt else "the weights changed", step, fit.loaded.plan)
+    context.fit = fit
+    assert context.state is not None
+    return dataclasses.replace(context.state, step=step)
 
 
 def warn_without_reuse(context: Context, config: CacheConfig) -> None:

@@ -18,10 +18,10 @@ from bwcache_compile.runtime.state import CacheState, policy_parameters
 class LoadedProgram:
     """A program ready to run: its two graphs, compiled where asked for, and its scalars on the device."""
 
-    def __init__(self, program: CachedProgram, tree: int) -> None:
+    def __init__(self, program: CachedProgram) -> None:
         """Wrap a program; nothing is compiled yet."""
         assert program.reuse is not None
-        self.program, self.tree = program, tree
+        self.program = program
         self.compute: Callable[..., Any] = program.compute
         self.reuse: Callable[..., Any] = program.reuse
         self.plan = program.planned()

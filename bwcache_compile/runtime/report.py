@@ -60,10 +60,17 @@ class ContextReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Every context's current generation. `blocks` names the measured blocks in the order of each record's `change`."""
+    """Every context's current generation.
+
+    Attributes:
+        contexts: By name.
+        blocks: The measured blocks, in the order of each record's `change`.
+        captures: How often the model was captured, each time for another signature or after a change of its modules.
+    """
 
     contexts: dict[str, ContextReport]
     blocks: tuple[str, ...]
+    captures: int = 0
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What makes two calls need the same program, and two weights the same weights."""
+"""What makes two calls need the same program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ConfigError, StateError
@@ -45,30 +45,3 @@ def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         for device in sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)})
     )
     return (str(spec), tuple(map(_leaf_key, leaves)), autocast)
-
-
-def same_moment(earlier: list[Any], later: list[Any]) -> bool:
-    """Whether two calls are at the same denoising step: nothing but latents and embeddings (rank 3 and more) differs.
-
-    False where no input of lower rank could tell. Half-precision timesteps repeat from step to step and cannot tell.
-    """
-    told = False
-    for old, new in zip(earlier, later, strict=False):
-        if not isinstance(new, Tensor):
-            if type(old) is not type(new) or old != new:
-                return False
-        elif new.dim() <= 2:
-            if new.dtype in (torch.float16, torch.bfloat16) or not torch.equal(old, new):
-                return False
-            told = True
-    return told
-
-
-def tree_key(model: nn.Module) -> int:
-    """Identify the modules and tensors that a captured graph holds on to: replacing one makes the graph stale."""
-    return hash((*(id(m) for m in model.modules()), *(id(p) for p in model.parameters()), *(id(b) for b in model.buffers())))
-
-
-def weights_version(model: nn.Module) -> int:
-    """Count the in-place writes to the weights; loading a state dict moves it, an edit through `.data` does not."""
-    return sum(0 if p.is_inference() else p._version for p in model.parameters())

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+_CHANGING = ("add_", "delete_", "disable_", "enable_", "fuse_", "load_", "merge_", "reset_", "set_", "unfuse_", "unload_", "unmerge_")
+"""How methods begin that may change a module's weights or what it computes; some write where no version counts."""
 
 
 class ModelWrapper(nn.Module):
     """A module with another module's parameters, buffers, submodules and attributes, all under the same names.
 
     Nothing is copied: moving, loading or editing the weights through either is seen by both. Attributes that neither
-    the wrapper nor `nn.Module` has (`config`, `dtype`, `save_pretrained` ...) are the original's.
+    the wrapper nor `nn.Module` has (`config`, `dtype`, `save_pretrained` ...) are the original's, to read and to set.
+    `isinstance` takes the wrapper for what the original is: pipelines ask before they load, fuse or save.
     """
 
     def __init__(self, original: nn.Module) -> None:
-        """Share the registries of the original."""
+        """Share the registries of the original. What a subclass needs for itself it sets before it calls `_seal`."""
         super().__init__()
         values = self.__dict__
         values["_parameters"], values["_buffers"], values["_modules"] = original._parameters, original._buffers, original._modules
         values["training"] = original.training
         values["_original"] = original  # past `__setattr__`: as a submodule it would prefix every name in the state dict
+        values["_sealed"] = False
+
+    def _seal(self) -> None:
+        """From here on, attributes that are new to the wrapper are set on the original."""
+        self.__dict__["_sealed"] = True
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The original's class, so that `isinstance` and `issubclass` say of the wrapper what they say of it."""
+        return type(self.__dict__.get("_original", self))
+
+    def _mine(self, name: str) -> bool:
+        return not self.__dict__.get("_sealed") or name in self.__dict__ or hasattr(type(self), name)
 
     def __getattr__(self, name: str) -> Any:
         """Look in the shared registries, then in the original."""
@@ -28,9 +48,46 @@ class ModelWrapper(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             original = self.__dict__.get("_original")
-            if original is None:
+            if original is None or (name.startswith("__") and name.endswith("__")):
                 raise
-            return getattr(original, name)
+            value = getattr(original, name)
+        if name.startswith(_CHANGING) and isinstance(value, types.MethodType):
+            return self._announced(value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set the wrapper's own attributes here and all others on the original, whose forward reads them."""
+        if self._mine(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._original, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute where it was set."""
+        if self._mine(name):
+            super().__delattr__(name)
+        else:
+            delattr(self._original, name)
+
+    def _announced(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a method that may change the model: `_changed` is called after it, whether or not it fails."""
+
+        @functools.wraps(method)
+        def announced(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._changed()
+
+        return announced
+
+    def _changed(self) -> None:
+        """Called after the original may have changed."""
+
+    def to(self, *args: Any, **kwargs: Any) -> ModelWrapper:
+        """Move or cast as the original does, which may keep some of its modules as they are."""
+        self._original.to(*args, **kwargs)
+        return self
 
     def train(self, mode: bool = True) -> ModelWrapper:
         """Set the mode of both."""

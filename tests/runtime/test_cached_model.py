@@ -131,6 +131,7 @@ def test_two_calls_a_step_are_noticed(model: OneStream) -> None:
     assert str(caught.value) == (
         "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"
         " overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set CacheConfig(calls_per_step=2)."
+        " If the first call was of a run that was broken off, call cached.reset()."
     )
 
 
@@ -148,7 +149,7 @@ def test_another_shape_begins_a_generation(model: OneStream) -> None:
     generation(cached, model, steps=2)
     x, t = model.example(batch=2, step=2)
     assert torch.equal(run(cached, x, t), run(model, x, t))
-    assert cached.report().warnings == ("default: the inputs or modules changed before step 2: a new generation began",)
+    assert cached.report().warnings == ("default: the inputs changed before step 2: a new generation began",)
 
 
 def test_loaded_weights_clear_the_cache_but_keep_the_step(model: OneStream) -> None:
@@ -167,6 +168,8 @@ def test_a_replaced_module_is_captured_again(model: OneStream) -> None:
     model.head = nn.Linear(8, 4)
     x, t = model.example(step=2)
     assert torch.equal(run(cached, x, t), run(model, x, t))
+    assert cached.report().warnings == ("default: the modules changed (head) before step 2: the cache was cleared",)
+    assert cached.report().captures == 2
 
 
 def test_invalidate_is_for_edits_that_nothing_counts(model: OneStream) -> None:
@@ -177,7 +180,7 @@ def test_invalidate_is_for_edits_that_nothing_counts(model: OneStream) -> None:
     cached.invalidate()
     x, t = model.example(step=2)
     assert torch.equal(run(cached, x, t), run(model, x, t))
-    assert cached.report().warnings == ("default: invalidated before step 2",)
+    assert cached.report().warnings == ("default: invalidated before step 2: the cache was cleared",)
 
 
 def test_a_run_without_reuse_says_which_threshold_would_do(model: OneStream) -> None:
