@@ -72,4 +72,4 @@ def find_blocks(model: nn.Module, *, example_args: tuple[Any, ...] = (), example
         CaptureError: The model could not be captured.
     """
     program = capture(model, example_args, example_kwargs or {})
-    return passes.find_blocks(passes.canonicalize(program).program)
+    return passes.find_blocks(passes.run_pipeline(program, passes.TIDY_PIPELINE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import traceback
 import warnings
@@ -9,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.errors import CaptureError
+from bwcache_compile.errors import CaptureError, ConfigError
 from bwcache_compile.program import CachedProgram, Captured, Signature
+from bwcache_compile.sizes import open_sizes
 
 
 def flat_outputs(outputs: Any) -> list[Any]:
@@ -76,13 +78,42 @@ def _unlifted(exported: ExportedProgram) -> Captured:
     return Captured(graph, {name: tensors[name] if name in tensors else operator.attrgetter(name)(root) for name in names})
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], strict: bool) -> CachedProgram:
+def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return inspect.signature(model.forward).bind(*args, **kwargs).arguments
+
+
+def _all_open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Leave every size to the exporter to open: dimensions and Python ints. It fixes 0 and 1 always, so these are not asked for."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
+        return Dim.AUTO if type(leaf) is int and leaf > 1 else None
+
+    return pytree.tree_map(of_leaf, _arguments(model, args, kwargs))
+
+
+def _completed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
+    """Fix the sizes of the arguments that a specification by name leaves out."""
+    if not isinstance(shapes, dict):
+        return shapes
+    names = _arguments(model, args, kwargs)
+    if set(shapes) - set(names):
+        raise ConfigError(
+            f"dynamic_shapes names {', '.join(map(repr, sorted(set(shapes) - set(names))))}, which this call of {type(model).__name__}"
+            f" does not pass. It passes {', '.join(map(repr, names))}."
+        )
+    return {name: shapes.get(name) for name in names}
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, strict: bool) -> CachedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's advice to its own developers
-        exported = torch.export.export(model, args, kwargs, strict=strict)
+        exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
         captured = _unlifted(exported)
-    inputs = tuple(node.name for node in captured.graph.find_nodes(op="placeholder"))
-    signature = Signature(exported.call_spec.in_spec, exported.call_spec.out_spec, inputs)
+    inputs = captured.graph.find_nodes(op="placeholder")
+    sizes = None if shapes is None else open_sizes([node.meta.get("val") for node in inputs], exported.range_constraints)
+    signature = Signature(exported.call_spec.in_spec, exported.call_spec.out_spec, tuple(node.name for node in inputs), sizes)
     return CachedProgram(captured.module(), captured, signature, type(model).__name__)
 
 
@@ -103,7 +134,7 @@ def _check_repeatable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         )
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CachedProgram:
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> CachedProgram:
     """Capture a model as a flat graph over its own parameters.
 
     The model runs once eagerly first: exporting a model that never ran can damage it, and that run is the reference.
@@ -113,14 +144,17 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         model: In evaluation mode.
         args: Example positional arguments.
         kwargs: Example keyword arguments.
+        dynamic_shapes: Which sizes stay open: "auto" for all that the model lets, else as `torch.export.export` takes
+            it, where arguments that are left out are not open. None: every size is fixed.
 
     Returns:
-        The program; its weights are the model's own tensors.
+        The program; its weights are the model's own tensors. `signature.sizes` says which sizes it is proved for.
 
     Raises:
         CaptureError: No front end took the model, or what they captured computes something else.
     """
     name = type(model).__name__
+    shapes = _all_open(model, args, kwargs) if dynamic_shapes == "auto" else _completed(model, args, kwargs, dynamic_shapes)
     with torch.no_grad():
         expected = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
     failures: list[str] = []
@@ -128,7 +162,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         mode = "strict" if strict else "non-strict"
         try:
             with torch.no_grad():
-                program = _export(model, args, kwargs, strict)
+                program = _export(model, args, kwargs, shapes, strict)
         except Exception as error:  # every front end raises its own kinds; they are reported together below
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             failures.append(f"{mode}: {type(error).__name__}: {reason}\n    at {_source_of(error, model)}")

@@ -18,12 +18,14 @@ _DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f
 
 
 def format_value(value: Any) -> str:
-    """Describe a tensor as `dtype[shape]`; anything else by its type."""
+    """Describe a tensor as `dtype[shape]`, an open size as arithmetic; anything else by its type."""
     if isinstance(value, torch.Tensor):
         name = str(value.dtype).removeprefix("torch.")
         return f"{_DTYPES.get(name, name)}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(format_value(item) for item in value)})"
+    if isinstance(value, torch.SymInt):
+        return str(value)
     return type(value).__name__
 
 

@@ -9,25 +9,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
+
+from bwcache_compile.sizes import largest, smallest
 
 
-def sampled_tokens(count: int, stride: int, block: int) -> Tensor:
+def sampled_tokens(count: int | SymInt, stride: int, block: int, device: torch.device | None = None) -> Tensor:
     """Choose one token in every stratum of `stride`, at a hashed place that differs from block to block.
 
     A plain stride aliases with the token grid. Letting each block look elsewhere makes the mean over blocks cover
-    `blocks` times as many tokens for the same memory.
+    `blocks` times as many tokens for the same memory. A closed form, so that a graph of open sizes can hold it too.
 
     Args:
         count: Tokens in all (batch times sequence).
         stride: Tokens per stratum.
         block: Position of the block among the measured ones.
+        device: Where the places are wanted.
 
     Returns:
         int64[max(1, count // stride)], increasing, within [0, count).
     """
-    strata = torch.arange(max(1, count // stride))
-    width = min(stride, count)
+    strata = torch.arange(largest(1, count // stride), device=device)
+    width = smallest(stride, count)
     mixed = (strata + 7919 * block + 1) * 2654435761 % 2**32  # Knuth's multiplicative hash
     return strata * stride + (mixed * width >> 32)
 

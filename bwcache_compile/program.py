@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils._pytree import TreeSpec
 
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.sizes import OpenSizes, Shape, Size
 
 OURS = "bwcache_"
 """Prefix of the names of graphs and buffers that passes add to a module, so that they never hide the model's own."""
@@ -53,7 +54,7 @@ class BlockSearch:
 
     blocks: tuple[Block, ...]
     rejections: tuple[Rejection, ...]
-    token_range: tuple[int, int] | None = None
+    token_range: tuple[Size, Size] | None = None
 
     def __str__(self) -> str:
         """List the stacks with their counts, then the rejections."""
@@ -67,18 +68,22 @@ class BlockSearch:
 
 @dataclasses.dataclass(frozen=True)
 class CacheSlot:
-    """One tensor of the cache state. A fresh state holds `fill` everywhere."""
+    """One tensor of the cache state. A fresh state holds `fill` everywhere.
+
+    `shape` is arithmetic over the program's symbols where sizes are open; `example` is the shape when the model was captured.
+    """
 
     name: str
     role: Role
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: torch.dtype
+    example: tuple[int, ...]
     fill: float = 0
 
     @property
     def bytes(self) -> int:
-        """Size of the slot's tensor."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        """Size of the slot's tensor at the captured sizes."""
+        return torch.Size(self.example).numel() * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Measured:
 
     block: str
     node: str
-    token_range: tuple[int, int] | None
+    token_range: tuple[Size, Size] | None
     stride: int | None
 
 
@@ -183,12 +188,13 @@ class Signature:
     """How a flat graph call corresponds to the model's call.
 
     `inputs` names the graph's user inputs in flat order; positions that hold a constant (None, bool, str, int) are
-    inputs too, whose value the graph ignores.
+    inputs too, whose value the graph ignores. `sizes` says which sizes may change; None: none may.
     """
 
     in_spec: TreeSpec
     out_spec: TreeSpec
     inputs: tuple[str, ...]
+    sizes: OpenSizes | None = None
 
 
 def graph_module_copy(module: GraphModule) -> GraphModule:

@@ -15,7 +15,7 @@ NAME = "bwcache_compile"
 ROOT = Path(bwcache_compile.__file__).parent
 LAYERS = (
     {"errors"},
-    {"config"},
+    {"config", "sizes"},
     {"program"},
     {"dataflow", "graph_text", "verify", "policy"},
     {"capture", "passes", "runtime", "exporters"},

@@ -8,6 +8,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_text import GraphDiff, graph_diff, snapshot
 from bwcache_compile.passes.canonicalize import canonicalize
 from bwcache_compile.passes.find_blocks import find_blocks
+from bwcache_compile.passes.hoist_sizes import hoist_sizes
 from bwcache_compile.passes.insert_cache import insert_cache
 from bwcache_compile.passes.insert_indicator import insert_indicator
 from bwcache_compile.passes.insert_policy import insert_policy
@@ -21,9 +22,10 @@ from bwcache_compile.verify import verify
 Pass = Callable[[CachedProgram], PassResult]
 AfterPass = Callable[[str, CachedProgram], None]
 
+TIDY_PIPELINE: tuple[Pass, ...] = (canonicalize, hoist_sizes)
 CACHE_PIPELINE: tuple[Pass, ...] = (split_region, insert_cache, insert_indicator, insert_policy, lift_cache_state, specialize)
 
-__all__ = ["CACHE_PIPELINE", "build", "canonicalize", "explain", "find_blocks", "plan_cache", "run_pipeline"]
+__all__ = ["CACHE_PIPELINE", "TIDY_PIPELINE", "build", "canonicalize", "explain", "find_blocks", "plan_cache", "run_pipeline"]
 
 
 def run_pipeline(program: CachedProgram, passes: tuple[Pass, ...], after_pass: AfterPass | None = None) -> CachedProgram:
@@ -59,7 +61,7 @@ def build(program: CachedProgram, config: CacheConfig, after_pass: AfterPass | N
         ConfigError: The settings do not fit the model.
         UnsupportedGraphError: A cached step could not reproduce what the graph does.
     """
-    program = run_pipeline(program, (canonicalize,), after_pass)
+    program = run_pipeline(program, TIDY_PIPELINE, after_pass)
     program = program.replace(plan=plan_cache(program, find_blocks(program), config))
     return run_pipeline(program, CACHE_PIPELINE, after_pass)
 

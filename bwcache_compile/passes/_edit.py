@@ -7,23 +7,51 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import SymInt, Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bwcache_compile.program import OURS, CachedProgram, CachePlan, CacheSlot
+from bwcache_compile.sizes import Size, Symbol, evaluate, evaluated, names_in, size_of
 
 CACHE = f"{OURS}cache"
 """Path of the buffers that stand for the slots until `lift_cache_state`."""
 
 _ROLE = "bwcache_role"
+_SIZE = "size: "
 
 
-def fake(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _fake_mode(graph: Graph) -> FakeTensorMode:
+    """Return the mode in which a graph's open sizes live; any, where there are none."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor) and any(isinstance(size, SymInt) for size in value.shape):
+            return value.fake_mode
+    return FakeTensorMode()
+
+
+def fake(shape: Sequence[int | SymInt], dtype: torch.dtype, device: torch.device, mode: FakeTensorMode | None = None) -> Tensor:
     """Make a tensor without data, to describe a value or to trace with."""
-    with FakeTensorMode():
+    with mode or FakeTensorMode():
         return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def size_values(program: CachedProgram) -> dict[str, SymInt]:
+    """Return the program's symbols as symbolic ints, by name."""
+    sizes = program.signature.sizes
+    inputs = program.compute.graph.find_nodes(op="placeholder")
+    values = {}
+    for symbol in sizes.symbols if sizes else ():
+        value = inputs[symbol.position].meta["val"]
+        values[symbol.name] = symbol.solve(value if symbol.dimension is None else value.shape[symbol.dimension])
+    return values
+
+
+def slot_value(program: CachedProgram, slot: CacheSlot) -> Tensor:
+    """Describe the value of a slot."""
+    mode = _fake_mode(program.compute.graph)
+    return fake(evaluated(slot.shape, size_values(program)), slot.dtype, program.planned().device, mode)
 
 
 def inserted(graph: Graph, role: str) -> Node:
@@ -67,7 +95,7 @@ def read_slot(program: CachedProgram, slot: CacheSlot) -> Node:
         module.add_module(CACHE, nn.Module())
     holder = module.get_submodule(CACHE)
     if slot.name not in dict(holder.named_buffers()):
-        holder.register_buffer(slot.name, torch.empty(slot.shape, dtype=slot.dtype, device="meta"), persistent=False)
+        holder.register_buffer(slot.name, torch.empty(slot.example, dtype=slot.dtype, device="meta"), persistent=False)
     path = f"{CACHE}.{slot.name}"
     for node in graph.find_nodes(op="get_attr"):
         if node.target == path:
@@ -75,7 +103,7 @@ def read_slot(program: CachedProgram, slot: CacheSlot) -> Node:
     inputs = graph.find_nodes(op="placeholder")
     with graph.inserting_after(inputs[-1]):
         node = graph.get_attr(path)
-    node.meta["val"] = fake(slot.shape, slot.dtype, program.planned().device)
+    node.meta["val"] = slot_value(program, slot)
     return node
 
 
@@ -88,15 +116,79 @@ def write_slot(program: CachedProgram, slot: CacheSlot, value: Node) -> None:
     node.meta["val"] = target.meta["val"]
 
 
+def _symbol_node(graph: Graph, symbol: Symbol) -> Node:
+    """Return a node that reads a symbol off an input."""
+    source = graph.find_nodes(op="placeholder")[symbol.position]
+    if symbol.dimension is None:
+        return source
+    node = graph.call_function(torch.ops.aten.sym_size.int, (source, symbol.dimension))
+    node.meta["val"] = source.meta["val"].shape[symbol.dimension]
+    return node
+
+
+def is_early(node: Node) -> bool:
+    """Whether a node stands before all operators on tensors: an input, or a size worked out from inputs."""
+    return node.op == "placeholder" or str(node.meta.get(_ROLE)).startswith(_SIZE)
+
+
+def _behind_sizes(graph: Graph) -> Node:
+    """Return the first node behind the inputs and the sizes that were worked out there."""
+    node: Node = graph.find_nodes(op="placeholder")[-1].next
+    while is_early(node):
+        node = node.next
+    return node
+
+
+def move_early(node: Node) -> None:
+    """Put a number that is made from sizes behind the sizes."""
+    _behind_sizes(node.graph).prepend(node)
+    node.meta[_ROLE] = f"{_SIZE}{node.name}"
+
+
+def _arithmetic(graph: Graph, function: Callable[..., Any], operands: Sequence[Node]) -> Node:
+    """Insert integer arithmetic on sizes behind the inputs."""
+    traced = as_graph(function, [node.meta["val"] for node in operands])
+    copies: dict[Node, Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
+    with graph.inserting_before(_behind_sizes(graph)):
+        made = graph.graph_copy(traced.graph, copies)
+    for copy in copies.values():
+        if not is_early(copy):
+            copy.meta[_ROLE] = f"{_SIZE}{size_of(copy.meta['val'])}"
+    assert isinstance(made, Node)
+    return made
+
+
+def size_node(program: CachedProgram, size: Size) -> Node | int:
+    """Return a node that holds a size, standing behind the inputs and made once for each size; an int stands for itself."""
+    graph, role = program.compute.graph, f"{_SIZE}{size}"
+    found: Node | None = next((node for node in graph.nodes if node.meta.get(_ROLE) == role), None)
+    if isinstance(size, int):
+        return size
+    if found is not None:
+        return found
+    symbols = {symbol.name: symbol for symbol in program.signature.sizes.symbols} if program.signature.sizes else {}
+    if size in symbols:
+        with graph.inserting_before(_behind_sizes(graph)):
+            node = _symbol_node(graph, symbols[size])
+        if not symbols[size].is_read:
+            node = _arithmetic(graph, symbols[size].solve, [node])
+    else:
+        names = [name for name in names_in(size) if name in symbols]
+        operands = [node for node in (size_node(program, name) for name in names) if isinstance(node, Node)]
+        node = _arithmetic(graph, lambda *values: evaluate(size, dict(zip(names, values, strict=True))), operands)
+    node.meta[_ROLE] = role
+    return node
+
+
 def slots_by_role(plan: CachePlan, role: str) -> list[CacheSlot]:
     """Return the plan's slots of one role, in plan order."""
     return [slot for slot in plan.slots if slot.role == role]
 
 
-def as_graph(function: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule:
-    """Trace a pure tensor function into a graph, with the shapes, dtypes and device of the examples."""
-    with FakeTensorMode():
-        inputs = [torch.empty(e.shape, dtype=e.dtype, device=e.device) for e in examples]
+def as_graph(function: Callable[..., Any], examples: Sequence[Tensor | SymInt], mode: FakeTensorMode | None = None) -> GraphModule:
+    """Trace a pure tensor function into a graph, with the shapes, dtypes and device of the examples; open sizes stay open."""
+    with mode or FakeTensorMode():
+        inputs = [torch.empty(e.shape, dtype=e.dtype, device=e.device) if isinstance(e, Tensor) else e for e in examples]
         traced = make_fx(function, tracing_mode="real")(*inputs)
     for node in traced.graph.nodes:
         node.meta.pop("tensor_meta", None)
@@ -119,7 +211,8 @@ def call_graph(module: GraphModule, name: str, inner: GraphModule, operands: Seq
 
 def call_traced(module: GraphModule, name: str, function: Callable[..., Any], operands: Sequence[Node], role: str | None = None) -> Node:
     """Insert a call of a pure tensor function, traced for these operands."""
-    return call_graph(module, name, as_graph(function, [node.meta["val"] for node in operands]), operands, role)
+    traced = as_graph(function, [node.meta["val"] for node in operands], _fake_mode(module.graph))
+    return call_graph(module, name, traced, operands, role)
 
 
 def result(call: Node, index: int, name: str) -> Node:

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from bwcache_compile.graph_text import format_value, op_name
 from bwcache_compile.passes._stacks import Unit
+from bwcache_compile.sizes import shape_of
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -49,7 +50,7 @@ def difference(unit: Unit, other: Unit) -> str | None:
             if places.get(want) != other_places.get(got):
                 return f"at node `{theirs.name}`: operand `{got.name}` comes from another place"
             a, b = want.meta.get("val"), got.meta.get("val")
-            if want not in places and isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) != (b.shape, b.dtype):
+            if want not in places and isinstance(a, Tensor) and isinstance(b, Tensor) and (shape_of(a), a.dtype) != (shape_of(b), b.dtype):
                 return f"at node `{theirs.name}`: {_describe(got)}, expected {format_value(a)}"
     if len(unit.nodes) != len(other.nodes):
         return f"it runs {len(other.nodes)} operators, expected {len(unit.nodes)}"

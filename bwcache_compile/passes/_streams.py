@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.fx import Graph, Node
+
+from bwcache_compile.sizes import Shape, at_most, hint, hint_shape, shape_of, size_of
 
 aten = torch.ops.aten
 # Per token: row i of the result needs row i of the operands that have as many rows, and all of the others.
@@ -27,28 +29,57 @@ def _name(node: Node) -> str:
     return target._schema.name.removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
 
 
-def _rows(node: Node) -> int | None:
+Rows = tuple[int | SymInt, int | SymInt]
+
+
+def _rows(node: Node) -> int | SymInt | None:
     value = node.meta.get("val")
-    return int(value.shape[1]) if isinstance(value, Tensor) and value.dim() == 3 and isinstance(value.shape[1], int) else None
+    return value.shape[1] if isinstance(value, Tensor) and value.dim() == 3 else None
 
 
-def needed_rows(graph: Graph) -> dict[Node, tuple[int, int] | None]:
+def _number(argument: Any) -> int | SymInt:
+    """Return the value of an operand that is a number, open or not."""
+    value = argument.meta["val"] if isinstance(argument, Node) else argument
+    return value if isinstance(value, SymInt) else int(value or 0)
+
+
+def _order(left: int | SymInt, right: int | SymInt) -> tuple[int | SymInt, int | SymInt] | None:
+    """Return two sizes, the smaller first; None where that differs from call to call."""
+    return (left, right) if at_most(left, right) else (right, left) if at_most(right, left) else None
+
+
+def _cover(one: Rows | None, other: Rows | None) -> Rows | None:
+    """Return the slice that covers two, where that can be told for every size."""
+    if one is None or other is None:
+        return None
+    low, high = _order(one[0], other[0]), _order(one[1], other[1])
+    return (low[0], high[1]) if low and high else None
+
+
+def _overlap(rows: Rows, offset: int | SymInt, length: int | SymInt) -> Rows | Literal["unknown"] | None:
+    """Return the part of a slice that falls on rows `offset` .. `offset + length`, counted from there; None for no part."""
+    low, high = _order(rows[0] - offset, 0), _order(rows[1] - offset, length)
+    if low is None or high is None:
+        return "unknown"
+    if at_most(high[0], low[1]):
+        return None
+    return (low[1], high[0]) if at_most(low[1] + 1, high[0]) else "unknown"
+
+
+def needed_rows(graph: Graph) -> dict[Node, Rows | None]:
     """Work out, from the outputs back, which slice of dimension 1 of each value is needed.
 
     Returns:
-        A (start, stop) slice where it is proved for a three-dimensional value; None where the whole value may be
-        needed. Values that no output needs are left out.
+        A (start, stop) slice where it is proved, for every size that the program admits, for a three-dimensional
+        value; None where the whole value may be needed. Values that no output needs are left out.
     """
-    needs: dict[Node, tuple[int, int] | None] = {}
+    needs: dict[Node, Rows | None] = {}
 
-    def add(node: Node, rows: tuple[int, int] | None) -> None:
+    def add(node: Node, rows: Rows | None) -> None:
         length = _rows(node)
         if rows is None and length is not None:
             rows = (0, length)
-        if node in needs:
-            old = needs[node]
-            rows = (min(old[0], rows[0]), max(old[1], rows[1])) if old and rows else None
-        needs[node] = rows
+        needs[node] = _cover(needs[node], rows) if node in needs else rows
 
     for node in reversed(graph.nodes):
         if node.op == "output":
@@ -58,31 +89,42 @@ def needed_rows(graph: Graph) -> dict[Node, tuple[int, int] | None]:
             continue
         rows, name = needs[node], _name(node)
         if rows is not None and name == "slice" and node.args[1] == 1 and len(node.args) < 5:
-            start = int(node.args[2] or 0) if len(node.args) > 2 else 0
+            start = _number(node.args[2]) if len(node.args) > 2 else 0
             length = _rows(node.args[0])
-            start = start + length if start < 0 and length is not None else start
-            add(node.args[0], (start + rows[0], start + rows[1]))
+            if length is not None and at_most(start, -1):
+                start = start + length
+            add(node.args[0], (start + rows[0], start + rows[1]) if at_most(0, start) else None)
         elif rows is not None and name == "cat" and len(node.args) > 1 and node.args[1] in (1, -2):
-            offset = 0
-            for part in node.all_input_nodes:
-                length = _rows(part)
-                low, high = max(rows[0] - offset, 0), min(rows[1] - offset, length or 0)
-                if low < high:
-                    add(part, (low, high))
-                offset += length or 0
+            offset: int | SymInt = 0
+            for part in node.args[0]:
+                length = _rows(part) or 0
+                wanted = _overlap(rows, offset, length)
+                if wanted is not None:
+                    add(part, None if wanted == "unknown" else wanted)
+                offset = offset + length
         else:
             for operand in node.all_input_nodes:
-                add(operand, rows if name in _TOKENWISE and rows is not None and _rows(operand) == _rows(node) else None)
+                alike = name in _TOKENWISE and rows is not None and _same_size(_rows(operand), _rows(node))
+                add(operand, rows if alike else None)
     return needs
+
+
+def _same_size(left: int | SymInt | None, right: int | SymInt | None) -> bool:
+    return left is not None and right is not None and size_of(left) == size_of(right)
+
+
+def _shape(node: Node) -> Shape | None:
+    value = node.meta.get("val")
+    return shape_of(value) if isinstance(value, Tensor) else None
 
 
 def _addends(node: Node) -> list[Node]:
     """Return the operands whose values stand unchanged in a sum, a re-arrangement or a cast."""
     name = _name(node)
-    shape = getattr(node.meta.get("val"), "shape", None)
+    shape = _shape(node)
     if name in ("add", "sub", "add_", "sub_") and node.kwargs.get("alpha", 1) == 1:
         sides = node.args[:2] if name.startswith("add") else node.args[:1]
-        return [a for a in sides if isinstance(a, Node) and getattr(a.meta.get("val"), "shape", None) == shape]
+        return [a for a in sides if isinstance(a, Node) and _shape(a) == shape]
     if name in _LAYOUT:
         return node.all_input_nodes if name in ("cat", "stack") else node.all_input_nodes[:1]
     return []
@@ -112,7 +154,9 @@ def _replay(node: Node, places: dict[Node, Any]) -> Any:
         if places.get(argument) is not None:
             return places[argument]
         value = argument.meta["val"]
-        return torch.full(tuple(value.shape), -1, dtype=torch.int32) if isinstance(value, Tensor) else None
+        if isinstance(value, SymInt):
+            return hint(value)
+        return torch.full(hint_shape(value), -1, dtype=torch.int32) if isinstance(value, Tensor) else None
 
     if _name(node) in ("to", "type_as", "_to_copy"):
         return lookup(node.all_input_nodes[0])
@@ -126,12 +170,13 @@ def same_places(graph: Graph, output: Node, source: Node) -> bool:
     """Prove that element i of `output` is element i of `source` plus something, for every i.
 
     Equal shapes prove nothing: rows and columns may have been exchanged on the way. So the element numbers of `source`
-    are sent along the residual path through every re-arrangement, and must come out in order.
+    are sent along the residual path through every re-arrangement, and must come out in order. Open sizes take part with
+    the values they were captured at; the shapes must agree at every size.
     """
-    if getattr(output.meta.get("val"), "shape", 0) != getattr(source.meta.get("val"), "shape", 1):
+    if _shape(output) is None or _shape(output) != _shape(source):
         return False
-    value = source.meta["val"]
-    places: dict[Node, Any] = {source: torch.arange(value.numel(), dtype=torch.int32).view(tuple(value.shape))}
+    shape = torch.Size(hint_shape(source.meta["val"]))
+    places: dict[Node, Any] = {source: torch.arange(shape.numel(), dtype=torch.int32).view(shape)}
     for node in graph.nodes:
         if node is source:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from bwcache_compile.dataflow import DataFlow
@@ -9,6 +10,7 @@ from bwcache_compile.passes._isomorphism import difference, outside_operands
 from bwcache_compile.passes._stacks import Stack, Unit, is_stream, is_substantial, live_outs, named_stacks, structural_stacks
 from bwcache_compile.passes._streams import continued, needed_rows
 from bwcache_compile.program import Block, BlockSearch, CachedProgram, Rejection
+from bwcache_compile.sizes import Size, hint_shape, shape_of, size_of
 
 
 def _classes(stack: Stack) -> list[list[Unit]]:
@@ -42,9 +44,9 @@ def _objection(stack: Stack, flow: DataFlow) -> str | None:
         # the first and last block may have an input less or an output less than the others
         if len(members) == 1 and not (odd in ends and odd.module_type == common.module_type):
             return f"{odd.name} differs from {common.name} {difference(common, odd)}"
-    shapes = {tuple(node.meta["val"].shape) for node in live_outs(common)}
+    shapes = {shape_of(node.meta["val"]) for node in live_outs(common)}
     for unit in stack.units:
-        if not shapes & {tuple(node.meta["val"].shape) for node in live_outs(unit)}:
+        if not shapes & {shape_of(node.meta["val"]) for node in live_outs(unit)}:
             return f"{unit.name} returns another shape than {common.name}"
     for unit in stack.units:
         mask = flow.mask(unit.nodes)
@@ -129,13 +131,13 @@ def _main_units(stacks: list[Stack], flow: DataFlow) -> list[Unit]:
     return main
 
 
-def _features(units: list[Unit], program: CachedProgram) -> tuple[list[Node], tuple[int, int] | None]:
+def _features(units: list[Unit], program: CachedProgram) -> tuple[list[Node], tuple[Size, Size] | None]:
     """Follow the stream that the output takes back from the last block to the first."""
     needs = needed_rows(program.compute.graph)
     outs = [node for node in live_outs(units[-1]) if node in needs]
 
     def size(node: Node) -> int:
-        return int(node.meta["val"].numel())
+        return torch.Size(hint_shape(node.meta["val"])).numel()
 
     feature = max(outs or live_outs(units[-1]), key=size)
     rows, length = needs.get(feature), feature.meta["val"].shape[1]
@@ -143,9 +145,12 @@ def _features(units: list[Unit], program: CachedProgram) -> tuple[list[Node], tu
     for unit in reversed(units[:-1]):
         candidates = live_outs(unit)
         near = continued(features[0], set(candidates)) or candidates
-        shape = features[0].meta["val"].shape
-        features.insert(0, max(near, key=lambda node: (node.meta["val"].shape == shape, size(node))))
-    return features, None if rows is None or rows == (0, length) else rows
+        shape = shape_of(features[0].meta["val"])
+        features.insert(0, max(near, key=lambda node: (shape_of(node.meta["val"]) == shape, size(node))))
+    if rows is None:
+        return features, None
+    taken = (size_of(rows[0]), size_of(rows[1]))
+    return features, None if taken == (0, size_of(length)) else taken
 
 
 def find_blocks(program: CachedProgram) -> BlockSearch:

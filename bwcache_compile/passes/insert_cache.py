@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from bwcache_compile import policy
@@ -54,7 +55,7 @@ def _snapshot(program: CachedProgram, value: Node, shared: bool) -> Node:
     roots = flow.roots[value]
     returned = any(roots & flow.roots[node] for node in graph.output_node().all_input_nodes)
     written = any(root in flow.writers for root in roots)
-    if not (shared or returned or written or not value.meta["val"].is_contiguous()):
+    if not (shared or returned or written or not is_contiguous_or_false(value.meta["val"])):
         return value
     with graph.inserting_after(value):
         copy = graph.call_function(aten.clone.default, (value,), {"memory_format": torch.contiguous_format})

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
+from torch.fx.node import map_arg
 
 from bwcache_compile import policy
 from bwcache_compile.graph_text import called_graph
-from bwcache_compile.passes._edit import call_traced, inserted, read_slot, result, write_slot
+from bwcache_compile.passes._edit import call_traced, inserted, new_input, read_slot, result, size_node, write_slot
 from bwcache_compile.program import OURS, CachedProgram, Measured, PassResult, Region
+from bwcache_compile.sizes import Size, size_of
 
 aten = torch.ops.aten
 
@@ -20,25 +23,50 @@ def _append(after: Node, target: torch._ops.OpOverload, args: tuple[Any, ...], n
     graph = after.graph
     with graph.inserting_after(after):
         node = graph.create_node("call_function", target, (after, *args), name=name)
-    node.meta["val"] = target(after.meta["val"], *(a.meta["val"] if isinstance(a, Node) else a for a in args))
+    node.meta["val"] = target(after.meta["val"], *map_arg(args, lambda operand: operand.meta["val"]))
     return node
 
 
-def _sample(inner: GraphModule, node: Node, measured: Measured, index: int) -> Node:
+def _passed_in(program: CachedProgram, call: Node, size: Size) -> Node | int:
+    """Return a size inside a region: an int stands for itself, an open size becomes an input of the region."""
+    outer = size_node(program, size)
+    if isinstance(outer, int):
+        return outer
+    graph = called_graph(program.compute, call).graph
+    inputs = graph.find_nodes(op="placeholder")
+    if outer in call.args:
+        return inputs[call.args.index(outer)]
+    call.args = (*call.args, outer)
+    with graph.inserting_after(inputs[-1]):
+        return new_input(graph, outer.name, outer.meta["val"])
+
+
+def _places(program: CachedProgram, call: Node, before: Node, measured: Measured, index: int) -> Node:
+    """Say which rows of a feature are measured: a constant, or worked out in the graph where their number is open."""
+    stride, device, inner = measured.stride, program.planned().device, called_graph(program.compute, call)
+    assert stride is not None
+    rows = _passed_in(program, call, size_of(before.meta["val"].shape[0]))
+    with inner.graph.inserting_before(before):
+        if isinstance(rows, Node):
+            return call_traced(inner, f"tokens_{index}", lambda n: policy.sampled_tokens(n, stride, index, device), [rows])
+        places = policy.sampled_tokens(rows, stride, index).to(device)
+        inner.register_buffer(f"{OURS}tokens_{index}", places, persistent=False)
+        node = inner.graph.get_attr(f"{OURS}tokens_{index}")
+    node.meta["val"] = before.meta["val"].new_empty(len(places), dtype=torch.int64)  # of the graph's own fake mode
+    return node
+
+
+def _sample(program: CachedProgram, call: Node, node: Node, measured: Measured, index: int) -> Node:
     """Take the measured rows of a feature, right where it is computed."""
     if measured.token_range is not None:
-        node = _append(node, aten.slice.Tensor, (1, *measured.token_range), f"stream_{index}")
+        bounds = [_passed_in(program, call, size) for size in measured.token_range]
+        node = _append(node, aten.slice.Tensor, (1, *bounds), f"stream_{index}")
     value: Tensor = node.meta["val"]
     if measured.stride is None:
         return _append(node, aten.clone.default, (), f"sample_{index}")
-    rows = torch.Size(value.shape[:-1]).numel()
-    places = policy.sampled_tokens(rows, measured.stride, index)
-    inner.register_buffer(f"{OURS}tokens_{index}", places.to(value.device), persistent=False)
+    rows = _passed_in(program, call, size_of(math.prod(value.shape[:-1])))
     node = _append(node, aten.reshape.default, ([rows, value.shape[-1]],), f"rows_{index}")
-    with inner.graph.inserting_before(node):
-        chosen = inner.graph.get_attr(f"{OURS}tokens_{index}")
-    chosen.meta["val"] = value.new_empty(len(places), dtype=torch.int64)  # of the graph's own fake mode
-    return _append(node, aten.index_select.default, (0, chosen), f"sample_{index}")
+    return _append(node, aten.index_select.default, (0, _places(program, call, node, measured, index)), f"sample_{index}")
 
 
 def _measure(program: CachedProgram, region: Region) -> None:
@@ -46,7 +74,7 @@ def _measure(program: CachedProgram, region: Region) -> None:
     call = inserted(graph, f"region{region.tag}")
     inner = called_graph(module, call)
     named = {node.name: node for node in inner.graph.nodes}
-    samples = [_sample(inner, named[m.node], m, plan.measured.index(m)) for m in region.measured]
+    samples = [_sample(program, call, named[m.node], m, plan.measured.index(m)) for m in region.measured]
     output = inner.graph.output_node()
     output.args = ((*output.args[0], *samples),)  # type: ignore[misc]
     inner.recompile()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.fx import Node
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.graph_text import format_value
+from bwcache_compile.passes._edit import size_values
 from bwcache_compile.passes._streams import continued, same_places
-from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region
+from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region, Role
+from bwcache_compile.sizes import evaluated, hint, hint_shape, largest, shape_of, size_of
 
 
 def _cached_blocks(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> tuple[Block, ...]:
@@ -95,35 +100,38 @@ def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfi
         return ()
     count = len(blocks) if config.indicator_blocks == "all" else min(config.indicator_blocks, len(blocks))
     chosen = [blocks[-(-(i + 1) * len(blocks) // count) - 1] for i in range(count)]
-    shape = nodes[search.blocks[-1].feature].meta["val"].shape
+    shape = shape_of(nodes[search.blocks[-1].feature].meta["val"])
     stride = None if config.indicator_tokens == "all" else config.indicator_tokens
     return tuple(
-        Measured(b.name, b.feature, search.token_range if nodes[b.feature].meta["val"].shape == shape else None, stride) for b in chosen
+        Measured(b.name, b.feature, search.token_range if shape_of(nodes[b.feature].meta["val"]) == shape else None, stride) for b in chosen
     )
 
 
-def _reference_slot(name: str, measured: Measured, value: Tensor) -> CacheSlot:
+def _slot(name: str, role: Role, shape: Iterable[int | SymInt], dtype: torch.dtype, fill: float = 0) -> CacheSlot:
+    sizes = list(shape)
+    return CacheSlot(name, role, tuple(map(size_of, sizes)), dtype, tuple(map(hint, sizes)), fill)
+
+
+def _reference_slot(program: CachedProgram, name: str, measured: Measured, value: Tensor) -> CacheSlot:
     shape = list(value.shape)
     if measured.token_range is not None:
-        shape[1] = measured.token_range[1] - measured.token_range[0]
+        start, stop = evaluated(measured.token_range, size_values(program))
+        shape[1] = stop - start
     if measured.stride is not None:
-        tokens = torch.Size(shape[:-1]).numel()
-        shape = [max(1, tokens // measured.stride), shape[-1]]
-    return CacheSlot(name, "reference", tuple(shape), value.dtype)
+        shape = [largest(1, math.prod(shape[:-1]) // measured.stride), shape[-1]]
+    return _slot(name, "reference", shape, value.dtype)
 
 
-def _slots(config: CacheConfig, region: Region, nodes: dict[str, Node]) -> tuple[CacheSlot, ...]:
-    slots = []
+def _slots(program: CachedProgram, config: CacheConfig, region: Region, nodes: dict[str, Node]) -> tuple[CacheSlot, ...]:
     values = [nodes[name].meta["val"] for name in region.outputs]
-    for i, value in enumerate(values):
-        slots.append(CacheSlot(region.slot("output", i), "output", tuple(value.shape), value.dtype))
+    slots = [_slot(region.slot("output", i), "output", value.shape, value.dtype) for i, value in enumerate(values)]
     if config.reuse == "taylor":
-        for i, value in enumerate(values):
-            slots.append(CacheSlot(region.slot("previous", i), "previous", tuple(value.shape), value.dtype))
-        slots.append(CacheSlot(region.slot("times"), "times", (2,), torch.float32, fill=float("nan")))
-    slots += [_reference_slot(region.slot("reference", i), m, nodes[m.node].meta["val"]) for i, m in enumerate(region.measured)]
+        slots += [_slot(region.slot("previous", i), "previous", value.shape, value.dtype) for i, value in enumerate(values)]
+        slots.append(_slot(region.slot("times"), "times", (2,), torch.float32, fill=float("nan")))
+    for i, m in enumerate(region.measured):
+        slots.append(_reference_slot(program, region.slot("reference", i), m, nodes[m.node].meta["val"]))
     if config.policy == "schedule":
-        slots.append(CacheSlot(region.slot("trigger"), "trigger", (1,), torch.int64, fill=-1))
+        slots.append(_slot(region.slot("trigger"), "trigger", (1,), torch.int64, fill=-1))
     return tuple(slots)
 
 
@@ -149,8 +157,15 @@ def _make_region(
     )
 
 
-def _notes(search: BlockSearch, measured: tuple[Measured, ...], config: CacheConfig, time_input: str | None) -> tuple[str, ...]:
+def _notes(
+    program: CachedProgram, search: BlockSearch, measured: tuple[Measured, ...], config: CacheConfig, time_input: str | None
+) -> tuple[str, ...]:
     notes = []
+    if program.signature.sizes is not None:
+        captured = ", ".join(f"{name} = {value}" for name, value in program.signature.sizes.examples.items())
+        notes.append(f"sizes are open; bytes are given for {captured}")
+        if config.reuse == "residual":
+            notes.append("which output continues which input was proved at these sizes")
     if config.reuse == "taylor" and time_input is None:
         notes.append("no input is certain to be the time (the only one of rank 0 or 1, in float32), so steps are counted instead")
     for m in measured[-1:]:
@@ -187,9 +202,9 @@ def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig)
         config=config,
         blocks=blocks,
         regions=regions,
-        slots=tuple(slot for region in regions for slot in _slots(config, region, nodes)),
+        slots=tuple(slot for region in regions for slot in _slots(program, config, region, nodes)),
         time_input=time_input,
-        hidden_bytes=feature.numel() * feature.dtype.itemsize,
+        hidden_bytes=math.prod(hint_shape(feature)) * feature.dtype.itemsize,
         device=feature.device,
-        notes=_notes(search, measured, config, time_input),
+        notes=_notes(program, search, measured, config, time_input),
     )

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow, eliminate_dead_code
-from bwcache_compile.passes._edit import call_traced, fake, inserted, new_input
+from bwcache_compile.passes._edit import call_traced, inserted, new_input, slot_value
 from bwcache_compile.passes.insert_cache import as_time, source_of
 from bwcache_compile.program import CachedProgram, PassResult
 
@@ -68,7 +68,7 @@ def specialize(program: CachedProgram) -> PassResult:
     slots = {}
     for slot in plan.slots:
         if slot.role in ("output", "previous", "times"):
-            slots[slot.name] = new_input(graph, f"cache_in_{slot.name}", fake(slot.shape, slot.dtype, program.planned().device))
+            slots[slot.name] = new_input(graph, f"cache_in_{slot.name}", slot_value(program, slot))
     step = inserted(source.graph, "step")
     copies[step] = graph.node_copy(step)
     unused = {node: new_input(graph, "unused", node.meta["val"]) for node in inputs if node not in copies}

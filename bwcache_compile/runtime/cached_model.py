@@ -22,7 +22,7 @@ from bwcache_compile.runtime.loaded import LoadedProgram, run_both
 from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
 from bwcache_compile.runtime.report import Report, StepRecord
 from bwcache_compile.runtime.signature import ordered
-from bwcache_compile.runtime.state import CacheState, fresh_state
+from bwcache_compile.runtime.state import CacheState, fresh_state, slot_shapes
 from bwcache_compile.runtime.wrapper import ModelWrapper
 
 
@@ -163,7 +163,8 @@ class CachedModel(ModelWrapper):
 
     def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState:
         """Return the state of a fresh context for inputs like these, capturing the model if need be."""
-        return fresh_state(self._fit(*ordered(args, kwargs or {})).loaded.plan)
+        fit = self._fit(*ordered(args, kwargs or {}))
+        return fresh_state(fit.loaded.plan, fit.sizes)
 
     def step(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], state: CacheState, config: CacheConfig | None = None
@@ -180,9 +181,10 @@ class CachedModel(ModelWrapper):
             The model's output and the next state.
         """
         args, kwargs = ordered(args, kwargs)
-        loaded = self._fit(args, kwargs).loaded
-        shapes = [(tuple(t.shape), t.dtype) for t in state.slots]
-        if shapes != [(slot.shape, slot.dtype) for slot in loaded.plan.slots]:
+        fit = self._fit(args, kwargs)
+        loaded = fit.loaded
+        given = [(tuple(t.shape), t.dtype) for t in state.slots]
+        if given != list(zip(slot_shapes(loaded.plan, fit.sizes), (slot.dtype for slot in loaded.plan.slots), strict=True)):
             raise StateError("this state belongs to inputs of other shapes or dtypes; start from init_state for these.")
         config = config or self.cache_config
         operands = loaded.operands(pytree.tree_leaves((args, kwargs)), state, config, config.steps)
@@ -242,7 +244,7 @@ class CachedModel(ModelWrapper):
         with self._lock:
             for context in self._contexts.values():
                 if context.state is not None and context.fit is not None:
-                    context.forget("invalidated", context.state.step, context.fit.loaded.plan)
+                    context.forget("invalidated", context.state.step, context.fit)
 
     def close(self) -> None:
         """Free every program and state. The original model is as it was."""
@@ -258,10 +260,10 @@ class CachedModel(ModelWrapper):
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
         """Run both graphs once for inputs like these, so that whatever compiles does so now. No state is touched."""
         args, kwargs = ordered(args, kwargs or {})
-        loaded = self._fit(args, kwargs).loaded
+        fit = self._fit(args, kwargs)
         num_steps = self.cache_config.steps or 2
-        fresh = fresh_state(loaded.plan)
-        run_both(loaded, pytree.tree_leaves((args, kwargs)), fresh, self.cache_config, num_steps)
+        fresh = fresh_state(fit.loaded.plan, fit.sizes)
+        run_both(fit.loaded, pytree.tree_leaves((args, kwargs)), fresh, self.cache_config, num_steps)
 
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CacheWarning, StateError
-from bwcache_compile.program import CachePlan
 from bwcache_compile.runtime.clock import Clock
 from bwcache_compile.runtime.programs import Fit
 from bwcache_compile.runtime.report import ContextReport, StepRecord
@@ -54,10 +53,10 @@ class Context:
         held = self.state.bytes if self.state else 0
         return ContextReport(self.name, tuple(self.records), tuple(self.events), held)
 
-    def forget(self, why: str, step: int, plan: CachePlan) -> None:
+    def forget(self, why: str, step: int, fit: Fit) -> None:
         """Drop what is cached and keep the step."""
         self.events.append(f"{why} before step {step}: the cache was cleared")
-        self.state = fresh_state(plan, step)
+        self.state = fresh_state(fit.loaded.plan, fit.sizes, step)
 
 
 def _starts_over(context: Context, moment: Moment, state: CacheState, flat: list[Any]) -> bool:
@@ -112,10 +111,10 @@ def arrive(context: Context, moment: Moment, fit: Fit, flat: list[Any], num_step
         context.start(*events)
         context.clock.start(flat)
         step = given or 0
-        context.state = fresh_state(fit.loaded.plan, step)
+        context.state = fresh_state(fit.loaded.plan, fit.sizes, step)
     elif before is not None and before.version != fit.version:
         rebuilt = before.version[0] != fit.version[0]
-        context.forget(f"the modules changed ({fit.changed})" if rebuilt else "the weights changed", step, fit.loaded.plan)
+        context.forget(f"the modules changed ({fit.changed})" if rebuilt else "the weights changed", step, fit)
     context.fit = fit
     assert context.state is not None
     return dataclasses.replace(context.state, step=step)

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from torch import nn
@@ -45,12 +45,14 @@ class Fit:
     Attributes:
         loaded: The program.
         key: What the call looks like; another one means other inputs, so another generation.
+        sizes: The values of the program's symbols at this call; empty where no size is open.
         version: The model's structure and weights; another one means that what is cached came from another model.
         changed: What changed in the model's structure last, for messages.
     """
 
     loaded: LoadedProgram
     key: Hashable
+    sizes: Mapping[str, int]
     version: tuple[int, int]
     changed: str
 
@@ -91,7 +93,7 @@ class ProgramCache:
             self._loaded.move_to_end(key)
             while len(self._loaded) > MAX_PROGRAMS:
                 self._loaded.popitem(last=False)
-            return Fit(loaded, key, (self.watch.structure, self.watch.weights), self.watch.changed)
+            return Fit(loaded, key, {}, (self.watch.structure, self.watch.weights), self.watch.changed)
 
     def _capture(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram:
         program = self._toolchain.capture(self._model, args, kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.program import CachePlan
+from bwcache_compile.sizes import evaluated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +49,16 @@ class CacheState:
         return dataclasses.replace(self, step=self.step + 1)
 
 
-def fresh_state(plan: CachePlan, step: int = 0) -> CacheState:
-    """Return the state of a context that has computed nothing; its next step is `step`."""
-    slots = tuple(torch.full(slot.shape, slot.fill, dtype=slot.dtype, device=plan.device) for slot in plan.slots)
-    return CacheState(slots, step)
+def slot_shapes(plan: CachePlan, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
+    """Return the shape of each slot where the program's symbols have these values."""
+    return [evaluated(slot.shape, sizes) for slot in plan.slots]
+
+
+def fresh_state(plan: CachePlan, sizes: Mapping[str, int], step: int = 0) -> CacheState:
+    """Return the state of a context that has computed nothing, at these sizes; its next step is `step`."""
+    shapes = slot_shapes(plan, sizes)
+    slots = (torch.full(shape, slot.fill, dtype=slot.dtype, device=plan.device) for slot, shape in zip(plan.slots, shapes, strict=True))
+    return CacheState(tuple(slots), step)
 
 
 def policy_parameters(config: CacheConfig, num_steps: int | None, device: torch.device) -> tuple[Tensor, ...]:

@@ -1,0 +1,213 @@
+"""Sizes that are known only at a call: arithmetic over symbols, where each symbol is read, and which sizes are proved.
+
+A size is an int, or a string of Python integer arithmetic over the symbols of a program, such as `s33*(s20 // 2)`. A
+string survives JSON, needs no library to evaluate, and evaluates alike over ints, over symbolic ints and over the
+proxies that build a graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from types import CodeType
+from typing import Any
+
+import sympy
+import torch
+from torch import SymInt, Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.printers import PythonPrinter
+
+from bwcache_compile.errors import CaptureError
+
+Size = int | str
+Shape = tuple[Size, ...]
+
+CallSizes = tuple[tuple[int, ...] | int | None, ...]
+"""Of each leaf of a call: a tensor's shape, an int's value, None for all else."""
+
+
+def largest(*values: Any) -> Any:
+    """Return the largest of some sizes: an int, or arithmetic."""
+    return functools.reduce(torch.sym_max, values)
+
+
+def smallest(*values: Any) -> Any:
+    """Return the smallest of some sizes: an int, or arithmetic."""
+    return functools.reduce(torch.sym_min, values)
+
+
+@functools.cache
+def _compiled(size: str) -> CodeType:
+    return compile(size, f"<size {size}>", "eval")
+
+
+def evaluate(size: Size, symbols: Mapping[str, Any]) -> Any:
+    """Return a size where the symbols have these values: ints, symbolic ints or proxies of a graph."""
+    if isinstance(size, int):
+        return size
+    return eval(_compiled(size), {"__builtins__": {}, "max": largest, "min": smallest}, dict(symbols))
+
+
+def names_in(size: str) -> tuple[str, ...]:
+    """Return the names that a size mentions."""
+    return _compiled(size).co_names
+
+
+def evaluated(shape: Sequence[Size], symbols: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return a shape where the symbols have these values."""
+    return tuple(evaluate(size, symbols) for size in shape)
+
+
+def print_expression(expression: Any) -> str:
+    """Print a sympy expression of symbolic sizes as Python."""
+    return PythonPrinter().doprint(expression)
+
+
+def size_of(value: int | SymInt) -> Size:
+    """Describe an int as itself and a symbolic int as arithmetic."""
+    if isinstance(value, SymInt):
+        expression = value.node.expr
+        return int(expression) if expression.is_number else print_expression(expression)
+    return value
+
+
+def shape_of(tensor: Tensor) -> Shape:
+    """Describe a shape; two values have equal shapes at every size if these are equal."""
+    return tuple(size_of(size) for size in tensor.shape)
+
+
+def hint(value: int | SymInt) -> int:
+    """Return the value that a symbolic int had when the model was captured."""
+    return int(value.node.hint) if isinstance(value, SymInt) else value
+
+
+def hint_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape that a value had when the model was captured."""
+    return tuple(hint(size) for size in tensor.shape)
+
+
+def at_most(low: int | SymInt, high: int | SymInt) -> bool:
+    """Whether `low <= high` is proved for every size that the program admits."""
+    return bool(statically_known_true(low <= high))
+
+
+@dataclasses.dataclass(frozen=True)
+class Symbol:
+    """A size that a call decides.
+
+    Attributes:
+        name: As it stands in size strings.
+        position: Which leaf of the call it is read from.
+        dimension: Which dimension of that tensor; None where the leaf is an int.
+        example: Its value when the model was captured.
+        factor: What is read there is `factor * symbol + offset`.
+        offset: See `factor`.
+    """
+
+    name: str
+    position: int
+    dimension: int | None
+    example: int
+    factor: int = 1
+    offset: int = 0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the symbol is read as it is, without arithmetic."""
+        return (self.factor, self.offset) == (1, 0)
+
+    def solve(self, read: Any) -> Any:
+        """Return the symbol's value from what is read at its place."""
+        return read if self.is_read else (read - self.offset) // self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenSizes:
+    """Which sizes a captured graph was proved for.
+
+    Attributes:
+        symbols: Every size that may change.
+        inputs: Of each leaf of the call: a tensor's shape, an int's value, None for all else.
+        conditions: Python conditions over the symbols under which the graph is the model.
+    """
+
+    symbols: tuple[Symbol, ...]
+    inputs: tuple[Shape | Size | None, ...]
+    conditions: tuple[str, ...]
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """The symbols' values when the model was captured."""
+        return {symbol.name: symbol.example for symbol in self.symbols}
+
+    def bind(self, sizes: CallSizes) -> dict[str, int] | None:
+        """Return the symbols' values at a call, or None if the graph was not proved for its sizes."""
+        if len(sizes) != len(self.inputs):
+            return None
+        values: dict[str, int] = {}
+        for symbol in self.symbols:
+            found = sizes[symbol.position]
+            if isinstance(found, tuple) and symbol.dimension is not None and symbol.dimension < len(found):
+                values[symbol.name] = symbol.solve(found[symbol.dimension])
+            elif isinstance(found, int) and symbol.dimension is None:
+                values[symbol.name] = symbol.solve(found)
+            else:
+                return None
+        for expected, found in zip(self.inputs, sizes, strict=True):
+            if isinstance(expected, tuple):
+                if not isinstance(found, tuple) or evaluated(expected, values) != found:
+                    return None
+            elif expected is not None and evaluate(expected, values) != found:
+                return None
+        return values if all(evaluate(condition, values) for condition in self.conditions) else None
+
+
+def _read_at(expression: sympy.Expr, symbol: sympy.Symbol) -> tuple[int, int] | None:
+    """Return factor and offset where an expression is `factor * symbol + offset`."""
+    if expression.free_symbols != {symbol}:
+        return None
+    factor, offset = expression.coeff(symbol, 1), expression.coeff(symbol, 0)
+    linear = factor.is_Integer and offset.is_Integer and factor > 0 and expression == factor * symbol + offset
+    return (int(factor), int(offset)) if linear else None
+
+
+def open_sizes(inputs: list[Any], ranges: dict[Any, Any]) -> OpenSizes | None:
+    """Read off an exported graph's inputs which sizes are open, and what was assumed of them.
+
+    Returns:
+        None where every size turned out fixed.
+
+    Raises:
+        CaptureError: A symbol cannot be read off any input.
+    """
+    places: list[tuple[int, int | None, Any]] = []
+    for at, value in enumerate(inputs):
+        found = enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)]
+        places += [(at, i, size) for i, size in found if isinstance(size, SymInt) and size.node.expr.free_symbols]
+    if not places:
+        return None
+    symbols: dict[sympy.Symbol, Symbol] = {}
+    for wanted in sorted({s for _, _, size in places for s in size.node.expr.free_symbols}, key=str):
+        readings = [(at, i, size, _read_at(size.node.expr, wanted)) for at, i, size in places]
+        solvable = sorted((r for r in readings if r[3] is not None), key=lambda r: r[3] != (1, 0))
+        if not solvable:
+            raise CaptureError(f"the open size {wanted} is no input's own: {', '.join(sorted({str(size) for _, _, size in places}))}.")
+        at, i, size, reading = solvable[0]
+        factor, offset = reading or (1, 0)
+        symbols[wanted] = Symbol(str(wanted), at, i, (hint(size) - offset) // factor, factor, offset)
+    shape_env = places[0][2].node.shape_env
+    known = {symbol.name: symbol.example for symbol in symbols.values()}
+    assumed = [sympy.Ge(s, shape_env.var_to_range[s].lower) for s in symbols if s in shape_env.var_to_range]
+    for expression, bounds in ranges.items():
+        assumed += [sympy.Ge(expression, bounds.lower)] + ([sympy.Le(expression, bounds.upper)] if bounds.upper.is_Integer else [])
+    assumed += [shape_env.replace(guard.expr) for guard in shape_env.guards]
+    conditions = dict.fromkeys(print_expression(c) for c in assumed if c is not sympy.true and c.free_symbols <= set(symbols))
+    failing = [condition for condition in conditions if not evaluate(condition, known)]
+    if failing:
+        raise CaptureError(f"the exporter assumed {failing[0]}, which does not hold for the sizes at hand: {known}.")
+    flat = tuple(
+        shape_of(value) if isinstance(value, Tensor) else size_of(value) if isinstance(value, (int, SymInt)) else None for value in inputs
+    )
+    return OpenSizes(tuple(symbols.values()), flat, tuple(conditions))
