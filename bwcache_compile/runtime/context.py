@@ -125,6 +125,8 @@ def warn_without_reuse(context: Context, config: CacheConfig) -> None:
     report = context.report()
     if report.reused or config.policy != "schedule" or config.threshold == 0:
         return
+    if len(report.steps) < 3:  # an expert that joined at the end: too short a stretch for any threshold
+        return
     best = report.smallest(max(1, config.warmup_steps))
     advice = (
         f"the smallest indicator was {best.indicator:.4g} at step {best.step}; a threshold above it would have triggered there."

@@ -48,9 +48,17 @@ def refuse_hooks(model: nn.Module) -> None:
             )
 
 
-def _same_constant(old: Any, new: Any) -> bool:
-    """Whether two values are one, or equal constants: assigning an equal number again changes nothing."""
-    return new is old or (type(new) is type(old) and isinstance(old, _CONSTANTS) and bool(new == old))
+def _same(old: Any, new: Any) -> bool:
+    """Whether two values are one, or equal constants, or containers of such: exporting a model copies its containers."""
+    if new is old:
+        return True
+    if type(new) is not type(old):
+        return False
+    if isinstance(old, (list, tuple)):
+        return len(old) == len(new) and all(map(_same, old, new))
+    if isinstance(old, dict):
+        return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
+    return isinstance(old, _CONSTANTS) and bool(new == old)
 
 
 class ModelWatch:
@@ -99,14 +107,11 @@ class ModelWatch:
         self._sizes = list(map(len, self._tables))
         self._names = [name for name, _, _ in places]
         self._dicts, self._keys = [table for _, table, _ in places], [key for _, _, key in places]
-        self._hold()
+        self._held = list(map(dict.get, self._dicts, self._keys))  # held on to, so that no identity is used twice
+        self._ids = list(map(id, self._held))
         self._parameters = list(self._model.parameters())
         self._counted = [p for p in self._parameters if not p.is_inference()]
         self._kinds, self._written = list(map(_kind, self._parameters)), self._writes()
-
-    def _hold(self) -> None:
-        self._held = list(map(dict.get, self._dicts, self._keys))  # held on to, so that no identity is used twice
-        self._ids = list(map(id, self._held))
 
     def _writes(self) -> tuple[list[int], list[int]]:
         return list(map(_version, self._counted)), list(map(_address, self._parameters))
@@ -124,7 +129,9 @@ class ModelWatch:
                 self.structure, self.changed = self.structure + 1, changed[0]
                 self._accept()
                 return
-            self._hold()
+            written = self._kinds, self._written
+            self._accept()
+            self._kinds, self._written = written
         written = self._writes()
         if written != self._written:
             kinds = list(map(_kind, self._parameters))
@@ -142,7 +149,7 @@ class ModelWatch:
     def _differences(self) -> list[str]:
         """Name the places that hold something else than they did; equal constants are no difference."""
         places = zip(self._names, self._dicts, self._keys, self._held, strict=True)
-        other = [name for name, table, key, held in places if not _same_constant(held, table.get(key))]
+        other = [name for name, table, key, held in places if not _same(held, table.get(key))]
         tables = zip(self._table_names, self._tables, self._sizes, strict=True)
         return other + [name or type(self._model).__name__ for name, table, size in tables if len(table) != size]
 

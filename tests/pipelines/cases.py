@@ -1,0 +1,160 @@
+"""Real diffusers pipelines around tiny random models, without a hub: embeddings are handed in, latents come back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.zoo import ZOO, Entry, noise
+
+STEPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A pipeline at a tiny size.
+
+    Attributes:
+        build: Makes the pipeline around a transformer.
+        model: Makes the transformer.
+        call: Arguments of a run, from a width in pixels and a prompt length.
+        widths: Two widths that the pipeline takes, at the height of the first.
+        contexts: Names under which the pipeline calls its transformer.
+    """
+
+    build: Callable[[nn.Module], Any]
+    model: Callable[[], nn.Module]
+    call: Callable[[int, int], dict[str, Any]]
+    widths: tuple[int, int]
+    contexts: tuple[str, ...]
+
+    def pipeline(self, model: nn.Module) -> Any:
+        """Build the pipeline, silent."""
+        pipe = self.build(model)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def run(self, pipe: Any, width: int, length: int, **more: Any) -> Tensor:
+        """Generate latents; the noise is the same each time."""
+        with torch.no_grad():
+            settings = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False} | more
+            generator = torch.Generator().manual_seed(0)
+            return pipe(**self.call(width, length), height=self.widths[0], width=width, generator=generator, **settings)[0]
+
+
+def _prompts(length: int, width: int) -> dict[str, Tensor]:
+    return {"prompt_embeds": noise("prompt", 0, 1, length, width), "negative_prompt_embeds": noise("none", 0, 1, length, width)}
+
+
+def _wan(model: nn.Module) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(), transformer=model)
+
+
+def _hunyuan_video(model: nn.Module) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
+
+    return HunyuanVideoPipeline(None, None, model, None, FlowMatchEulerDiscreteScheduler(), None, None)
+
+
+def _cogvideox(model: nn.Module) -> Any:
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+
+    return CogVideoXPipeline(None, None, None, model, CogVideoXDDIMScheduler())
+
+
+def _ltx(model: nn.Module) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline
+
+    return LTXPipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None, None, None, model)
+
+
+def _flux(model: nn.Module) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), None, None, None, None, None, model)
+
+
+def _latte(model: nn.Module) -> Any:
+    from diffusers import DDIMScheduler, LattePipeline
+
+    return LattePipeline(None, None, None, model, DDIMScheduler())
+
+
+def _latte_model() -> nn.Module:
+    from diffusers import LatteTransformer3DModel
+
+    return LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=4, patch_size=2,
+        cross_attention_dim=16, caption_channels=16, video_length=2,
+    )  # fmt: skip
+
+
+def _pooled(name: str) -> Tensor:
+    return noise(name, 0, 1, 8)
+
+
+CASES = {
+    "wan": Case(
+        _wan, ZOO["wan"].make, lambda w, n: {**_prompts(n, 16), "num_frames": 5, "guidance_scale": 4.0}, (32, 48), ("cond", "uncond")
+    ),
+    "hunyuan_video": Case(
+        _hunyuan_video,
+        ZOO["hunyuan_video"].make,
+        lambda w, n: {
+            **_prompts(n, 16),
+            "prompt_attention_mask": torch.ones(1, n),
+            "negative_prompt_attention_mask": torch.ones(1, n),
+            "pooled_prompt_embeds": _pooled("pooled"),
+            "negative_pooled_prompt_embeds": _pooled("nothing"),
+            "true_cfg_scale": 4.0,
+            "num_frames": 5,
+        },
+        (32, 48),
+        ("cond", "uncond"),
+    ),
+    "cogvideox": Case(
+        _cogvideox,
+        ZOO["cogvideox15"].make,
+        lambda w, n: {**_prompts(n, 8), "num_frames": 5, "guidance_scale": 4.0},
+        (64, 48),  # the rotary table is cut from one of the model's own size
+        ("cond_uncond",),
+    ),
+    "ltx": Case(
+        _ltx,
+        ZOO["ltx"].make,
+        lambda w, n: {
+            **_prompts(n, 16),
+            "prompt_attention_mask": torch.ones(1, n),
+            "negative_prompt_attention_mask": torch.ones(1, n),
+            "num_frames": 9,
+            "guidance_scale": 4.0,
+        },
+        (64, 96),
+        ("cond_uncond",),
+    ),
+    "flux": Case(
+        _flux,
+        ZOO["flux"].make,
+        lambda w, n: {
+            **_prompts(n, 16),
+            "pooled_prompt_embeds": _pooled("pooled"),
+            "negative_pooled_prompt_embeds": _pooled("nothing"),
+            "true_cfg_scale": 4.0,
+        },
+        (32, 48),
+        ("cond", "uncond"),
+    ),
+    "latte": Case(
+        _latte,
+        Entry(_latte_model, lambda s: {}, {}).make,
+        lambda w, n: {**_prompts(n, 16), "negative_prompt": None, "video_length": 2, "guidance_scale": 4.0},
+        (32, 48),
+        ("default",),
+    ),
+}

@@ -1,0 +1,155 @@
+"""A transformed model in a real pipeline: whatever was done to it before, each run equals that of a fresh one bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bwcache_compile as bw
+from bwcache_compile import passes
+from bwcache_compile.capture import capture
+from bwcache_compile.program import CachedProgram
+from bwcache_compile.runtime import Toolchain
+from bwcache_compile.runtime.signature import call_key
+from tests.pipelines import adapters
+from tests.pipelines.cases import CASES, STEPS, Case
+
+CONFIG = bw.CacheConfig(num_steps=STEPS, threshold=float("inf"), reuse_interval=1, tail=0.0)
+PATTERN = "##.#"
+
+
+@pytest.fixture(params=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+class Transform:
+    """`bw.transform` that captures each signature of an unchanged model once: exporting is the slow part."""
+
+    def __init__(self) -> None:
+        self.captured: dict[Any, CachedProgram] = {}
+
+    def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CachedProgram:
+        key = call_key(args, kwargs)
+        if key not in self.captured:
+            self.captured[key] = capture(model, args, kwargs)
+        return self.captured[key].fresh()
+
+    def __call__(self, model: nn.Module, config: bw.CacheConfig = CONFIG) -> bw.CachedModel:
+        return bw.CachedModel(model, config, Toolchain(capture=self._capture, build=passes.build, explain=passes.explain))
+
+
+def patterns(cached: bw.CachedModel) -> dict[str, str]:
+    contexts = cached.report().contexts
+    return {name: "".join("#" if step.computed else "." for step in context.steps) for name, context in contexts.items()}
+
+
+def test_every_run_is_a_fresh_pipelines(case: Case) -> None:
+    model, transform = case.model(), Transform()
+    pipe = case.pipeline(model)
+
+    def fresh(width: int, length: int) -> Tensor:
+        return case.run(case.pipeline(transform(model)), width, length)
+
+    (small, large), length = case.widths, 6
+    eager = case.run(pipe, small, length)
+    cached = pipe.transformer = transform(pipe.transformer)
+    first = case.run(pipe, small, length)
+    assert patterns(cached) == dict.fromkeys(case.contexts, PATTERN)
+    assert not torch.equal(first, eager), "nothing was reused"
+    assert torch.equal(first, fresh(small, length))
+    assert torch.equal(first, case.run(pipe, small, length)), "a second run"
+    for width, prompt in ((large, length), (small, length - 1), (small, length)):
+        assert torch.equal(case.run(pipe, width, prompt), fresh(width, prompt))
+    assert cached.report().captures == 3, "one for each size and prompt length"
+    assert cached.report().warnings == ()
+
+
+def test_adapters_come_and_go(case: Case) -> None:
+    model, (width, _), length = case.model(), case.widths, 6
+    pipe = case.pipeline(model)
+    cached = pipe.transformer = bw.transform(pipe.transformer, CONFIG)
+
+    def fresh() -> Tensor:
+        return case.run(case.pipeline(bw.transform(model, CONFIG)), width, length)
+
+    plain = case.run(pipe, width, length)
+    adapters.load(pipe.transformer)
+    loaded = case.run(pipe, width, length)
+    assert not torch.equal(loaded, plain)
+    assert torch.equal(loaded, fresh())
+    adapters.unload(pipe.transformer)
+    assert torch.equal(case.run(pipe, width, length), plain)
+    adapters.load(pipe.transformer)
+    adapters.fuse(pipe.transformer)
+    assert torch.equal(case.run(pipe, width, length), fresh())
+    assert cached.report().captures == 4
+
+
+def test_adapters_scaled_and_unfused() -> None:
+    case = CASES["wan"]
+    model, (width, _), length = case.model(), case.widths, 6
+    pipe = case.pipeline(model)
+    adapters.load(model)
+    cached = pipe.transformer = bw.transform(model, CONFIG)
+    seen = [case.run(pipe, width, length)]
+    for change in (adapters.scale, adapters.fuse, adapters.unfuse):
+        change(pipe.transformer)
+        seen.append(case.run(pipe, width, length))
+        assert torch.equal(seen[-1], case.run(case.pipeline(bw.transform(model, CONFIG)), width, length)), change.__name__
+    assert cached.report().captures == 4
+    assert not torch.equal(seen[0], seen[1])
+    torch.testing.assert_close(seen[2], seen[1], rtol=1e-4, atol=1e-4)  # the same sum in another order
+
+
+def test_two_experts_share_a_run() -> None:
+    case = CASES["wan"]
+    high, low, transform = case.model(), case.model(), Transform()
+    low.load_state_dict({name: value * 1.2 for name, value in low.state_dict().items()})
+
+    def pipeline(first: nn.Module, second: nn.Module) -> Any:
+        pipe = case.pipeline(first)
+        pipe.register_modules(transformer_2=second)
+        pipe.register_to_config(boundary_ratio=0.6)
+        return pipe
+
+    def run(pipe: Any) -> Tensor:
+        return case.run(pipe, 32, 6, num_inference_steps=6)
+
+    config = dataclasses.replace(CONFIG, num_steps=None)
+    pipe = pipeline(high, low)
+    eager = run(pipe)
+    second = Transform()
+    pipe.transformer, pipe.transformer_2 = transform(high, config), second(low, config)
+    first = run(pipe)
+    assert not torch.equal(first, eager)
+    for expert in (pipe.transformer, pipe.transformer_2):
+        assert patterns(expert) == {"cond": "##.", "uncond": "##."}
+    assert [step.step for step in pipe.transformer_2.report().contexts["cond"].steps] == [3, 4, 5], "it joins late, and counts on"
+    assert torch.equal(run(pipe), first)
+    assert torch.equal(run(pipeline(transform(high, config), second(low, config))), first)
+
+
+def test_a_run_that_was_broken_off_leaves_nothing_behind() -> None:
+    case = CASES["flux"]  # names its contexts, but gives no step
+    model = case.model()
+    pipe = case.pipeline(model)
+    cached = pipe.transformer = bw.transform(model, CONFIG)
+    whole = case.run(pipe, 32, 6)
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step == 1
+        return tensors
+
+    case.run(pipe, 32, 6, callback_on_step_end=stop)
+    assert patterns(cached) == {"cond": "##", "uncond": "##"}
+    assert torch.equal(case.run(pipe, 32, 6), whole)
+    assert patterns(cached) == {"cond": PATTERN, "uncond": PATTERN}
+    assert cached.report().warnings == (
+        "cond: the time went back before step 2: a new generation began",
+        "uncond: the time went back before step 2: a new generation began",
+    )

@@ -1,0 +1,5 @@
+"""A name that diffusers imports."""
+
+
+class Tokenizer:
+    pass

@@ -1,0 +1,5 @@
+"""The base class of quantisation settings, as a name."""
+
+
+class QuantizationConfigMixin:
+    pass
