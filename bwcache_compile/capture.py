@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import threading
 import traceback
 import warnings
 from typing import Any
@@ -18,6 +19,9 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.errors import CaptureError, ConfigError
 from bwcache_compile.program import CachedProgram, Captured, Signature
 from bwcache_compile.sizes import open_sizes
+
+_ONE_EXPORT = threading.RLock()
+"""Held while exporting, which puts hooks on every module of the process and takes them off again in the order it knows."""
 
 
 def flat_outputs(outputs: Any) -> list[Any]:
@@ -161,7 +165,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     for strict in (False, True):
         mode = "strict" if strict else "non-strict"
         try:
-            with torch.no_grad():
+            with _ONE_EXPORT, torch.no_grad():
                 program = _export(model, args, kwargs, shapes, strict)
         except Exception as error:  # every front end raises its own kinds; they are reported together below
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -106,7 +106,7 @@ class CachedModel(ModelWrapper):
                 returned = call.run(*call.operands)  # the only frame that an outer torch.compile compiles
             return self._finish(call, returned)
         finally:
-            call.context.lock.release()
+            self._end(call)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
@@ -129,6 +129,7 @@ class CachedModel(ModelWrapper):
         except BaseException:
             context.lock.release()
             raise
+        self._programs.enter()
         return _Call(context, loaded, state, loaded.reuse if state.reuses_next else loaded.compute, operands)
 
     def _num_steps(self, moment: Moment | None) -> int | None:
@@ -158,6 +159,11 @@ class CachedModel(ModelWrapper):
         if num_steps is not None and before.step == num_steps - 1:
             warn_without_reuse(context, self.cache_config)
         return outputs
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _end(self, call: _Call) -> None:
+        self._programs.leave()
+        call.context.lock.release()
 
     # -- the functional form -------------------------------------------------------------------------------------
 

@@ -68,6 +68,8 @@ class ProgramCache:
         self._structure = self.watch.structure
         self._compile_options: dict[str, Any] | None = None
         self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
+        self._running = 0
         self.captured = 0
 
     def __len__(self) -> int:
@@ -89,6 +91,9 @@ class ProgramCache:
             if self._structure != self.watch.structure:
                 self._loaded.clear()
                 self._structure = self.watch.structure
+            if key not in self._loaded:
+                # tracing puts hooks on every module of the process, and modules that run meanwhile would run into them
+                self._idle.wait_for(lambda: self._running == 0)
             loaded = self._loaded.get(key) or self._capture(key, args, kwargs, config)
             self._loaded.move_to_end(key)
             while len(self._loaded) > MAX_PROGRAMS:
@@ -133,6 +138,17 @@ class ProgramCache:
         self._compile_options = options
         for loaded in self._loaded.values():
             loaded.compile(options)
+
+    def enter(self) -> None:
+        """Keep captures out until `leave`: a program runs."""
+        with self._lock:
+            self._running += 1
+
+    def leave(self) -> None:
+        """Let captures in again once no program runs."""
+        with self._lock:
+            self._running -= 1
+            self._idle.notify_all()
 
     def touch(self) -> None:
         """Take the weights for changed: something was called that may write to them where nothing counts it."""

@@ -129,9 +129,9 @@ class ModelWatch:
                 self.structure, self.changed = self.structure + 1, changed[0]
                 self._accept()
                 return
-            written = self._kinds, self._written
+            kinds, writes = self._kinds, self._written
             self._accept()
-            self._kinds, self._written = written
+            self._kinds, self._written = kinds, writes
         written = self._writes()
         if written != self._written:
             kinds = list(map(_kind, self._parameters))

@@ -1,0 +1,115 @@
+"""Contexts on threads of their own: each gives what it gives alone, and none gets into another's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bwcache_compile as bw
+from tests.models import OneStream
+
+STATIC = bw.CacheConfig(policy="static", steps_mask=(0, 1, 1, 0, 1, 0))
+STEPS = len(STATIC.steps_mask or ())
+
+
+@torch.no_grad()
+def call(cached: bw.CachedModel, model: OneStream, stream: int, step: int) -> Tensor:
+    with cached.cache_context(f"stream {stream}"):
+        return cached(*model.example(batch=1 + stream % 2, step=step + 10 * stream))
+
+
+def test_eight_contexts_on_four_threads_equal_each_alone() -> None:
+    model = OneStream().eval()
+    cached = bw.transform(model, STATIC)
+    alone = [[call(cached, model, stream, step) for step in range(STEPS)] for stream in range(8)]
+    captures = cached.report().captures
+    cached.reset()
+
+    def two(stream: int) -> list[tuple[Tensor, Tensor]]:
+        return [(call(cached, model, stream, step), call(cached, model, stream + 4, step)) for step in range(STEPS)]
+
+    with ThreadPoolExecutor(4) as pool:
+        pairs = list(pool.map(two, range(4)))
+    together = [[pair[i] for pair in pairs[stream]] for i in (0, 1) for stream in range(4)]
+    for stream in range(8):
+        assert all(torch.equal(a, b) for a, b in zip(together[stream], alone[stream], strict=True)), stream
+    assert cached.report().captures == captures
+    assert all(str(cached.report()).count(f"stream {stream}: 3 computed, 3 reused  #..#.#") == 1 for stream in range(8))
+
+
+def test_threads_that_need_one_program_capture_it_once() -> None:
+    model = OneStream().eval()
+    cached = bw.transform(model, STATIC)
+    ready = threading.Barrier(4)
+
+    def first(stream: int) -> Tensor:
+        ready.wait()
+        return call(cached, model, 2 * stream, 0)
+
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(first, range(4)))
+    assert cached.report().captures == 1
+    with torch.no_grad():
+        assert all(torch.equal(output, model(*model.example(step=20 * stream))) for stream, output in enumerate(outputs))
+
+
+def test_a_capture_waits_until_nothing_runs() -> None:
+    """Tracing puts hooks on every module of the process; a program that ran meanwhile would leave its names in the graph."""
+    model = OneStream().eval()
+    cached = bw.transform(model, STATIC)
+    call(cached, model, 0, 0)
+    inside, captured = threading.Event(), threading.Event()
+    original = cached._programs.latest.compute
+    seen: list[bool] = []
+
+    def slow(*operands: Any) -> Any:
+        inside.set()
+        seen.append(captured.wait(0.3))
+        return original(*operands)
+
+    cached._programs.latest.compute = slow
+    cached.reset()
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(call, cached, model, 0, 0)
+        inside.wait()
+        other = pool.submit(lambda: (call(cached, model, 1, 0), captured.set()))  # another batch size: a capture
+        running.result()
+        other.result()
+    assert seen == [False]
+    assert cached.report().captures == 2
+
+
+def test_one_context_entered_twice_at_once_raises() -> None:
+    model = OneStream().eval()
+    cached = bw.transform(model, STATIC)
+    call(cached, model, 0, 0)
+    inside, tried = threading.Event(), threading.Event()
+
+    def pausing(run: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*operands: Any) -> Any:
+            inside.set()
+            tried.wait()
+            return run(*operands)
+
+        return slow
+
+    loaded = cached._programs.latest
+    loaded.reuse = pausing(loaded.reuse)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(call, cached, model, 0, 1)
+        inside.wait()
+        with pytest.raises(bw.StateError) as caught:
+            call(cached, model, 0, 1)
+        tried.set()
+        running.result()
+    assert str(caught.value) == (
+        "the context 'stream 0' is in use by another thread. Give each stream of calls its own: `with cached.cache_context(name):`."
+    )
+    call(cached, model, 0, 2)
+    assert str(cached.report()) == "stream 0: 1 computed, 2 reused  #.."
