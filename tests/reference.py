@@ -27,18 +27,29 @@ def decide(indicators: dict[int, float], step: int, trigger: int | None, config:
 
 
 class Oracle:
-    """Runs a model step by step; `streams` names the block inputs that the outputs continue, in output order."""
+    """Runs a model step by step; `streams` names the block inputs that the outputs continue, in output order.
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], streams: tuple[str, ...], config: Any) -> None:
-        self.model, self.blocks, self.streams, self.config = model, blocks, streams, config
+    `rows` are the video rows of a stream that holds text and video, for blocks that return fewer values than streams.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], streams: tuple[str, ...], config: Any, rows: slice = slice(None)) -> None:
+        self.model, self.blocks, self.streams, self.config, self.rows = model, blocks, streams, config, rows
         self.kept: dict[Any, Any] = {}
         self.step, self.trigger, self.indicators, self.times = 0, None, {}, []
+
+    def _feature(self, outs: tuple[Tensor, ...]) -> Tensor:
+        if len(outs) < len(self.streams):
+            return outs[0][:, self.rows].float()
+        return outs[self.streams.index("hidden_states") if "hidden_states" in self.streams else 0].float()
 
     def _reused(self, name: int, now: float) -> tuple[Tensor, ...]:
         last, previous = self.kept[name], self.kept.get(("previous", name))
         if self.config.reuse == "taylor" and previous is not None and self.times[-1] != self.times[-2]:
             weight = torch.tensor((now - self.times[-1]) / (self.times[-1] - self.times[-2]), dtype=torch.float32)
-            return tuple((a.float() + weight * (a.float() - b.float())).to(a.dtype) for a, b in zip(last, previous, strict=True))
+            return tuple(
+                (a.float() + weight * (a.float() - b.float())).to(a.dtype) if a is not None else a
+                for a, b in zip(last, previous, strict=True)
+            )
         return last
 
     def __call__(self, now: float | None = None, **inputs: Any) -> Any:
@@ -53,20 +64,19 @@ class Oracle:
                 if i == first:
                     entered["in"] = tuple(bound[name] for name in self.streams)
                 if reuse and self.config.reuse == "residual" and i == final:
-                    outs = tuple(x + r for x, r in zip(entered["in"], self.kept["residual"], strict=True))
+                    outs = tuple(r if r is None else x + r for x, r in zip(entered["in"], self.kept["residual"], strict=True))
                 elif reuse:
                     outs = self._reused(i, now)
                 else:
                     result = original(*args, **kwargs)
                     outs = result if isinstance(result, tuple) else (result,)
-                    at = self.streams.index("hidden_states")
                     if i in self.kept:
-                        old, new = self.kept[i][at].float(), outs[at].float()
+                        old, new = self._feature(self.kept[i]), self._feature(outs)
                         changes.append(((new - old).abs().sum() / old.abs().sum()).item())
                         self.kept["previous", i] = self.kept[i]
-                    self.kept[i] = tuple(out.clone() for out in outs)
-                    if i == final:
-                        self.kept["residual"] = tuple(y - x for y, x in zip(outs, entered["in"], strict=True))
+                    self.kept[i] = tuple(None if out is None else out.clone() for out in outs)  # a last block may end its text stream
+                    if i == final and self.config.reuse == "residual":
+                        self.kept["residual"] = tuple(y if y is None else y - x for y, x in zip(outs, entered["in"], strict=True))
                 return outs if len(outs) > 1 else outs[0]
 
             return forward

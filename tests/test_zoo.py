@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,32 +11,35 @@ from torch import nn
 
 import bwcache_compile as bw
 from bwcache_compile import passes
-from bwcache_compile.capture import capture
-from bwcache_compile.config import Reuse
+from bwcache_compile.capture import capture, flat_outputs
+from bwcache_compile.program import CachedProgram
 from bwcache_compile.runtime import Toolchain
 from tests.reference import Oracle
-from tests.zoo import ZOO, Entry
+from tests.zoo import REFUSED, ZOO, Entry
 
-Transform = Callable[[bw.CacheConfig], bw.CachedModel]
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model with one capture for all tests: exporting is the slow part, and the same each time."""
+
+    entry: Entry
+    model: nn.Module
+    captured: CachedProgram
+
+    def transform(self, config: bw.CacheConfig) -> bw.CachedModel:
+        toolchain = Toolchain(capture=lambda *_: self.captured.fresh(), build=passes.build, explain=passes.explain)
+        return bw.CachedModel(self.model, config, toolchain)
+
+    def oracle(self, config: bw.CacheConfig) -> Oracle:
+        blocks = [self.model.get_submodule(name) for name in self.entry.block_names()]
+        return Oracle(self.model, blocks, self.entry.streams, config, self.entry.rows)
 
 
 @pytest.fixture(scope="module", params=list(ZOO))
-def case(request: pytest.FixtureRequest) -> tuple[Entry, nn.Module]:
+def case(request: pytest.FixtureRequest) -> Case:
     entry = ZOO[request.param]
-    return entry, entry.make()
-
-
-@pytest.fixture(scope="module")
-def transform(case: tuple[Entry, nn.Module]) -> Transform:
-    """`bw.transform` with one capture for all settings: exporting is the slow part, and the same each time."""
-    entry, model = case
-    captured = capture(model, (), dict(sorted(entry.inputs(0).items())))
-    toolchain = Toolchain(capture=lambda *_: captured.fresh(), build=passes.build, explain=passes.explain)
-    return lambda config: bw.CachedModel(model, config, toolchain)
-
-
-def block_modules(entry: Entry, model: nn.Module) -> list[nn.Module]:
-    return [block for stack in entry.stacks for block in getattr(model, stack)]
+    model = entry.make()
+    return Case(entry, model, capture(model, (), entry.call(0)))
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -44,55 +47,71 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Any:
         return model(**inputs)
 
 
-def test_threshold_zero_is_the_model_bit_for_bit(case: tuple[Entry, nn.Module]) -> None:
-    entry, model = case
-    cached = bw.transform(model, bw.CacheConfig(threshold=0, num_steps=4))
+def test_threshold_zero_is_the_model_bit_for_bit(case: Case) -> None:
+    cached = case.transform(bw.CacheConfig(threshold=0, num_steps=4))
     for step in range(4):
-        expected, actual = run(model, entry.inputs(step)), run(cached, entry.inputs(step))
+        expected, actual = run(case.model, case.entry.inputs(step)), run(cached, case.entry.inputs(step))
         assert type(actual) is type(expected)
-        assert torch.equal(actual.sample, expected.sample)
-    assert [block.name for block in cached.blocks] == [f"{stack}.{i}" for stack, count in entry.stacks.items() for i in range(count)]
+        for want, got in zip(flat_outputs(expected), flat_outputs(actual), strict=True):
+            assert torch.equal(got, want)
+    assert [block.name for block in cached.blocks] == case.entry.block_names()
     assert cached.report().contexts["default"].computed == 4
 
 
-def test_outputs_keep_their_structure(case: tuple[Entry, nn.Module]) -> None:
-    entry, model = case
-    inputs = entry.inputs(0) | {"return_dict": False}
-    cached = bw.transform(model, bw.CacheConfig(threshold=0, num_steps=4))
-    expected, actual = run(model, inputs), run(cached, inputs)
-    assert type(actual) is tuple
-    assert len(actual) == len(expected)
-    assert torch.equal(actual[0], expected[0])
-
-
 @pytest.mark.parametrize("reuse", ["output", "residual", "taylor"])
-def test_static_mask_is_the_oracle(case: tuple[Entry, nn.Module], transform: Transform, reuse: Reuse) -> None:
-    entry, model = case
+def test_static_mask_is_the_oracle(case: Case, reuse: Any) -> None:
     config = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0, 1, 0, 1, 1), reuse=reuse)
-    oracle = Oracle(model, block_modules(entry, model), entry.streams, config)
-    cached = transform(config)
+    cached = case.transform(config)
+    if reuse in case.entry.refused:
+        with pytest.raises(bw.ConfigError) as refusal:
+            run(cached, case.entry.inputs(0))
+        assert str(refusal.value).splitlines()[0].startswith(case.entry.refused[reuse])
+        return
+    oracle = case.oracle(config)
     full_differs = False
     for step in range(7):
-        inputs = entry.inputs(step)
+        inputs = case.entry.inputs(step)
         actual = run(cached, inputs)
         clock = cached.plan.time_input
         expected = oracle(now=None if clock is None else float(inputs[clock]), **inputs)
         # the same operators on the same numbers, but residual sums may be taken in another layout
-        torch.testing.assert_close(actual.sample, expected.sample, rtol=1e-5, atol=1e-6)
-        full_differs |= not torch.allclose(actual.sample, run(model, inputs).sample, rtol=1e-3, atol=1e-3)
+        for want, got, full in zip(flat_outputs(expected), flat_outputs(actual), flat_outputs(run(case.model, inputs)), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+            full_differs |= not torch.allclose(got, full, rtol=1e-3, atol=1e-3)
     assert full_differs, "the blocks hardly matter in this configuration, so the test shows nothing"
 
 
-def test_schedule_decides_like_the_oracle(case: tuple[Entry, nn.Module], transform: Transform) -> None:
-    entry, model = case
+def test_schedule_decides_like_the_oracle(case: Case) -> None:
     config = bw.CacheConfig.paper(num_steps=12, threshold=0.5, reuse_interval=2, warmup_steps=2)
-    oracle = Oracle(model, block_modules(entry, model), entry.streams, config)
-    cached = transform(config)
+    oracle = case.oracle(config)
+    cached = case.transform(config)
     for step in range(12):
-        inputs = entry.inputs(step)
-        torch.testing.assert_close(run(cached, inputs).sample, oracle(**inputs).sample, rtol=1e-5, atol=1e-6)
+        inputs = case.entry.inputs(step)
+        for want, got in zip(flat_outputs(oracle(**inputs)), flat_outputs(run(cached, inputs)), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         record = cached.report().contexts["default"].steps[-1]
         assert record.computed != oracle.reused
         if record.indicator is not None:
             assert record.indicator == pytest.approx(oracle.indicators[step], rel=1e-4)
     assert cached.report().contexts["default"].reused > 0
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_cannot_be_captured_is_refused_by_name(name: str) -> None:
+    entry = REFUSED[name]
+    model = entry.make()
+    run(model, entry.inputs(0))  # the configuration is right
+    with pytest.raises(bw.CaptureError) as refusal:
+        bw.transform(model, example_kwargs=entry.inputs(0))
+    assert str(refusal.value).splitlines()[0] == f"{entry.model} could not be captured as one graph."
+    assert entry.never_captured in str(refusal.value)
+
+
+def test_outputs_keep_their_structure() -> None:
+    entry = ZOO["dit"]
+    model = entry.make()
+    inputs = entry.inputs(0) | {"return_dict": False}
+    expected, actual = run(model, inputs), run(bw.transform(model, bw.CacheConfig(num_steps=4)), inputs)
+    assert type(actual) is tuple
+    assert len(actual) == len(expected)
+    assert torch.equal(actual[0], expected[0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,52 +33,77 @@ class Stack:
     units: tuple[Unit, ...]
 
 
-def is_stream(node: Node) -> bool:
-    """Whether a value can be a hidden state: floating, with at least batch, token and channel dimensions."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 3
+def extent(node: Node) -> tuple[int, int]:
+    """Return how many numbers a tensor holds, and how many channels: what re-arranging its tokens does not change.
 
-
-def is_substantial(unit: Unit) -> bool:
-    """Whether a unit multiplies matrices at least twice, so that a lone projection is no block.
-
-    A higher-order operator counts as enough: what it multiplies is in a graph of its own.
+    Sizes are those at capture; one that only the tensors' values tell counts as 1.
     """
-    if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in unit.nodes):
-        return True
-    return sum(op_name(node) in _PRODUCTS for node in unit.nodes) >= 2
+    sizes = [size if isinstance(size, int) else size.node.hint or 1 for size in node.meta["val"].shape]
+    return math.prod(sizes), sizes[-1]
 
 
-def live_outs(unit: Unit) -> list[Node]:
+def streams(graph: Graph, rank: int) -> set[Node]:
+    """Return the values that can be hidden states: floating, with tokens and channels and, for rank 3, a batch dimension."""
+    found = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= rank:
+            found.add(node)
+    return found
+
+
+def products(nodes: Iterable[Node]) -> int:
+    """Count the matrix products among operators. A higher-order operator counts as two: it has a graph of its own."""
+    return sum(2 if isinstance(n.target, torch._ops.HigherOrderOperator) else op_name(n) in _PRODUCTS for n in nodes)
+
+
+def attends(unit: Unit) -> bool:
+    """Whether a unit holds an attention, by its operator or by two products of activations."""
+    names = [op_name(node) for node in unit.nodes]
+    return any("attention" in name for name in names) or sum(name in ("matmul", "bmm", "einsum") for name in names) >= 2
+
+
+def live_outs(unit: Unit, streams: set[Node]) -> list[Node]:
     """Return the streams of a unit that somebody outside reads."""
     inside = set(unit.nodes)
-    return [node for node in unit.nodes if is_stream(node) and any(user not in inside for user in node.users)]
+    return [node for node in unit.nodes if node in streams and any(user not in inside for user in node.users)]
+
+
+def _modules_of(node: Node, called: set[str]) -> Iterator[tuple[str, str, str]]:
+    """List the modules that an operator ran in: path, class, and which call of the module it was.
+
+    A numbered module that is reached into without being called (`blocks[0].attn(x)`) counts too, without a class.
+    """
+    for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
+        parts = str(path).split(".")
+        for i, part in enumerate(parts[:-1], 1):
+            prefix = ".".join(parts[:i])
+            if part.isdigit() and prefix not in called:
+                yield prefix, "", prefix
+        type_name = kind if isinstance(kind, str) else kind.__qualname__
+        yield str(path), type_name, f"{path}@{key.rpartition('@')[2]}" if "@" in key else str(path)
 
 
 def named_stacks(graph: Graph) -> list[Stack]:
     """Group operators by the numbered siblings (`blocks.0`, `blocks.1`, ...) whose forward they ran in, outermost first.
 
-    Siblings that are not numbered count as a stack where they are of one class. A name alone proves nothing; a module
-    that is reached into without being called does not appear.
+    Siblings that are not numbered count as a stack where they are of one class. A name alone proves nothing.
     """
-    found: dict[tuple[str, str], dict[str, tuple[str, list[Node]]]] = {}
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
-            parent, _, last = str(path).rpartition(".")
-            if not last:
-                continue
-            type_name = kind if isinstance(kind, str) else kind.__name__
-            stack = (parent, "" if last.isdigit() else type_name)
-            call = f"{path}@{key.rpartition('@')[2]}" if "@" in key else str(path)
-            found.setdefault(stack, {}).setdefault(call, (type_name.rpartition(".")[2], []))[1].append(node)
+    operators = [node for node in graph.nodes if node.op == "call_function"]
+    called = {str(path) for node in operators for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
+    found: dict[tuple[str, str], dict[str, tuple[str, dict[Node, None]]]] = {}
+    for node in operators:
+        for path, type_name, call in _modules_of(node, called):
+            parent, _, last = path.rpartition(".")
+            if last:
+                stack = (parent, "" if last.isdigit() else type_name)
+                found.setdefault(stack, {}).setdefault(call, (type_name.rpartition(".")[2], {}))[1][node] = None
     stacks = []
     for (parent, kind), members in found.items():
-        if len(members) > 1:
-            units = tuple(Unit(name, type_name, tuple(nodes)) for name, (type_name, nodes) in members.items())
-            stacks.append(Stack(parent or kind or "the model", units))
-    return sorted(stacks, key=lambda s: (s.name.count(".") + 1 if s.name else 0, s.name))
+        units = tuple(Unit(name, type_name, tuple(nodes)) for name, (type_name, nodes) in members.items())
+        alone = len(units) == 1 and kind  # a lone module without a number is named as it is
+        stacks.append(Stack(units[0].name if alone else parent or kind or "the model", units))
+    return sorted(stacks, key=lambda s: (s.units[0].name.count("."), s.name))
 
 
 def _token(node: Node) -> tuple[Any, ...]:
@@ -102,16 +129,30 @@ def _longest_period(tokens: list[int], least: int) -> tuple[int, int, int] | Non
 
 def _cut_cost(nodes: list[Node], at: int) -> int:
     """Count the values that cross a cut of the sequence; a block begins where it is least."""
-    left = set(nodes[:at])
-    return sum(1 for node in left if any(user in set(nodes[at:]) for user in node.users))
+    right = set(nodes[at:])
+    return sum(1 for node in nodes[:at] if any(user in right for user in node.users))
 
 
-def structural_stacks(graph: Graph, least: int = 3) -> list[Stack]:
-    """Find runs of operators that repeat at least `least` times, longest cover first, without looking at names."""
-    nodes = [node for node in graph.nodes if node.op == "call_function"]
+def _runs(graph: Graph, taken: set[Node]) -> list[list[Node]]:
+    """Return the operators between those that are taken, in pieces."""
+    pieces: list[list[Node]] = [[]]
+    for node in graph.nodes:
+        if node.op == "call_function":
+            if node in taken:
+                pieces.append([])
+            else:
+                pieces[-1].append(node)
+    return [piece for piece in pieces if piece]
+
+
+def structural_stacks(graph: Graph, least: int, taken: set[Node]) -> list[Stack]:
+    """Find runs of operators that repeat at least `least` times, longest cover first, without looking at names.
+
+    Operators that are `taken` belong to other stacks already.
+    """
     kinds: dict[tuple[Any, ...], int] = {}
     stacks: list[Stack] = []
-    pieces = [nodes]
+    pieces = _runs(graph, taken)
     while pieces:
         piece = pieces.pop()
         tokens = [kinds.setdefault(_token(node), len(kinds)) for node in piece]

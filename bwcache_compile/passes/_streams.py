@@ -188,10 +188,10 @@ def same_places(graph: Graph, output: Node, source: Node) -> bool:
             places[node] = _replay(node, places)
         elif len(addends) == 1:
             places[node] = places[addends[0]]
-        else:  # x + x is no residual; x + y where both carry the stream is ambiguous unless they agree nowhere
+        else:  # x + x is no residual, and stays none whatever is added to it: -2
             left, right = (places[a] for a in addends)
-            both = (left >= 0) & (right >= 0)
-            places[node] = torch.where(both, -1, torch.maximum(left, right))
+            twice = ((left >= 0) & (right >= 0)) | (left == -2) | (right == -2)
+            places[node] = torch.where(twice, -2, torch.maximum(left, right))
         if node is output:
             break
     got = places.get(output)

@@ -80,11 +80,13 @@ def _time_input(program: CachedProgram) -> str | None:
     return found[0].name if len(found) == 1 and found[0].meta["val"].dtype == torch.float32 else None
 
 
-def _sources(program: CachedProgram, inputs: list[Node], outputs: list[Node]) -> dict[str, str]:
-    """Prove which region input each region output continues."""
+def _sources(program: CachedProgram, inputs: list[Node], outputs: list[Node], first: Block) -> dict[str, str]:
+    """Prove which region input each region output continues; what is only added on the way does not enter the first block."""
     sources: dict[str, str] = {}
     for output in outputs:
         proved = [i for i in continued(output, set(inputs)) if same_places(program.compute.graph, output, i)]
+        if len(proved) > 1:
+            proved = [i for i in proved if any(user.name in first.nodes for user in i.users)]
         if len(proved) != 1:
             shapes = ", ".join(f"{i.name} {format_value(i.meta.get('val'))}" for i in inputs)
             raise ConfigError(
@@ -152,7 +154,7 @@ def _make_region(
         nodes=tuple(n.name for n in nodes),
         inputs=tuple(n.name for n in inputs),
         outputs=tuple(n.name for n in outputs),
-        sources=_sources(program, inputs, outputs) if config.reuse == "residual" else {},
+        sources=_sources(program, inputs, outputs, blocks[0]) if config.reuse == "residual" else {},
         measured=measured,
     )
 

@@ -63,10 +63,8 @@ def test_casts_do_not_hide_blocks() -> None:
     assert [block.name for block in search(Casting(depth=3)).blocks] == ["blocks.0", "blocks.1", "blocks.2"]
 
 
-def test_other_width_is_refused() -> None:
-    found = search(OddMiddle())
-    reason = "blocks.1 differs from blocks.0 at node `linear_4`: weight is f32[16, 8], expected f32[8, 8]"
-    assert found == BlockSearch((), (Rejection("blocks", 3, reason),))
+def test_one_class_may_differ_inside() -> None:
+    assert_expected_inline(str(search(OddMiddle())), """blocks.0 .. blocks.2: 3 x Block""")
 
 
 def test_refiner_stays_out() -> None:
@@ -78,8 +76,9 @@ not cached: refiner (2 modules): its stream is not the one that reaches the outp
     )
 
 
-def test_two_repetitions_without_names_are_too_few() -> None:
-    assert search(Functional(depth=2)) == BlockSearch((), ())
+def test_two_repetitions_without_names_are_enough_where_they_are_most_of_the_model() -> None:
+    assert_expected_inline(str(search(Functional(depth=2))), """repeat0.0 .. repeat0.1: 2 x repeated operators""")
+    assert search(Functional(depth=1)) == BlockSearch((), ())
 
 
 class SideBySide(OneStream):
@@ -106,7 +105,7 @@ class Growing(OneStream):
 
 
 def test_growing_streams_are_refused() -> None:
-    reason = "blocks.1 differs from blocks.0 at node `mul_1`: repeat_interleave is f32[1, 12, 8], expected f32[1, 6, 8]"
+    reason = "blocks.1 returns another size than blocks.0"
     assert search(Growing(depth=3)) == BlockSearch((), (Rejection("blocks", 3, reason),))
 
 
@@ -125,8 +124,13 @@ class Mixed(OneStream):
         self.blocks = nn.ModuleList([Block(8), LonelyLinear(8), Block(8)])
 
 
-def test_a_lone_projection_is_no_block() -> None:
-    assert search(Mixed()) == BlockSearch((), (Rejection("blocks", 3, "blocks.1 multiplies fewer than two matrices"),))
+def test_a_lone_projection_is_no_block_but_may_run_between_blocks() -> None:
+    assert_expected_inline(
+        str(search(Mixed())),
+        """\
+blocks.0 .. blocks.2: 2 x Block
+not cached: blocks (1 modules): blocks.1 multiplies fewer than two matrices""",
+    )
 
 
 @pytest.mark.parametrize("model", [OneStream(), TwoStream(), Functional(), Interleaved()], ids=lambda m: type(m).__name__)

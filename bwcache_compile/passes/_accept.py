@@ -1,0 +1,188 @@
+"""Which candidates are stacks of blocks, and why the others are not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch.fx import Graph, Node
+
+from bwcache_compile.dataflow import DataFlow
+from bwcache_compile.passes._isomorphism import difference, outside_operands
+from bwcache_compile.passes._stacks import (
+    Stack,
+    Unit,
+    attends,
+    extent,
+    live_outs,
+    named_stacks,
+    products,
+    structural_stacks,
+)
+from bwcache_compile.program import Rejection
+
+
+def _no_block(unit: Unit, streams: set[Node]) -> str | None:
+    if products(unit.nodes) < 2:
+        return f"{unit.name} multiplies fewer than two matrices"
+    if not live_outs(unit, streams):
+        return f"{unit.name} returns no floating value of rank 3 or more"
+    return None
+
+
+def _extents(unit: Unit, streams: set[Node]) -> set[tuple[int, int]]:
+    return {extent(node) for node in live_outs(unit, streams)}
+
+
+def _of_one_size(units: list[Unit], streams: set[Node]) -> list[Unit]:
+    """Return the units that hand on as many numbers as most others do, in whatever arrangement."""
+    sizes = [size for unit in units for size in _extents(unit, streams)]
+    common = max(dict.fromkeys(sizes), key=sizes.count)
+    return [unit for unit in units if common in _extents(unit, streams)]
+
+
+def _are_kin(unit: Unit, other: Unit) -> bool:
+    return (unit.module_type != "" and unit.module_type == other.module_type) or difference(other, unit) is None
+
+
+def _kin(units: list[Unit]) -> list[Unit]:
+    """Return the units that have a sibling: of the same class, or running the same operators."""
+    return [unit for unit in units if any(other is not unit and _are_kin(unit, other) for other in units)]
+
+
+def whole(unit: Unit, flow: DataFlow) -> Unit:
+    """Take in what runs between a unit's own operators: a module that is reached into leaves its sums outside."""
+    mask = flow.mask(unit.nodes)
+    inside = flow.select(flow.before(mask) & flow.after(mask))
+    return dataclasses.replace(unit, nodes=tuple(node for node in inside if node.op == "call_function"))
+
+
+def follows(following: Unit, unit: Unit, flow: DataFlow) -> bool:
+    """Whether a unit depends on another."""
+    return bool(flow.before(flow.mask(following.nodes)) & flow.mask(unit.nodes))
+
+
+def _chains(units: list[Unit], flow: DataFlow) -> list[list[Unit]]:
+    """Part units where one does not depend on the one before it."""
+    chains = [[units[0]]]
+    for unit in units[1:]:
+        if follows(unit, chains[-1][-1], flow):
+            chains[-1].append(unit)
+        else:
+            chains.append([unit])
+    return chains
+
+
+def overlapping(units: list[Unit]) -> tuple[Unit, Unit, Node] | None:
+    """Return the first two units that share an operator, and that operator."""
+    owners: dict[Node, Unit] = {}
+    for unit in units:
+        for node in unit.nodes:
+            if node in owners:
+                return owners[node], unit, node
+            owners[node] = unit
+    return None
+
+
+def _judge(stack: Stack, flow: DataFlow, streams: set[Node]) -> tuple[list[Stack], str | None]:
+    """Return the chains of blocks that a candidate holds, and why what is left of it is none.
+
+    A cached region is right whatever it holds; these rules keep out what only looks like a stack of blocks. Modules
+    that fail them alone may run between the blocks.
+    """
+    reasons = {unit.name: _no_block(unit, streams) for unit in stack.units}
+    units = [unit for unit in stack.units if reasons[unit.name] is None]
+    reason = next((r for r in reasons.values() if r), None)
+    if len(units) < 2:
+        return [], reason
+    alike = _of_one_size(units, streams)
+    reason = reason or next((f"{u.name} returns another size than {alike[0].name}" for u in units if u not in alike), None)
+    kin = _kin(alike)
+    if len(kin) < len(alike) and len(alike) > 1:
+        odd = next(u for u in reversed(alike) if u not in kin)
+        common = (kin or alike)[0]
+        reason = reason or f"{odd.name} differs from {common.name} {difference(common, odd)}"
+    if len(kin) < 2:
+        return [], reason
+    kin = [whole(unit, flow) for unit in kin]
+    shared = overlapping(kin)
+    if shared is not None:
+        return [], f"`{shared[2].name}` of {shared[1].name} runs in the middle of {shared[0].name}"
+    chains = _chains(kin, flow)
+    accepted = [Stack(stack.name, tuple(chain)) for chain in chains if len(chain) > 1]
+    if not accepted:
+        reason = f"{kin[1].name} does not depend on {kin[0].name}"
+    return accepted, reason
+
+
+def _within(stack: Stack, accepted: list[Stack]) -> bool:
+    return any(unit.name == stack.name or stack.name.startswith(f"{unit.name}.") for s in accepted for unit in s.units)
+
+
+def _is_staged(stack: Stack, candidates: list[Stack]) -> bool:
+    """Whether a stack's modules are stages: each little else than a stack of equal blocks of its own."""
+    stacks = [s for s in candidates if len(s.units) > 1 and products(s.units[0].nodes) > 1]
+    model: Unit | None = None
+    for unit in stack.units:
+        inner = next((s for s in stacks if s.name.startswith(f"{unit.name}.")), None)
+        if inner is None or 10 * sum(products(u.nodes) for u in inner.units) < 9 * products(unit.nodes):
+            return False
+        model = model or inner.units[0]
+        if any(difference(model, u) for u in inner.units):
+            return False
+    return True
+
+
+def _alone(stack: Stack, accepted: list[Stack], streams: set[Node]) -> bool:
+    """Whether a candidate of one module is a block: of a class that is repeated elsewhere, or numbered, with an attention."""
+    unit = stack.units[0]
+    if _no_block(unit, streams):
+        return False
+    kin = [other for s in accepted for other in s.units if other.module_type == unit.module_type]
+    entering = {extent(node) for node in outside_operands(unit) if node in streams}
+    if kin and unit.module_type:
+        return bool(_extents(unit, streams) & _extents(kin[0], streams))
+    return unit.name.rpartition(".")[2].isdigit() and attends(unit) and bool(entering & _extents(unit, streams))
+
+
+def _named(graph: Graph, flow: DataFlow, streams: set[Node]) -> tuple[list[Stack], list[Rejection]]:
+    accepted: list[Stack] = []
+    rejections: list[Rejection] = []
+    candidates = named_stacks(graph)
+    for stack in candidates:
+        if len(stack.units) == 1 or _within(stack, accepted) or _is_staged(stack, candidates):
+            continue
+        if not any(products(unit.nodes) > 1 for unit in stack.units):
+            continue
+        chains, reason = _judge(stack, flow, streams)
+        accepted += chains
+        if reason is not None:
+            left = len(stack.units) - sum(len(chain.units) for chain in chains)
+            rejections.append(Rejection(stack.name, left, reason))
+    for stack in candidates:
+        if len(stack.units) == 1 and not _within(stack, accepted) and _alone(stack, accepted, streams):
+            single = Stack(stack.name, (whole(stack.units[0], flow),))
+            if overlapping([unit for s in [*accepted, single] for unit in s.units]) is None:
+                accepted.append(single)
+    return accepted, rejections
+
+
+def accepted_stacks(graph: Graph, flow: DataFlow, streams: set[Node]) -> tuple[list[Stack], list[Rejection]]:
+    """Return the stacks of blocks of a graph, and every candidate that is none, with the reason.
+
+    Modules are looked at first. Where they hold less than half of the matrix products, operators outside them that
+    repeat three times count too; two repetitions are enough where these hold half of the products.
+    """
+    accepted, rejections = _named(graph, flow, streams)
+    total = products(graph.nodes)
+    for least in (3, 2):
+        taken = {node for stack in accepted for unit in stack.units for node in unit.nodes}
+        if 2 * products(taken) >= total:
+            break
+        for stack in structural_stacks(graph, least, taken):
+            if least == 2 and 2 * sum(products(unit.nodes) for unit in stack.units) < total:
+                continue
+            chains, reason = _judge(stack, flow, streams)
+            accepted += chains
+            if reason is not None and not chains and not rejections and products(stack.units[0].nodes) > 1:
+                rejections.append(Rejection(stack.name, len(stack.units), reason))
+    return accepted, rejections
