@@ -65,11 +65,21 @@ class OneStream(Tiny):
 
 
 class OddMiddle(OneStream):
-    """The middle block is wider than its siblings inside: no stack of equal blocks."""
+    """The middle block is wider than its siblings inside: blocks of one class, but not equal."""
 
     def __init__(self) -> None:
         super().__init__(depth=3)
         self.blocks[1] = Block(8, inner=16)
+
+
+class Growing(OneStream):
+    """Doubles the tokens between the blocks: nothing of one size is handed on."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x, temb = self.patch(x), self.embed(t)
+        for block in self.blocks:
+            x = block(x, temb).repeat_interleave(2, dim=1)
+        return self.head(x)
 
 
 class InPlaceBlock(Block):

@@ -25,8 +25,9 @@ def _cached_blocks(program: CachedProgram, search: BlockSearch, config: CacheCon
         evidence = f"\n  Nearest candidate: {nearest.stack} ({nearest.count} modules), rejected:\n    {nearest.reason}." if nearest else ""
         raise NoBlocksFoundError(
             f"no repeated transformer blocks in {program.model_name}.{evidence}\n"
-            "  A stack is cached if its modules run the same operators on the same shapes, one after the other."
-            " Run `bwcache_compile.find_blocks(model, example_kwargs=...)` to see every candidate."
+            "  A stack is cached if its modules are of one class or run the same operators, and each takes as many tokens from the one"
+            " before it.\n  Pass `blocks=[...]` with the paths of yours, or run `bwcache_compile.find_blocks(model, example_kwargs=...)` to"
+            " see every candidate."
         )
     count, first, last = len(search.blocks), config.compute_first, config.compute_last
     if first + last >= count:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.passes import canonicalize, find_blocks
 from bwcache_compile.program import BlockSearch, Rejection
-from tests.models import Block, Casting, Functional, Interleaved, OddMiddle, OneStream, Refined, Tiny, TwoStream, captured
+from tests.models import Block, Casting, Functional, Growing, Interleaved, OddMiddle, OneStream, Refined, Tiny, TwoStream, captured
 from tests.passes.helpers import models, text
 
 
@@ -92,16 +92,6 @@ class SideBySide(OneStream):
 
 def test_modules_side_by_side_are_refused() -> None:
     assert search(SideBySide(depth=2)) == BlockSearch((), (Rejection("blocks", 2, "blocks.1 does not depend on blocks.0"),))
-
-
-class Growing(OneStream):
-    """Doubles the tokens between the blocks."""
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        x, temb = self.patch(x), self.embed(t)
-        for block in self.blocks:
-            x = block(x, temb).repeat_interleave(2, dim=1)
-        return self.head(x)
 
 
 def test_growing_streams_are_refused() -> None:

@@ -14,7 +14,7 @@ from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.passes import canonicalize, find_blocks, plan_cache
 from bwcache_compile.program import CachePlan, Measured
-from tests.models import BufferWriter, InPlaceResidual, Interleaved, OddMiddle, OneStream, PostNorm, Tiny, TwoStream, captured
+from tests.models import BufferWriter, Growing, InPlaceResidual, Interleaved, OneStream, PostNorm, Tiny, TwoStream, captured
 from tests.passes.helpers import folded, models, planned, text
 
 
@@ -119,13 +119,15 @@ def refused(model: Tiny, error: type[Exception], **settings: object) -> str:
 
 def test_no_blocks() -> None:
     assert_expected_inline(
-        refused(OddMiddle(), NoBlocksFoundError),
+        refused(Growing(), NoBlocksFoundError),
         """\
-no repeated transformer blocks in OddMiddle.
+no repeated transformer blocks in Growing.
   Nearest candidate: blocks (3 modules), rejected:
-    blocks.1 differs from blocks.0 at node `linear_4`: weight is f32[16, 8], expected f32[8, 8].
-  A stack is cached if its modules run the same operators on the same shapes, one after the other. Run
-`bwcache_compile.find_blocks(model, example_kwargs=...)` to see every candidate.""",
+    blocks.1 returns another size than blocks.0.
+  A stack is cached if its modules are of one class or run the same operators, and each takes as many tokens from the
+one before it.
+  Pass `blocks=[...]` with the paths of yours, or run `bwcache_compile.find_blocks(model, example_kwargs=...)` to see
+every candidate.""",
     )
 
 
