@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from bwcache_compile import passes
-from bwcache_compile.capture import capture
+from bwcache_compile.capture import capture, flat_program
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.program import BlockSearch
 from bwcache_compile.runtime import CachedModel, Toolchain
 from bwcache_compile.runtime.watch import refuse_hooks
 
-_TOOLCHAIN = Toolchain(capture=capture, build=passes.build, explain=passes.explain)
+
+def _names(blocks: Sequence[str] | None) -> tuple[str, ...]:
+    if blocks is None:
+        return ()
+    if isinstance(blocks, str) or not blocks or not all(isinstance(name, str) for name in blocks):
+        raise ConfigError(f'blocks is {blocks!r}; it must be a list of module paths, such as ["transformer_blocks"].')
+    return tuple(blocks)
+
+
+def _toolchain(blocks: Sequence[str] | None) -> Toolchain:
+    names = _names(blocks)
+    build, explain = functools.partial(passes.build, blocks=names), functools.partial(passes.explain, blocks=names)
+    return Toolchain(capture=capture, build=build, explain=explain)
 
 
 def transform(
     model: nn.Module,
     config: CacheConfig | None = None,
     *,
+    blocks: Sequence[str] | None = None,
     example_args: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
 ) -> CachedModel:
@@ -33,6 +49,8 @@ def transform(
     Args:
         model: In evaluation mode by the time it is called. It is not changed, and its weights are not copied.
         config: What to cache and when to reuse it; the default is the paper's schedule with a compact indicator.
+        blocks: Cache these instead of the blocks that are found: module paths (`"blocks.3"`), or the path of a stack
+            (`"blocks"`). They must follow one another on one stream.
         example_args: Positional arguments to capture now.
         example_kwargs: Keyword arguments to capture now.
 
@@ -54,22 +72,34 @@ def transform(
     config = config or CacheConfig()
     if config.granularity == "block":
         raise ConfigError("granularity='block' decides for each block on its own, which needs the guard in the graph.")
-    cached = CachedModel(model, config, _TOOLCHAIN)
+    cached = CachedModel(model, config, _toolchain(blocks))
     if example_args is not None or example_kwargs is not None:
         cached.prepare(example_args or (), example_kwargs or {})
     return cached
 
 
-def find_blocks(model: nn.Module, *, example_args: tuple[Any, ...] = (), example_kwargs: dict[str, Any] | None = None) -> BlockSearch:
+def find_blocks(
+    model: nn.Module | ExportedProgram,
+    *,
+    blocks: Sequence[str] | None = None,
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: dict[str, Any] | None = None,
+) -> BlockSearch:
     """Return the repeated blocks of a model and every candidate that was turned down, with the reason.
 
     Args:
-        model: In evaluation mode.
+        model: In evaluation mode; or a program that `torch.export.export` made, which needs no examples.
+        blocks: Look at these instead of searching; see `transform`.
         example_args: Positional arguments to capture with.
         example_kwargs: Keyword arguments to capture with.
 
     Raises:
         CaptureError: The model could not be captured.
+        ConfigError: `blocks` names nothing in the model, or what cannot be a chain of blocks.
     """
-    program = capture(model, example_args, example_kwargs or {})
-    return passes.find_blocks(passes.run_pipeline(program, passes.TIDY_PIPELINE))
+    names = _names(blocks)
+    if isinstance(model, ExportedProgram):
+        program = flat_program(model, "the exported program")
+    else:
+        program = capture(model, example_args, example_kwargs or {})
+    return passes.find_blocks(passes.run_pipeline(program, passes.TIDY_PIPELINE), names)

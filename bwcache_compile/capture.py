@@ -114,11 +114,18 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's advice to its own developers
         exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+    return flat_program(exported, type(model).__name__)
+
+
+def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
+    """Return an exported program as a flat graph over its own weights; nothing runs, nothing is checked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         captured = _unlifted(exported)
     inputs = captured.graph.find_nodes(op="placeholder")
-    sizes = None if shapes is None else open_sizes([node.meta.get("val") for node in inputs], exported.range_constraints)
+    sizes = open_sizes([node.meta.get("val") for node in inputs], exported.range_constraints)
     signature = Signature(exported.call_spec.in_spec, exported.call_spec.out_spec, tuple(node.name for node in inputs), sizes)
-    return CachedProgram(captured.module(), captured, signature, type(model).__name__)
+    return CachedProgram(captured.module(), captured, signature, name)
 
 
 def clone_tensors(tree: Any) -> Any:

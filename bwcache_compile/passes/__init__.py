@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_text import GraphDiff, graph_diff, snapshot
@@ -48,13 +48,14 @@ def run_pipeline(program: CachedProgram, passes: tuple[Pass, ...], after_pass: A
     return program
 
 
-def build(program: CachedProgram, config: CacheConfig, after_pass: AfterPass | None = None) -> CachedProgram:
+def build(program: CachedProgram, config: CacheConfig, after_pass: AfterPass | None = None, blocks: Sequence[str] = ()) -> CachedProgram:
     """Turn a captured program into its cached form: find the blocks, plan, rewrite.
 
     Args:
         program: Consumed.
         config: What to cache and when to reuse it.
         after_pass: See `run_pipeline`.
+        blocks: Names of the blocks to cache instead of those that are found; see `find_blocks`.
 
     Raises:
         NoBlocksFoundError: There is nothing to cache.
@@ -62,11 +63,11 @@ def build(program: CachedProgram, config: CacheConfig, after_pass: AfterPass | N
         UnsupportedGraphError: A cached step could not reproduce what the graph does.
     """
     program = run_pipeline(program, TIDY_PIPELINE, after_pass)
-    program = program.replace(plan=plan_cache(program, find_blocks(program), config))
+    program = program.replace(plan=plan_cache(program, find_blocks(program, blocks), config))
     return run_pipeline(program, CACHE_PIPELINE, after_pass)
 
 
-def explain(program: CachedProgram, config: CacheConfig) -> dict[str, GraphDiff]:
+def explain(program: CachedProgram, config: CacheConfig, blocks: Sequence[str] = ()) -> dict[str, GraphDiff]:
     """Build a captured program pass by pass and return what each changed, by name, and all together as "whole".
 
     `specialize` and "whole" compare with the graph of a reused step: what is missing there is what reuse saves.
@@ -80,6 +81,6 @@ def explain(program: CachedProgram, config: CacheConfig) -> dict[str, GraphDiff]
         diffs[name] = graph_diff(latest, now, name)
         latest = now
 
-    plan = build(program, config, record).planned()
+    plan = build(program, config, record, blocks).planned()
     diffs["whole"] = graph_diff(first, latest, "whole", blocks=len(plan.blocks))
     return diffs

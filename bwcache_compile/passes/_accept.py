@@ -170,7 +170,7 @@ def accepted_stacks(graph: Graph, flow: DataFlow, streams: set[Node]) -> tuple[l
     """Return the stacks of blocks of a graph, and every candidate that is none, with the reason.
 
     Modules are looked at first. Where they hold less than half of the matrix products, operators outside them that
-    repeat three times count too; two repetitions are enough where these hold half of the products.
+    repeat three times count too; two repetitions are enough where these hold half of the products together.
     """
     accepted, rejections = _named(graph, flow, streams)
     total = products(graph.nodes)
@@ -178,11 +178,12 @@ def accepted_stacks(graph: Graph, flow: DataFlow, streams: set[Node]) -> tuple[l
         taken = {node for stack in accepted for unit in stack.units for node in unit.nodes}
         if 2 * products(taken) >= total:
             break
+        found: list[Stack] = []
         for stack in structural_stacks(graph, least, taken):
-            if least == 2 and 2 * sum(products(unit.nodes) for unit in stack.units) < total:
-                continue
             chains, reason = _judge(stack, flow, streams)
-            accepted += chains
+            found += chains
             if reason is not None and not chains and not rejections and products(stack.units[0].nodes) > 1:
                 rejections.append(Rejection(stack.name, len(stack.units), reason))
+        if least > 2 or 2 * sum(products(unit.nodes) for stack in found for unit in stack.units) >= total:
+            accepted += found
     return accepted, rejections

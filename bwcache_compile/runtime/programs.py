@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CacheWarning, StateError
@@ -57,6 +58,13 @@ class Fit:
     changed: str
 
 
+def _is_flat(model: nn.Module) -> bool:
+    """Whether a model is an exported graph: its mode is built in, and it has no `eval()`."""
+    if not isinstance(model, GraphModule):
+        return False
+    return all(node.op != "call_module" or node.target == "_guards_fn" for node in model.graph.nodes)
+
+
 class ProgramCache:
     """Chooses the program of a call, capturing the model where there is none. Threads take turns in here."""
 
@@ -83,7 +91,7 @@ class ProgramCache:
             ConfigError: The settings or an input do not fit, or the model has offload hooks.
             StateError: The model is in training mode, or an input requires gradients.
         """
-        if self._model.training:
+        if self._model.training and not _is_flat(self._model):
             raise StateError(f"{type(self._model).__name__} is in training mode; call .eval() first: caching is for inference.")
         key = call_key(args, kwargs)
         with self._lock:
