@@ -189,5 +189,6 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         f"{name} could not be captured as one graph.\n  "
         + "\n  ".join(failures)
         + "\n  Remove the data-dependent Python at that line (a branch on a tensor's values, .item(), .tolist(), .numpy()),"
-        " or try a size that the model was built for."
+        " or try a size that the model was built for. If the difference is a rounding error, the model chooses kernels itself"
+        " (an attention back end that enters sdpa_kernel), which no graph keeps: choose them around the call instead."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable
 from typing import Any
 
@@ -30,8 +31,17 @@ def _leaf_key(leaf: Any) -> Hashable:
     )
 
 
+def _attention_backend() -> str:
+    """Name what diffusers' attention is switched to, which Python reads while a model is traced.
+
+    PyTorch's own switch (`torch.nn.attention.sdpa_kernel`) is read when a graph runs, so it needs no graph of its own.
+    """
+    registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)
+    return str(getattr(registry, "_active_backend", ""))
+
+
 def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-    """Describe a call: structure, shapes, dtypes, devices, constants and the autocast state.
+    """Describe a call: structure, shapes, dtypes, devices, constants, autocast and attention back end.
 
     Raises:
         ConfigError: An input is neither a tensor nor a plain constant.
@@ -44,4 +54,5 @@ def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for device in sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)})
     )
-    return (str(spec), tuple(map(_leaf_key, leaves)), autocast)
+    modes = (autocast, _attention_backend())
+    return (str(spec), tuple(map(_leaf_key, leaves)), modes)
