@@ -103,7 +103,7 @@ def main() -> None:
     config = bw.CacheConfig(threshold=args.threshold, reuse=args.reuse, reuse_interval=args.interval, num_steps=args.steps)
 
     cached = bw.transform(original, config, example_args=example, example_kwargs={"return_dict": False})
-    print(f"found {len(cached.blocks)} blocks in {type(original).__name__}\n{cached.plan}\n")
+    print(f"found {len(cached.plan.blocks)} blocks in {type(original).__name__}\n{cached.plan}\n")
     default = bw.transform(original, bw.CacheConfig(num_steps=args.steps))
     tiny.sample(cached, tokens, noise, args.steps)
     report = cached.report()

@@ -54,7 +54,7 @@ def test_threshold_zero_is_the_model_bit_for_bit(case: Case) -> None:
         assert type(actual) is type(expected)
         for want, got in zip(flat_outputs(expected), flat_outputs(actual), strict=True):
             assert torch.equal(got, want)
-    assert [block.name for block in cached.blocks] == case.entry.block_names()
+    assert [block.name for block in cached.plan.blocks] == case.entry.block_names()
     assert cached.report().contexts["default"].computed == 4
 
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_text import GraphDiff
-from bwcache_compile.program import Block, CachedProgram, CachePlan
+from bwcache_compile.program import CachedProgram, CachePlan
 from bwcache_compile.runtime.context import UNNAMED, Context, Moment, arrive, warn_without_reuse
 from bwcache_compile.runtime.loaded import LoadedProgram, run_both
 from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
@@ -76,11 +76,6 @@ class CachedModel(ModelWrapper):
     def plan(self) -> CachePlan:
         """The plan of the program used last."""
         return self._programs.latest.plan
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The blocks that a reused step skips, in execution order."""
-        return self.plan.blocks
 
     @property
     def program(self) -> CachedProgram:

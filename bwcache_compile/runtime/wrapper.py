@@ -84,6 +84,10 @@ class ModelWrapper(nn.Module):
     def _changed(self) -> None:
         """Called after the original may have changed."""
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """Look in the original, some of whose modules may be called like methods of the wrapper."""
+        return self._original.get_submodule(target)
+
     def to(self, *args: Any, **kwargs: Any) -> ModelWrapper:
         """Move or cast as the original does, which may keep some of its modules as they are."""
         self._original.to(*args, **kwargs)

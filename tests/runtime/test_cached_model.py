@@ -397,7 +397,7 @@ def test_compute_first_and_last_stay_outside_the_region(model: OneStream) -> Non
     config = bw.CacheConfig(policy="static", steps_mask=(0, 1), compute_first=1, compute_last=1)
     cached = bw.transform(model, config)
     generation(cached, model, steps=1)
-    assert [block.name for block in cached.blocks] == ["blocks.1"]
+    assert [block.name for block in cached.plan.blocks] == ["blocks.1"]
     x, t = model.example(step=1)
     with torch.no_grad():
         x0, temb0 = model.patch(model.example()[0]), model.embed(model.example()[1])
