@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import threading
 from typing import Any
 
 import pytest
@@ -50,106 +48,6 @@ def test_two_interleaved_contexts_equal_each_alone(model: OneStream) -> None:
             with cached.cache_context(name):
                 assert torch.equal(run(cached, *model.example(step=step + shift)), alone[name][step])
     assert pattern(cached, "a") == pattern(cached, "b") == "#..#.#"
-
-
-def test_a_generation_begins_when_the_steps_are_through(model: OneStream) -> None:
-    cached = bw.transform(model, STATIC)
-    first = generation(cached, model)
-    assert all(torch.equal(a, b) for a, b in zip(first, generation(cached, model), strict=True))
-    assert pattern(cached) == "#..#.#"
-
-
-def test_reset_begins_a_generation_early(model: OneStream) -> None:
-    cached = bw.transform(model, STATIC)
-    generation(cached, model, steps=2)
-    cached.reset()
-    assert cached.report().contexts == {}
-    generation(cached, model, steps=3)
-    assert pattern(cached) == "#.."
-
-
-def test_the_step_index_counts_where_it_is_given(model: OneStream) -> None:
-    cached = bw.transform(model, STATIC)
-    for step in (0, 3, 4, 5):  # guidance was off at steps 1 and 2
-        with cached.cache_context("uncond", step_index=step):
-            run(cached, *model.example(step=step))
-    steps = cached.report().contexts["uncond"].steps
-    assert [(record.step, record.computed, record.gap) for record in steps] == [
-        (0, True, None),
-        (3, True, 3),
-        (4, False, None),
-        (5, True, 2),
-    ]
-    with cached.cache_context("uncond", step_index=0):
-        run(cached, *model.example(step=0))
-    assert [record.step for record in cached.report().contexts["uncond"].steps] == [0], "going back begins a generation"
-
-
-def test_a_context_that_joins_late_starts_cold(model: OneStream) -> None:
-    cached = bw.transform(model, bw.CacheConfig(num_steps=8, threshold=float("inf"), reuse_interval=7, tail=0.0))
-    for step in range(4, 8):
-        with cached.cache_context("late", step_index=step):
-            run(cached, *model.example(step=step))
-    report = cached.report().contexts["late"]
-    assert pattern(cached, "late") == "##.."
-    assert report.steps[0].indicator is None, "there is nothing to compare the first step with"
-
-
-def test_num_steps_comes_from_the_context_too(model: OneStream) -> None:
-    cached = bw.transform(model, bw.CacheConfig(threshold=float("inf"), reuse_interval=1.0, tail=0.0))
-    for step in range(4):
-        with cached.cache_context("cond", num_inference_steps=4, sigma=1.0):
-            run(cached, *model.example(step=step))
-    assert pattern(cached, "cond") == "##.."
-
-
-def test_missing_num_steps_fails_at_the_first_call(model: OneStream) -> None:
-    with pytest.raises(bw.ConfigError) as caught:
-        run(bw.transform(model), *model.example())
-    assert str(caught.value) == (
-        "num_steps is not known, and policy='schedule' places the protected tail by it. Set CacheConfig(num_steps=...),"
-        " call cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
-    )
-
-
-def test_what_a_context_says_must_fit(model: OneStream) -> None:
-    cached = bw.transform(model, STATIC)
-    message = "steps_mask has 6 entries but num_inference_steps is 4; they must be equal."
-    with cached.cache_context("cond", num_inference_steps=4), pytest.raises(bw.ConfigError, match=message):
-        run(cached, *model.example())
-    message = r"step_index 6 is outside the 6 steps of a generation \(0 .. 5\)."
-    with cached.cache_context("cond", step_index=6), pytest.raises(bw.StateError, match=message):
-        run(cached, *model.example())
-
-
-def test_two_calls_a_step_are_noticed(model: OneStream) -> None:
-    cached = bw.transform(model, bw.CacheConfig(num_steps=4, threshold=0))
-    x, t = model.example()
-    run(cached, x, t)
-    with pytest.raises(bw.StateError) as caught:
-        run(cached, x + 1, t)
-    assert str(caught.value) == (
-        "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"
-        " overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set CacheConfig(calls_per_step=2)."
-        " If the first call was of a run that was broken off, call cached.reset()."
-    )
-
-
-def test_calls_per_step_gives_each_call_its_context(model: OneStream) -> None:
-    cached = bw.transform(model, bw.CacheConfig(policy="static", steps_mask=(0, 1, 0), calls_per_step=2))
-    for step in range(3):
-        x, t = model.example(step=step)
-        run(cached, x, t)
-        run(cached, x + 1, t)
-    assert (pattern(cached, "call_0"), pattern(cached, "call_1")) == ("#.#", "#.#")
-
-
-def test_another_shape_begins_a_generation(model: OneStream) -> None:
-    cached = bw.transform(model, STATIC)
-    generation(cached, model, steps=2)
-    x, t = model.example(batch=2, step=2)
-    assert torch.equal(run(cached, x, t), run(model, x, t))
-    assert cached.report().warnings == ("default: the inputs changed before step 2: a new generation began",)
 
 
 def test_loaded_weights_clear_the_cache_but_keep_the_step(model: OneStream) -> None:
@@ -326,61 +224,6 @@ def test_graph_diff_shows_each_pass_and_the_whole(model: OneStream) -> None:
     assert whole.copied_parameters == 0
     assert whole.removed["linear"] == 8, "six in the blocks, and the two that only fed them"
     assert "-linear_2" in whole.text
-
-
-REFUSALS: list[tuple[Any, type[Exception], str]] = [
-    (lambda m: bw.transform(bw.transform(m)), bw.StateError, "this model is transformed already; use it as it is, or"),
-    (lambda m: bw.transform(torch.compile(m)), bw.ConfigError, "this model is compiled already: transform the original first, then call"),
-    (lambda m: bw.transform(len), bw.ConfigError, "transform takes a torch.nn.Module, not a builtin_function_or_method."),
-    (
-        lambda m: bw.transform(OneStream().to("meta")),
-        bw.ConfigError,
-        "the parameter patch.weight of OneStream has no data here (device meta)",
-    ),
-    (lambda m: run(bw.transform(m.train(), STATIC), *m.example()), bw.StateError, "OneStream is in training mode; call .eval() first"),
-    (lambda m: closed(m), bw.StateError, "this cached model was closed; transform the model again."),
-    (lambda m: bw.transform(m).plan, bw.StateError, "nothing is captured yet: call the model once, or pass example_args"),
-    (lambda m: run(bw.transform(m, STATIC), m.example(), object()), bw.ConfigError, "an input is a object; a program is chosen by tensors"),
-    (lambda m: bw.transform(m, STATIC)(m.example()[0].requires_grad_(), m.example()[1]), bw.StateError, "an input requires gradients, and"),
-    (
-        lambda m: bw.transform(m, bw.CacheConfig(num_steps=4, compute_first=2, compute_last=1), example_args=m.example()),
-        bw.ConfigError,
-        "compute_first=2 and compute_last=1 leave none of the 3 blocks of OneStream to cache.",
-    ),
-]
-
-
-def closed(model: OneStream) -> None:
-    cached = bw.transform(model, STATIC, example_args=model.example())
-    cached.close()
-    run(cached, *model.example())
-
-
-@pytest.mark.parametrize(("action", "kind", "message"), REFUSALS, ids=[message[:40] for _, _, message in REFUSALS])
-def test_refusals(model: OneStream, action: Any, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=f"^{re.escape(message)}"):
-        action(model)
-
-
-def test_one_context_entered_by_two_threads_raises(model: OneStream) -> None:
-    cached = bw.transform(model, STATIC, example_args=model.example())
-    generation(cached, model, steps=1)
-    context = cached._contexts["default"]
-    errors: list[str] = []
-
-    def call() -> None:
-        try:
-            run(cached, *model.example(step=1))
-        except bw.StateError as error:
-            errors.append(str(error))
-
-    with context.lock:  # as it is while the other thread is inside
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-    assert errors == [
-        "the context 'default' is in use by another thread. Give each stream of calls its own: `with cached.cache_context(name):`."
-    ]
 
 
 def test_an_error_in_a_call_frees_the_context(model: OneStream) -> None:

@@ -1,0 +1,189 @@
+"""Where a generation begins: by the count, the step, the inputs, the time, or a reset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bwcache_compile as bw
+from tests.models import OneStream
+
+STATIC = bw.CacheConfig(policy="static", steps_mask=(0, 1, 1, 0, 1, 0))
+
+
+@pytest.fixture
+def model() -> OneStream:
+    return OneStream().eval()
+
+
+@torch.no_grad()
+def run(module: nn.Module, *inputs: Any) -> Any:
+    return module(*inputs)
+
+
+def generation(cached: bw.CachedModel, model: OneStream, steps: int = 6, name: str | None = None, shift: int = 0) -> list[Tensor]:
+    outputs = []
+    for step in range(steps):
+        if name is None:
+            outputs.append(run(cached, *model.example(step=step + shift)))
+        else:
+            with cached.cache_context(name):
+                outputs.append(run(cached, *model.example(step=step + shift)))
+    return outputs
+
+
+def pattern(cached: bw.CachedModel, name: str = "default") -> str:
+    return "".join("#" if record.computed else "." for record in cached.report().contexts[name].steps)
+
+
+def test_a_generation_begins_when_the_steps_are_through(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    first = generation(cached, model)
+    assert all(torch.equal(a, b) for a, b in zip(first, generation(cached, model), strict=True))
+    assert pattern(cached) == "#..#.#"
+
+
+def test_reset_begins_a_generation_early(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    generation(cached, model, steps=2)
+    cached.reset()
+    assert cached.report().contexts == {}
+    generation(cached, model, steps=3)
+    assert pattern(cached) == "#.."
+
+
+def test_the_step_index_counts_where_it_is_given(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    for step in (0, 3, 4, 5):  # guidance was off at steps 1 and 2
+        with cached.cache_context("uncond", step_index=step):
+            run(cached, *model.example(step=step))
+    steps = cached.report().contexts["uncond"].steps
+    assert [(record.step, record.computed, record.gap) for record in steps] == [
+        (0, True, None),
+        (3, True, 3),
+        (4, False, None),
+        (5, True, 2),
+    ]
+    with cached.cache_context("uncond", step_index=0):
+        run(cached, *model.example(step=0))
+    assert [record.step for record in cached.report().contexts["uncond"].steps] == [0], "going back begins a generation"
+
+
+def test_a_context_that_joins_late_starts_cold(model: OneStream) -> None:
+    cached = bw.transform(model, bw.CacheConfig(num_steps=8, threshold=float("inf"), reuse_interval=7, tail=0.0))
+    for step in range(4, 8):
+        with cached.cache_context("late", step_index=step):
+            run(cached, *model.example(step=step))
+    report = cached.report().contexts["late"]
+    assert pattern(cached, "late") == "##.."
+    assert report.steps[0].indicator is None, "there is nothing to compare the first step with"
+
+
+def test_num_steps_comes_from_the_context_too(model: OneStream) -> None:
+    cached = bw.transform(model, bw.CacheConfig(threshold=float("inf"), reuse_interval=1.0, tail=0.0))
+    for step in range(4):
+        with cached.cache_context("cond", num_inference_steps=4, sigma=1.0):
+            run(cached, *model.example(step=step))
+    assert pattern(cached, "cond") == "##.."
+
+
+def test_missing_num_steps_fails_at_the_first_call(model: OneStream) -> None:
+    with pytest.raises(bw.ConfigError) as caught:
+        run(bw.transform(model), *model.example())
+    assert str(caught.value) == (
+        "num_steps is not known, and policy='schedule' places the protected tail by it. Set CacheConfig(num_steps=...),"
+        " call cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
+    )
+
+
+def test_what_a_context_says_must_fit(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    message = "steps_mask has 6 entries but num_inference_steps is 4; they must be equal."
+    with cached.cache_context("cond", num_inference_steps=4), pytest.raises(bw.ConfigError, match=message):
+        run(cached, *model.example())
+    message = r"step_index 6 is outside the 6 steps of a generation \(0 .. 5\)."
+    with cached.cache_context("cond", step_index=6), pytest.raises(bw.StateError, match=message):
+        run(cached, *model.example())
+
+
+def test_two_calls_a_step_are_noticed(model: OneStream) -> None:
+    cached = bw.transform(model, bw.CacheConfig(num_steps=4, threshold=0))
+    x, t = model.example()
+    run(cached, x, t)
+    with pytest.raises(bw.StateError) as caught:
+        run(cached, x + 1, t)
+    assert str(caught.value) == (
+        "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"
+        " overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set CacheConfig(calls_per_step=2)."
+        " If the first call was of a run that was broken off, call cached.reset()."
+    )
+
+
+def test_calls_per_step_gives_each_call_its_context(model: OneStream) -> None:
+    cached = bw.transform(model, bw.CacheConfig(policy="static", steps_mask=(0, 1, 0), calls_per_step=2))
+    for step in range(3):
+        x, t = model.example(step=step)
+        run(cached, x, t)
+        run(cached, x + 1, t)
+    assert (pattern(cached, "call_0"), pattern(cached, "call_1")) == ("#.#", "#.#")
+
+
+def test_another_shape_begins_a_generation(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    generation(cached, model, steps=2)
+    x, t = model.example(batch=2, step=2)
+    assert torch.equal(run(cached, x, t), run(model, x, t))
+    assert cached.report().warnings == ("default: the inputs changed before step 2: a new generation began",)
+
+
+@pytest.mark.parametrize("name", [None, "default"])
+def test_a_run_that_was_broken_off_is_noticed_by_its_time(model: OneStream, name: str | None) -> None:
+    cached = bw.transform(model, STATIC)
+    whole = generation(cached, model, name=name)
+    generation(cached, model, steps=2, name=name)
+    assert all(torch.equal(a, b) for a, b in zip(whole, generation(cached, model, name=name), strict=True))
+    assert pattern(cached) == "#..#.#"
+    assert cached.report().warnings == ("default: the time went back before step 2: a new generation began",)
+
+
+def test_time_may_rise(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    for step in (5, 3, 1, 5, 3):  # the example's time falls with the step
+        run(cached, *model.example(step=step))
+    assert pattern(cached) == "#."
+
+
+def test_a_named_run_broken_off_after_its_first_step(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    generation(cached, model, steps=1, name="default")
+    generation(cached, model, steps=2, name="default")
+    assert pattern(cached) == "#.", "a name of the caller's is no sign of calls that are not told apart, whatever it is"
+
+
+def test_half_precision_times_tell_nothing() -> None:
+    model = OneStream().eval().bfloat16()
+    cached = bw.transform(model, STATIC)
+    for step in (0, 1, 0, 1):
+        x, t = model.example(step=step)
+        run(cached, x.bfloat16(), t.bfloat16())
+    assert pattern(cached) == "#..#", "equal neighbours are no news there, and a smaller one is no proof"
+
+
+def test_the_time_is_not_asked_where_the_step_is_given(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    for index, step in enumerate((0, 1, 0)):
+        with cached.cache_context("default", step_index=index):
+            run(cached, *model.example(step=step))
+    assert pattern(cached) == "#.."
+
+
+def test_a_pipeline_may_write_the_next_time_into_the_same_tensor(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    time = torch.ones(1)
+    for step in (0, 1, 2, 0, 1):
+        x, t = model.example(step=step)
+        run(cached, x, time.copy_(t))
+    assert pattern(cached) == "#."

@@ -1,0 +1,163 @@
+"""What running refuses, with the whole text: what failed, the evidence, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bwcache_compile as bw
+from tests.models import OneStream
+from tests.zoo import ZOO
+
+STATIC = bw.CacheConfig(policy="static", steps_mask=(0, 1, 1, 0, 1, 0))
+
+
+@torch.no_grad()
+def run(module: nn.Module, *inputs: Any) -> Any:
+    return module(*inputs)
+
+
+def _closed(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    cached.close()
+    run(cached, *model.example())
+
+
+def _other_state(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    cached.step(model.example(batch=2), {}, cached.init_state(model.example()))
+
+
+def _shaping_setting(model: OneStream) -> None:
+    bw.transform(model, STATIC).configure(reuse="residual", threshold=0.1)
+
+
+REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
+    "transformed": (
+        lambda m: bw.transform(bw.transform(m)),
+        bw.StateError,
+        "this model is transformed already; use it as it is, or transform the original again with other settings.",
+    ),
+    "compiled": (
+        lambda m: bw.transform(torch.compile(m)),
+        bw.ConfigError,
+        "this model is compiled already: transform the original first, then call torch.compile on the result.",
+    ),
+    "no module": (
+        lambda m: bw.transform(len),  # type: ignore[arg-type]
+        bw.ConfigError,
+        "transform takes a torch.nn.Module, not a builtin_function_or_method.",
+    ),
+    "meta": (
+        lambda m: bw.transform(OneStream().to("meta")),
+        bw.ConfigError,
+        "the parameter patch.weight of OneStream has no data here (device meta): an offload hook moves it in and out, and a captured"
+        " graph would hold on to copies. Place the whole model on one device first.",
+    ),
+    "training": (
+        lambda m: run(bw.transform(m.train(), STATIC), *m.example()),
+        bw.StateError,
+        "OneStream is in training mode; call .eval() first: caching is for inference.",
+    ),
+    "closed": (_closed, bw.StateError, "this cached model was closed; transform the model again."),
+    "not captured": (
+        lambda m: bw.transform(m).plan,
+        bw.StateError,
+        "nothing is captured yet: call the model once, or pass example_args / example_kwargs to transform.",
+    ),
+    "input": (
+        lambda m: run(bw.transform(m, STATIC), m.example(), object()),
+        bw.ConfigError,
+        "an input is a object; a program is chosen by tensors, numbers, strings and None. Pass the tensors that it holds, or register"
+        " its class with torch.utils._pytree.register_pytree_node.",
+    ),
+    "gradients": (
+        lambda m: bw.transform(m, STATIC)(m.example()[0].requires_grad_(), m.example()[1]),
+        bw.StateError,
+        "an input requires gradients, and a reused step has none to give. Call the model under torch.no_grad().",
+    ),
+    "no block left": (
+        lambda m: bw.transform(m, bw.CacheConfig(num_steps=4, compute_first=2, compute_last=1), example_args=m.example()),
+        bw.ConfigError,
+        "compute_first=2 and compute_last=1 leave none of the 3 blocks of OneStream to cache.",
+    ),
+    "state": (_other_state, bw.StateError, "this state belongs to inputs of other shapes or dtypes; start from init_state for these."),
+    "configure": (
+        _shaping_setting,
+        bw.ConfigError,
+        "reuse shapes the graphs; transform the model again. What may change is num_steps, reuse_interval, tail, threshold, warmup_steps.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("action", "kind", "message"), REFUSALS.values(), ids=list(REFUSALS))
+def test_refusals(action: Callable[[OneStream], Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as caught:
+        action(OneStream().eval())
+    assert str(caught.value) == message
+
+
+class CpuOffload:
+    """Stands for accelerate's hook of that name."""
+
+
+def _model_offload(model: Any) -> str:
+    model._hf_hook = CpuOffload()
+    return "CpuOffload"
+
+
+def _group_offload(model: Any) -> str:
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1)
+    return "GroupOffloadingHook"
+
+
+def _layerwise_casting(model: Any) -> str:
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    return "LayerwiseCastingHook"
+
+
+def _another_cache(model: Any) -> str:
+    from diffusers import FirstBlockCacheConfig
+
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    return "FBCHeadBlockHook"
+
+
+@pytest.mark.parametrize("hook", [_model_offload, _group_offload, _layerwise_casting, _another_cache])
+@pytest.mark.parametrize("early", [True, False], ids=["before the transform", "before the first call"])
+def test_hooks_are_refused_at_any_time(hook: Callable[[Any], str], early: bool) -> None:
+    model: Any = ZOO["wan"].make()
+    if early:
+        name = hook(model)
+        with pytest.raises(bw.ConfigError) as caught:
+            bw.transform(model)
+    else:
+        cached = bw.transform(model, STATIC)
+        name = hook(cached)  # as a pipeline does: through the wrapper
+        with pytest.raises(bw.ConfigError) as caught, torch.no_grad():
+            cached(**ZOO["wan"].inputs(0))
+    where, rest = str(caught.value).split(" of WanTransformer3DModel ")
+    assert where in ("the top module", "the module blocks.0", "the module blocks.0.attn1.to_q")
+    assert rest == (
+        f"has a hook around its forward ({name}): offloading, casting and other caches work by such hooks, and a captured graph"
+        " would leave them out or hold on to copies of the weights. Remove the hook (for offloading: place the whole model on one"
+        " device) first."
+    )
+
+
+def test_a_hook_added_between_two_steps_is_refused_until_it_is_gone() -> None:
+    model = OneStream().eval()
+    cached = bw.transform(model, STATIC)
+    run(cached, *model.example())
+    cached._hf_hook = CpuOffload()
+    for _ in range(2):
+        with pytest.raises(bw.ConfigError, match=r"^the top module of OneStream has a hook around its forward \(CpuOffload\)"):
+            run(cached, *model.example(step=1))
+    del cached._hf_hook
+    assert not torch.equal(run(cached, *model.example(step=1)), run(model, *model.example(step=1)))
+    assert [record.computed for record in cached.report().contexts["default"].steps] == [True, False]
