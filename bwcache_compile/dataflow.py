@@ -63,7 +63,7 @@ class DataFlow:
         for node in self.nodes:
             shared, written = aliased_arguments(node)
             self.roots[node] = frozenset().union(*(self.roots[s] for s in shared)) if shared else frozenset({node})
-            touched = frozenset().union(*(self.roots[a] for a in node.all_input_nodes))
+            touched = self.touched(node)
             needs = [*node.all_input_nodes, *(w for root in touched for w in self.writers.get(root, ()))]
             before = list(needs)
             for root in frozenset().union(*(self.roots[w] for w in written)) if written else ():
@@ -99,6 +99,18 @@ class DataFlow:
     def after(self, mask: int) -> int:
         """Return everything that must run after any node of the mask, the mask included."""
         return sum(1 << i for i, node in enumerate(self.nodes) if self.ancestors[node] & mask)
+
+    def touched(self, node: Node) -> frozenset[Node]:
+        """Return the roots of the storage that a node reads or writes."""
+        return frozenset().union(*(self.roots[a] for a in node.all_input_nodes))
+
+    def readers(self) -> dict[Node, list[Node]]:
+        """Return, for each node, who needs its value or what it writes."""
+        readers: dict[Node, list[Node]] = {node: [] for node in self.nodes}
+        for node, needs in self._needs.items():
+            for other in needs:
+                readers[other].append(node)
+        return readers
 
     def live(self, outputs: Iterable[Node]) -> set[Node]:
         """Return what the outputs' values need: writes to a value that they read count, writes that no one reads do not."""

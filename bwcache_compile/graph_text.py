@@ -1,13 +1,14 @@
 """The one printer of graphs: for tests, errors and users.
 
 A line per operator, `name: dtype[shape] = op(operands)`; parameters stand in place under their own names; a graph
-called by another is printed indented below the call.
+called by another, and each arm of a cond, is printed indented below the call.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 from collections import Counter
 from typing import Any
 
@@ -34,6 +35,20 @@ def called_graph(module: GraphModule, node: Node) -> GraphModule:
     inner = module.get_submodule(str(node.target))
     assert isinstance(inner, GraphModule), f"{node.target} is no graph"
     return inner
+
+
+def called_graphs(module: GraphModule, node: Node) -> list[tuple[str, GraphModule]]:
+    """Return the graphs that a node runs, by name: the called one, the arms of a `cond`, a higher-order operator's body."""
+    if node.op == "call_module":
+        return [("", called_graph(module, node))]
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    found = []
+    for operand in node.all_input_nodes:
+        inner = operator.attrgetter(str(operand.target))(module) if operand.op == "get_attr" else None
+        if isinstance(inner, GraphModule):
+            found.append((str(operand.target).removeprefix("bwcache_"), inner))
+    return found
 
 
 def op_name(node: Node) -> str:
@@ -74,9 +89,9 @@ def format_graph(module: GraphModule, depth: int = 8) -> str:
         if node.op == "get_attr":
             continue
         lines.append(format_node(node))
-        if node.op == "call_module" and depth > 0:
-            inner = format_graph(called_graph(module, node), depth - 1)
-            lines += ["  " + line for line in inner.splitlines()]
+        for name, inner in called_graphs(module, node) if depth > 0 else ():
+            lines += [f"  {name}:"] if name else []
+            lines += ["  " + line for line in format_graph(inner, depth - 1).splitlines()]
     return "\n".join(lines)
 
 
@@ -93,8 +108,8 @@ def op_counts(module: GraphModule) -> Counter[str]:
     for node in module.graph.nodes:
         if node.op == "call_function":
             counts[op_name(node)] += 1
-        elif node.op == "call_module":
-            counts += op_counts(called_graph(module, node))
+        for _, inner in called_graphs(module, node):
+            counts += op_counts(inner)
     return counts
 
 

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils._pytree import TreeSpec
 
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.layout import Order
 from bwcache_compile.sizes import OpenSizes, Shape, Size
 
 OURS = "bwcache_"
@@ -71,6 +72,7 @@ class CacheSlot:
     """One tensor of the cache state. A fresh state holds `fill` everywhere.
 
     `shape` is arithmetic over the program's symbols where sizes are open; `example` is the shape when the model was captured.
+    `order` is how it lies in memory.
     """
 
     name: str
@@ -78,6 +80,7 @@ class CacheSlot:
     shape: Shape
     dtype: torch.dtype
     example: tuple[int, ...]
+    order: Order
     fill: float = 0
 
     @property
@@ -107,6 +110,7 @@ class Region:
         outputs: Values that others read.
         sources: For `reuse="residual"`: the region input that each region output continues.
         measured: Features that the indicator measures; empty for `policy="static"`.
+        slots: What is kept for this region.
     """
 
     tag: str
@@ -115,6 +119,7 @@ class Region:
     outputs: tuple[str, ...]
     sources: dict[str, str]
     measured: tuple[Measured, ...]
+    slots: tuple[CacheSlot, ...] = ()
 
     def slot(self, kind: str, index: int | None = None) -> str:
         """Name a slot of this region: `output_0`, or `output3_0` for the block at position 3."""
@@ -128,7 +133,6 @@ class CachePlan:
     Attributes:
         blocks: The blocks that a reused step skips, in execution order.
         regions: What is guarded, in execution order: one region, or one per block with `granularity="block"`.
-        slots: Every tensor of one context's state.
         time_input: For `reuse="taylor"`: the input that gives the time; None counts steps.
         hidden_bytes: Bytes of one hidden state: the last block's feature.
         device: Where the features are, and the state with them.
@@ -138,7 +142,6 @@ class CachePlan:
     config: CacheConfig
     blocks: tuple[Block, ...]
     regions: tuple[Region, ...]
-    slots: tuple[CacheSlot, ...]
     time_input: str | None
     hidden_bytes: int
     device: torch.device
@@ -148,6 +151,19 @@ class CachePlan:
     def measured(self) -> tuple[Measured, ...]:
         """Features that the indicator measures, over all regions; empty for `policy="static"`."""
         return tuple(measured for region in self.regions for measured in region.measured)
+
+    @property
+    def slots(self) -> tuple[CacheSlot, ...]:
+        """Every tensor of one context's state, region by region."""
+        return tuple(slot for region in self.regions for slot in region.slots)
+
+    @property
+    def guard_slots(self) -> tuple[CacheSlot, ...]:
+        """Every tensor of one context's state for the guarded graph: per region, the last step that reuses comes on top."""
+        return (
+            *self.slots,
+            *(CacheSlot(region.slot("reuse_until"), "until", (1,), torch.int64, (1,), (0,), fill=-1) for region in self.regions),
+        )
 
     @property
     def state_bytes(self) -> int:
@@ -233,8 +249,10 @@ class CachedProgram:
     `compute` is the whole model, edited in place by each pass; `reuse` exists after `specialize`. Neither holds
     weights of its own: both point at the model's. `plan` is there from planning on.
     After `lift_cache_state` the inputs of `compute` are the user's, then the slots in `compute_slots`, then the
-    policy's, then the step; its outputs are the user's, then every slot, then `reuse_left`, then (if anything is
-    measured) the indicator per measured block. `reuse` takes the user's inputs, the slots in `reuse_slots` and the step.
+    policy's, then the step; its outputs are the user's, then every slot, then per region `reuse_left` and (if anything
+    is measured) the indicator per measured block. `reuse` takes the user's inputs, the slots in `reuse_slots` and the step.
+    `guarded` exists after `insert_cond`: it takes the user's inputs, the plan's `guard_slots`, the policy's and the step,
+    and returns the user's outputs, the next `guard_slots`, and (if anything is measured) the indicator per block.
     """
 
     compute: GraphModule
@@ -243,6 +261,7 @@ class CachedProgram:
     model_name: str
     plan: CachePlan | None = None
     reuse: GraphModule | None = None
+    guarded: GraphModule | None = None
     compute_slots: tuple[str, ...] = ()
     reuse_slots: tuple[str, ...] = ()
 

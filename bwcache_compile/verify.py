@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bwcache_compile.errors import InvariantError
-from bwcache_compile.graph_text import format_node
+from bwcache_compile.graph_text import called_graphs, format_node
 from bwcache_compile.program import OURS, REGION_MARK, CachedProgram
 
 
@@ -69,6 +70,50 @@ def _verify_specialized(program: CachedProgram, after: str) -> None:
             _fail(after, f"the {name} graph returns {returned} values, not {expected}")
 
 
+def _layout(value: Tensor) -> list[tuple[int, int | None]]:
+    """Return sizes and strides; the stride of a single row means nothing."""
+    return [(size, stride if size != 1 else None) for size, stride in zip(value.shape, value.stride(), strict=True)]
+
+
+def _verify_cond(module: GraphModule, node: Node, after: str) -> None:
+    """Check that both arms take the operands and return tensors of equal shapes, dtypes and strides."""
+    (_, reusing), (_, computing) = called_graphs(module, node)
+    operands = node.args[3]
+    assert isinstance(operands, (list, tuple))
+    for arm in (reusing, computing):
+        _verify_graph(arm, after)
+        if len(arm.graph.find_nodes(op="placeholder")) != len(operands):
+            _fail(after, f"{node.name} passes {len(operands)} operands to an arm that takes another number", node)
+    kept, made = reusing.graph.output_node().all_input_nodes, computing.graph.output_node().all_input_nodes
+    if len(kept) != len(made):
+        _fail(after, f"the arms of {node.name} return {len(kept)} and {len(made)} values", node)
+    for ours, theirs in zip(kept, made, strict=True):
+        a, b = ours.meta["val"], theirs.meta["val"]
+        if (a.dtype, _layout(a)) != (b.dtype, _layout(b)):
+            _fail(after, f"{node.name} returns `{ours.name}` where it reuses and another layout, `{theirs.name}`, where it computes", node)
+    for marked in reusing.graph.nodes:
+        if marked.meta.get(REGION_MARK):
+            _fail(after, f"{marked.name} of a cached block runs on a reused step", marked)
+
+
+def _verify_guarded(program: CachedProgram, after: str) -> None:
+    plan, guarded = program.planned(), program.guarded
+    assert guarded is not None
+    _verify_graph(guarded, after)
+    guards = [node for node in guarded.graph.nodes if node.target is torch.ops.higher_order.cond and node.name.startswith("guard")]
+    if len(guards) != len(plan.regions):
+        _fail(after, f"{len(guards)} guards for {len(plan.regions)} regions")
+    for node in guards:
+        _verify_cond(guarded, node, after)
+    for node in guarded.graph.nodes:
+        if node.meta.get(REGION_MARK):
+            _fail(after, f"{node.name} of a cached block runs outside its guard", node)
+    returned = len(guarded.graph.output_node().args[0])  # type: ignore[arg-type]
+    expected = program.signature.out_spec.num_leaves + len(plan.guard_slots) + bool(plan.measured)
+    if returned != expected:
+        _fail(after, f"the guarded graph returns {returned} values, not {expected}")
+
+
 def verify(program: CachedProgram, after: str = "capture") -> None:
     """Check a program.
 
@@ -86,3 +131,5 @@ def verify(program: CachedProgram, after: str = "capture") -> None:
     if program.reuse is not None:
         _verify_graph(program.reuse, after)
         _verify_specialized(program, after)
+    if program.guarded is not None:
+        _verify_guarded(program, after)

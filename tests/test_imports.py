@@ -16,12 +16,13 @@ ROOT = Path(bwcache_compile.__file__).parent
 LAYERS = (
     {"errors"},
     {"config", "sizes"},
+    {"layout"},
     {"program"},
     {"dataflow", "graph_text", "verify", "policy"},
     {"capture", "passes", "runtime", "exporters"},
     {"api"},
 )
-FREE_AMONG_THEMSELVES = LAYERS[3]
+FREE_AMONG_THEMSELVES = LAYERS[4]
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 HEAVY = ("diffusers", "transformers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "matplotlib", "skimage", "PIL", "safetensors")
 

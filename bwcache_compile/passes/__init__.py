@@ -10,6 +10,7 @@ from bwcache_compile.passes.canonicalize import canonicalize
 from bwcache_compile.passes.find_blocks import find_blocks
 from bwcache_compile.passes.hoist_sizes import hoist_sizes
 from bwcache_compile.passes.insert_cache import insert_cache
+from bwcache_compile.passes.insert_cond import insert_cond
 from bwcache_compile.passes.insert_indicator import insert_indicator
 from bwcache_compile.passes.insert_policy import insert_policy
 from bwcache_compile.passes.lift_cache_state import lift_cache_state
@@ -24,6 +25,7 @@ AfterPass = Callable[[str, CachedProgram], None]
 
 TIDY_PIPELINE: tuple[Pass, ...] = (canonicalize, hoist_sizes)
 CACHE_PIPELINE: tuple[Pass, ...] = (split_region, insert_cache, insert_indicator, insert_policy, lift_cache_state, specialize)
+GUARD_PIPELINE: tuple[Pass, ...] = (split_region, insert_cache, insert_indicator, insert_policy, lift_cache_state, insert_cond)
 
 __all__ = ["CACHE_PIPELINE", "TIDY_PIPELINE", "build", "canonicalize", "explain", "find_blocks", "plan_cache", "run_pipeline"]
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bwcache_compile.layout import in_order
 from bwcache_compile.program import OURS, CachedProgram, CachePlan, CacheSlot
 from bwcache_compile.sizes import Size, Symbol, evaluate, evaluated, names_in, size_of
 
@@ -22,7 +23,7 @@ _ROLE = "bwcache_role"
 _SIZE = "size: "
 
 
-def _fake_mode(graph: Graph) -> FakeTensorMode:
+def fake_mode(graph: Graph) -> FakeTensorMode:
     """Return the mode in which a graph's open sizes live; any, where there are none."""
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
@@ -50,8 +51,9 @@ def size_values(program: CachedProgram) -> dict[str, SymInt]:
 
 def slot_value(program: CachedProgram, slot: CacheSlot) -> Tensor:
     """Describe the value of a slot."""
-    mode = _fake_mode(program.compute.graph)
-    return fake(evaluated(slot.shape, size_values(program)), slot.dtype, program.planned().device, mode)
+    mode = fake_mode(program.compute.graph)
+    with mode:
+        return in_order(fake(evaluated(slot.shape, size_values(program)), slot.dtype, program.planned().device, mode), slot.order)
 
 
 def inserted(graph: Graph, role: str) -> Node:
@@ -186,9 +188,15 @@ def slots_by_role(plan: CachePlan, role: str) -> list[CacheSlot]:
 
 
 def as_graph(function: Callable[..., Any], examples: Sequence[Tensor | SymInt], mode: FakeTensorMode | None = None) -> GraphModule:
-    """Trace a pure tensor function into a graph, with the shapes, dtypes and device of the examples; open sizes stay open."""
+    """Trace a pure tensor function into a graph, with the layouts, dtypes and device of the examples; open sizes stay open."""
+
+    def like(example: Tensor | SymInt) -> Any:
+        if not isinstance(example, Tensor):
+            return example
+        return torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
+
     with mode or FakeTensorMode():
-        inputs = [torch.empty(e.shape, dtype=e.dtype, device=e.device) if isinstance(e, Tensor) else e for e in examples]
+        inputs = [like(example) for example in examples]
         traced = make_fx(function, tracing_mode="real")(*inputs)
     for node in traced.graph.nodes:
         node.meta.pop("tensor_meta", None)
@@ -211,7 +219,7 @@ def call_graph(module: GraphModule, name: str, inner: GraphModule, operands: Seq
 
 def call_traced(module: GraphModule, name: str, function: Callable[..., Any], operands: Sequence[Node], role: str | None = None) -> Node:
     """Insert a call of a pure tensor function, traced for these operands."""
-    traced = as_graph(function, [node.meta["val"] for node in operands], _fake_mode(module.graph))
+    traced = as_graph(function, [node.meta["val"] for node in operands], fake_mode(module.graph))
     return call_graph(module, name, traced, operands, role)
 
 

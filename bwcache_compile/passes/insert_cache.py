@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.graph_text import called_graph
+from bwcache_compile.layout import Order, in_order, memory_order
 from bwcache_compile.passes._edit import call_traced, inserted, read_slot, step_input, write_slot
 from bwcache_compile.program import CachedProgram, PassResult, Region
 
@@ -46,7 +48,7 @@ def _shared_inside(inner: GraphModule) -> list[bool]:
 
 
 def _snapshot(program: CachedProgram, value: Node, shared: bool) -> Node:
-    """Copy a value if its storage could change afterwards or is not the dense one that the slot has.
+    """Copy a value if its storage could change afterwards or has gaps.
 
     The epilogue may write to it in place, the caller may write to an output that is a view of it.
     """
@@ -55,11 +57,13 @@ def _snapshot(program: CachedProgram, value: Node, shared: bool) -> Node:
     roots = flow.roots[value]
     returned = any(roots & flow.roots[node] for node in graph.output_node().all_input_nodes)
     written = any(root in flow.writers for root in roots)
-    if not (shared or returned or written or not is_contiguous_or_false(value.meta["val"])):
+    gaps = memory_order(value.meta["val"]) is None
+    if not (shared or returned or written or gaps):
         return value
+    layout = torch.contiguous_format if gaps else torch.preserve_format
     with graph.inserting_after(value):
-        copy = graph.call_function(aten.clone.default, (value,), {"memory_format": torch.contiguous_format})
-    copy.meta["val"] = torch.empty_like(value.meta["val"], memory_format=torch.contiguous_format)
+        copy = graph.call_function(aten.clone.default, (value,), {"memory_format": layout})
+    copy.meta["val"] = torch.empty_like(value.meta["val"], memory_format=layout)
     return copy
 
 
@@ -68,6 +72,10 @@ def source_of(call: Node, region: Region, index: int) -> Node:
     source = call.args[region.inputs.index(region.sources[region.outputs[index]])]
     assert isinstance(source, Node)
     return source
+
+
+def _residual(order: Order) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda output, source: in_order(policy.residual(output, source), order)
 
 
 def _keep(program: CachedProgram, region: Region) -> None:
@@ -80,7 +88,8 @@ def _keep(program: CachedProgram, region: Region) -> None:
         value = inserted(graph, f"region{region.tag}_{i}")
         if plan.config.reuse == "residual":
             with graph.inserting_after(value):
-                kept = call_traced(program.compute, region.slot("keep", i), policy.residual, [value, source_of(call, region, i)])
+                operands = [value, source_of(call, region, i)]
+                kept = call_traced(program.compute, region.slot("keep", i), _residual(slot.order), operands)
         else:
             kept = _snapshot(program, value, shared[i])
         if plan.config.reuse == "taylor":

@@ -19,11 +19,11 @@ from bwcache_compile.sizes import Size, size_of
 aten = torch.ops.aten
 
 
-def _append(after: Node, target: torch._ops.OpOverload, args: tuple[Any, ...], name: str) -> Node:
+def _append(after: Node, target: torch._ops.OpOverload, args: tuple[Any, ...], name: str, **kwargs: Any) -> Node:
     graph = after.graph
     with graph.inserting_after(after):
-        node = graph.create_node("call_function", target, (after, *args), name=name)
-    node.meta["val"] = target(after.meta["val"], *map_arg(args, lambda operand: operand.meta["val"]))
+        node = graph.create_node("call_function", target, (after, *args), kwargs, name=name)
+    node.meta["val"] = target(after.meta["val"], *map_arg(args, lambda operand: operand.meta["val"]), **kwargs)
     return node
 
 
@@ -63,7 +63,7 @@ def _sample(program: CachedProgram, call: Node, node: Node, measured: Measured, 
         node = _append(node, aten.slice.Tensor, (1, *bounds), f"stream_{index}")
     value: Tensor = node.meta["val"]
     if measured.stride is None:
-        return _append(node, aten.clone.default, (), f"sample_{index}")
+        return _append(node, aten.clone.default, (), f"sample_{index}", memory_format=torch.contiguous_format)
     rows = _passed_in(program, call, size_of(math.prod(value.shape[:-1])))
     node = _append(node, aten.reshape.default, ([rows, value.shape[-1]],), f"rows_{index}")
     return _append(node, aten.index_select.default, (0, _places(program, call, node, measured, index)), f"sample_{index}")

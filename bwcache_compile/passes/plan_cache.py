@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 
@@ -13,6 +14,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.graph_text import format_value
+from bwcache_compile.layout import Order, slot_order
 from bwcache_compile.passes._edit import size_values
 from bwcache_compile.passes._streams import continued, same_places
 from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region, Role
@@ -81,9 +83,10 @@ def _time_input(program: CachedProgram) -> str | None:
     return found[0].name if len(found) == 1 and found[0].meta["val"].dtype == torch.float32 else None
 
 
-def _sources(program: CachedProgram, inputs: list[Node], outputs: list[Node], first: Block) -> dict[str, str]:
+def _sources(program: CachedProgram, inputs: list[Node], outputs: list[Node], first: Block, config: CacheConfig) -> dict[str, str]:
     """Prove which region input each region output continues; what is only added on the way does not enter the first block."""
     sources: dict[str, str] = {}
+    advice = "" if config.granularity == "stack" else "granularity='stack' with "
     for output in outputs:
         proved = [i for i in continued(output, set(inputs)) if same_places(program.compute.graph, output, i)]
         if len(proved) > 1:
@@ -92,7 +95,7 @@ def _sources(program: CachedProgram, inputs: list[Node], outputs: list[Node], fi
             shapes = ", ".join(f"{i.name} {format_value(i.meta.get('val'))}" for i in inputs)
             raise ConfigError(
                 f"reuse='residual' does not fit {program.model_name}: no input of the blocks is proved to be what `{output.name}`"
-                f" {format_value(output.meta.get('val'))} continues (inputs: {shapes}). Use reuse='output' or 'taylor'."
+                f" {format_value(output.meta.get('val'))} continues (inputs: {shapes}). Use {advice}reuse='output' or 'taylor'."
             )
         sources[output.name] = proved[0].name
     return sources
@@ -110,9 +113,11 @@ def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfi
     )
 
 
-def _slot(name: str, role: Role, shape: Iterable[int | SymInt], dtype: torch.dtype, fill: float = 0) -> CacheSlot:
+def _slot(
+    name: str, role: Role, shape: Iterable[int | SymInt], dtype: torch.dtype, fill: float = 0, order: Order | None = None
+) -> CacheSlot:
     sizes = list(shape)
-    return CacheSlot(name, role, tuple(map(size_of, sizes)), dtype, tuple(map(hint, sizes)), fill)
+    return CacheSlot(name, role, tuple(map(size_of, sizes)), dtype, tuple(map(hint, sizes)), order or tuple(range(len(sizes))), fill)
 
 
 def _reference_slot(program: CachedProgram, name: str, measured: Measured, value: Tensor) -> CacheSlot:
@@ -127,9 +132,13 @@ def _reference_slot(program: CachedProgram, name: str, measured: Measured, value
 
 def _slots(program: CachedProgram, config: CacheConfig, region: Region, nodes: dict[str, Node]) -> tuple[CacheSlot, ...]:
     values = [nodes[name].meta["val"] for name in region.outputs]
-    slots = [_slot(region.slot("output", i), "output", value.shape, value.dtype) for i, value in enumerate(values)]
+
+    def like_output(i: int, value: Tensor, role: Role) -> CacheSlot:
+        return _slot(region.slot(role, i), role, value.shape, value.dtype, order=slot_order(value))
+
+    slots = [like_output(i, value, "output") for i, value in enumerate(values)]
     if config.reuse == "taylor":
-        slots += [_slot(region.slot("previous", i), "previous", value.shape, value.dtype) for i, value in enumerate(values)]
+        slots += [like_output(i, value, "previous") for i, value in enumerate(values)]
         slots.append(_slot(region.slot("times"), "times", (2,), torch.float32, fill=float("nan")))
     for i, m in enumerate(region.measured):
         slots.append(_reference_slot(program, region.slot("reference", i), m, nodes[m.node].meta["val"]))
@@ -150,14 +159,15 @@ def _make_region(
     for node in outputs:
         if config.reuse != "output" and not node.meta["val"].is_floating_point():
             raise ConfigError(f"reuse={config.reuse!r} needs floating outputs; `{node.name}` is {format_value(node.meta['val'])}.")
-    return Region(
+    region = Region(
         tag=tag,
         nodes=tuple(n.name for n in nodes),
         inputs=tuple(n.name for n in inputs),
         outputs=tuple(n.name for n in outputs),
-        sources=_sources(program, inputs, outputs, blocks[0]) if config.reuse == "residual" else {},
+        sources=_sources(program, inputs, outputs, blocks[0], config) if config.reuse == "residual" else {},
         measured=measured,
     )
+    return dataclasses.replace(region, slots=_slots(program, config, region, {node.name: node for node in flow.nodes}))
 
 
 def _notes(
@@ -205,7 +215,6 @@ def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig)
         config=config,
         blocks=blocks,
         regions=regions,
-        slots=tuple(slot for region in regions for slot in _slots(program, config, region, nodes)),
         time_input=time_input,
         hidden_bytes=math.prod(hint_shape(feature)) * feature.dtype.itemsize,
         device=feature.device,

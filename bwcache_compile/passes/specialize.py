@@ -11,31 +11,42 @@ from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow, eliminate_dead_code
+from bwcache_compile.layout import Order, in_order
 from bwcache_compile.passes._edit import call_traced, inserted, new_input, slot_value
 from bwcache_compile.passes.insert_cache import as_time, source_of
-from bwcache_compile.program import CachedProgram, PassResult
+from bwcache_compile.program import CachedProgram, CachePlan, PassResult, Region
 
 
-def _extrapolated(last: Tensor, previous: Tensor, times: Tensor, now: Tensor) -> Tensor:
-    return policy.extrapolate(last, previous, times, as_time(now))
+def _added(order: Order) -> Callable[..., Tensor]:
+    def added(source: Tensor, kept: Tensor) -> Tensor:
+        return in_order(policy.add_residual(source, kept), order)
+
+    return added
 
 
-def _replacement(program: CachedProgram, module: GraphModule, index: int, slots: dict[str, Node]) -> Node:
-    """Build what a reused step takes in place of the region's output `index`."""
-    plan = program.planned()
-    (region,) = plan.regions
-    kept = slots[f"output_{index}"]
+def _extrapolated(order: Order) -> Callable[..., Tensor]:
+    def extrapolated(last: Tensor, previous: Tensor, times: Tensor, now: Tensor) -> Tensor:
+        return in_order(policy.extrapolate(last, previous, times, as_time(now)), order)
+
+    return extrapolated
+
+
+def stand_in(
+    plan: CachePlan, region: Region, index: int, slots: dict[str, Node], source: Node | None, time: Node
+) -> tuple[Callable[..., Tensor] | None, list[Node]]:
+    """Choose what a reused step takes in place of the region's output `index`; it lies in memory as that output does.
+
+    Returns:
+        A function of tensors and its operands, or None and the slot that stands in as it is.
+    """
+    kept = slots[region.slot("output", index)]
+    order = next(slot.order for slot in region.slots if slot.name == region.slot("output", index))
     if plan.config.reuse == "output":
-        return kept
+        return None, [kept]
     if plan.config.reuse == "residual":
-        function: Callable[..., Tensor] = policy.add_residual
-        operands = [source_of(inserted(module.graph, "region"), region, index), kept]
-    else:
-        function = _extrapolated
-        inputs = {node.name: node for node in module.graph.find_nodes(op="placeholder")}
-        time = inputs[plan.time_input] if plan.time_input else inserted(module.graph, "step")
-        operands = [kept, slots[f"previous_{index}"], slots["times"], time]
-    return call_traced(module, f"reuse_{index}", function, operands)
+        assert source is not None, "the plan proves what each output continues"
+        return _added(order), [source, kept]
+    return _extrapolated(order), [kept, slots[region.slot("previous", index)], slots[region.slot("times")], time]
 
 
 def _protect(graph: Graph, slots: dict[str, Node]) -> None:
@@ -75,10 +86,14 @@ def specialize(program: CachedProgram) -> PassResult:
     returned: Any = graph.graph_copy(source.graph, copies | unused)
     graph.output(tuple(returned[:user_outputs]))
     module = GraphModule(source, graph, "Reuse")
-    for i in range(len(plan.regions[0].outputs)):
+    (region,) = plan.regions
+    time = next((node for node in graph.find_nodes(op="placeholder") if node.name == plan.time_input), copies[step])
+    for i in range(len(region.outputs)):
         node = inserted(graph, f"region_{i}")
+        continued = source_of(inserted(graph, "region"), region, i) if region.sources else None
+        function, operands = stand_in(plan, region, i, slots, continued, time)
         with graph.inserting_before(node):
-            node.replace_all_uses_with(_replacement(program, module, i, slots))
+            node.replace_all_uses_with(operands[0] if function is None else call_traced(module, f"reuse_{i}", function, operands))
     _protect(graph, slots)
     eliminate_dead_code(graph)
     for node in unused.values():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError
+from bwcache_compile.layout import in_order
 from bwcache_compile.program import CachePlan
 from bwcache_compile.sizes import evaluated
 
@@ -57,7 +58,8 @@ def slot_shapes(plan: CachePlan, sizes: Mapping[str, int]) -> list[tuple[int, ..
 def fresh_state(plan: CachePlan, sizes: Mapping[str, int], step: int = 0) -> CacheState:
     """Return the state of a context that has computed nothing, at these sizes; its next step is `step`."""
     shapes = slot_shapes(plan, sizes)
-    slots = (torch.full(shape, slot.fill, dtype=slot.dtype, device=plan.device) for slot, shape in zip(plan.slots, shapes, strict=True))
+    filled = [torch.full(shape, slot.fill, dtype=slot.dtype, device=plan.device) for slot, shape in zip(plan.slots, shapes, strict=True)]
+    slots = (in_order(tensor, slot.order) for slot, tensor in zip(plan.slots, filled, strict=True))
     return CacheState(tuple(slots), step)
 
 

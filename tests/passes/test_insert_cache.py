@@ -83,7 +83,7 @@ def test_what_the_epilogue_changes_is_copied_first() -> None:
         diff(Exposed(depth=2)),
         """\
 @@ insert_cache
-+clone_default: f32[1, 6, 8] = clone(region_0, memory_format=torch.contiguous_format)
++clone_default: f32[1, 6, 8] = clone(region_0, memory_format=torch.preserve_format)
 +copy__default: f32[1, 6, 8] = copy_(cache.output_0, clone_default)""",
     )
 
@@ -109,7 +109,7 @@ class Written(OneStream):
 
 
 class MixerBlock(nn.Module):
-    """Ends with a transpose: its output is not dense, as a slot is."""
+    """Ends with a transpose: its output lies in memory in another order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,8 +150,17 @@ class Halved(OneStream):
         return self.head(left) + self.head(right)
 
 
-@pytest.mark.parametrize("model", [Returned(), Written(), Strided(), Halved(), Exposed()], ids=lambda m: type(m).__name__)
-def test_what_may_change_or_is_not_dense_is_copied(model: Tiny) -> None:
+def test_a_slot_lies_in_memory_as_the_output_does() -> None:
+    program = applied(insert_cache, ready_for(insert_cache, Strided()))
+    slot = program.planned().slots[0]
+    assert (slot.name, slot.example, slot.order) == ("output_0", (1, 6, 8), (0, 2, 1))
+    (read,) = [node for node in program.compute.graph.find_nodes(op="get_attr") if node.target == "bwcache_cache.output_0"]
+    assert read.meta["val"].stride() == (48, 1, 6)
+    assert "clone" not in op_counts(program.compute), "and so it need not be copied"
+
+
+@pytest.mark.parametrize("model", [Returned(), Written(), Halved(), Exposed()], ids=lambda m: type(m).__name__)
+def test_what_may_change_or_has_gaps_is_copied(model: Tiny) -> None:
     program = applied(insert_cache, ready_for(insert_cache, model))
     writes = [node for node in program.compute.graph.nodes if node.op == "call_function" and "copy_" in str(node.target)]
     assert [str(node.args[1].target) for node in writes] == ["aten.clone.default"] * len(program.planned().regions[0].outputs)
