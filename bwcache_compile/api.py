@@ -39,12 +39,18 @@ def transform(
     blocks: Sequence[str] | None = None,
     example_args: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
 ) -> CachedModel:
     """Return a drop-in for a diffusion transformer that reuses its blocks' outputs where they hardly change.
 
     The model is captured at the first call of each input signature, or at once for the examples given here. Its
     repeated blocks are found in the graph; no list of known models is consulted. Call `torch.compile` on the result,
     not on the model.
+
+    A second call that differs from an earlier one in sizes alone (batch, frames, height, width, text length) is captured
+    with open sizes, and that program serves every size that its graph is proved for. It is compared with the model,
+    bit for bit, at each new size, which costs one more forward there. Sizes that it is not proved for get programs of
+    their own.
 
     Args:
         model: In evaluation mode by the time it is called. It is not changed, and its weights are not copied.
@@ -53,6 +59,9 @@ def transform(
             (`"blocks"`). They must follow one another on one stream.
         example_args: Positional arguments to capture now.
         example_kwargs: Keyword arguments to capture now.
+        dynamic_shapes: Which sizes are open from the first capture on: "auto" for all that the model lets, else in the
+            form of `torch.export.export`, where arguments that are left out have fixed sizes. None opens them when a
+            second signature shows that they change.
 
     Returns:
         A module that is called like `model`, and returns what `model` returns.
@@ -72,7 +81,7 @@ def transform(
     config = config or CacheConfig()
     if config.granularity == "block":
         raise ConfigError("granularity='block' decides for each block on its own, which needs the guard in the graph.")
-    cached = CachedModel(model, config, _toolchain(blocks))
+    cached = CachedModel(model, config, _toolchain(blocks), dynamic_shapes)
     if example_args is not None or example_kwargs is not None:
         cached.prepare(example_args or (), example_kwargs or {})
     return cached

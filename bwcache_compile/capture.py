@@ -16,34 +16,13 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
+from bwcache_compile.compare import clone_tensors, difference, flat_outputs
 from bwcache_compile.errors import CaptureError, ConfigError
 from bwcache_compile.program import CachedProgram, Captured, Signature
 from bwcache_compile.sizes import open_sizes
 
 _ONE_EXPORT = threading.RLock()
 """Held while exporting, which puts hooks on every module of the process and takes them off again in the order it knows."""
-
-
-def flat_outputs(outputs: Any) -> list[Any]:
-    """Return the leaves of a model's output, in the order in which the graph returns them."""
-    return pytree.tree_leaves(outputs)
-
-
-def _difference(expected: list[Any], actual: list[Any]) -> str | None:
-    """Say how two flat outputs differ, bit for bit; NaN equals NaN."""
-    if len(expected) != len(actual):
-        return f"{len(actual)} outputs instead of {len(expected)}"
-    for i, (want, got) in enumerate(zip(expected, actual, strict=True)):
-        if not isinstance(want, Tensor):
-            if want != got:
-                return f"output {i} is {got!r} instead of {want!r}"
-            continue
-        if not isinstance(got, Tensor) or (want.shape, want.dtype) != (got.shape, got.dtype):
-            return f"output {i} is {type(got).__name__} of another shape or dtype"
-        if not torch.equal(torch.nan_to_num(want), torch.nan_to_num(got)):
-            worst = (want.double() - got.double()).abs().max().item()
-            return f"output {i} differs by up to {worst:.3g}"
-    return None
 
 
 def _source_of(error: BaseException, model: nn.Module) -> str:
@@ -128,15 +107,10 @@ def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
     return CachedProgram(captured.module(), captured, signature, name)
 
 
-def clone_tensors(tree: Any) -> Any:
-    """Copy every tensor of a call, so that running the model twice on it cannot differ through in-place edits."""
-    return pytree.tree_map_only(Tensor, torch.clone, tree)
-
-
 def _check_repeatable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Any]) -> None:
     """Tell a wrong capture from a model that differs from itself; only then is a second eager run worth its time."""
     with torch.no_grad():
-        noise = _difference(expected, flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs))))
+        noise = difference(expected, flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs))))
     if noise is not None:
         raise CaptureError(
             f"{type(model).__name__} does not return the same twice for the same inputs: {noise}.\n"
@@ -180,11 +154,11 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
             continue
         with torch.no_grad():
             flat, _ = pytree.tree_flatten((clone_tensors(args), clone_tensors(kwargs)))
-            difference = _difference(expected, list(program.compute(*flat)))
-        if difference is None:
+            wrong = difference(expected, list(program.compute(*flat)))
+        if wrong is None:
             return program
         _check_repeatable(model, args, kwargs, expected)
-        failures.append(f"{mode}: the captured graph computes something else than the model: {difference}")
+        failures.append(f"{mode}: the captured graph computes something else than the model: {wrong}")
     raise CaptureError(
         f"{name} could not be captured as one graph.\n  "
         + "\n  ".join(failures)

@@ -135,10 +135,8 @@ def is_early(node: Node) -> bool:
 
 def _behind_sizes(graph: Graph) -> Node:
     """Return the first node behind the inputs and the sizes that were worked out there."""
-    node: Node = graph.find_nodes(op="placeholder")[-1].next
-    while is_early(node):
-        node = node.next
-    return node
+    last: Node = [node for node in graph.nodes if is_early(node)][-1]
+    return last.next
 
 
 def move_early(node: Node) -> None:

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from bwcache_compile.dataflow import eliminate_dead_code
 from bwcache_compile.program import CachedProgram, PassResult
+from bwcache_compile.sizes import shape_of
 
 aten = torch.ops.aten
 _ASSERTS = (
@@ -33,18 +34,28 @@ def _changes_nothing(node: Node) -> bool:
     return (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
 
 
+def _takes_all(node: Node) -> bool:
+    """Whether a slice takes everything: an exporter writes such slices in one block and leaves them out in the next."""
+    source, start = node.args[0], node.args[2] if len(node.args) > 2 else None
+    if not isinstance(source, Node) or len(node.args) > 4 or start not in (0, None):
+        return False
+    return shape_of(source.meta["val"]) == shape_of(node.meta["val"])
+
+
 def _is_noop(node: Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target in _CASTS:
         return _changes_nothing(node)
+    if node.target is aten.slice.Tensor:
+        return _takes_all(node)
     if node.target is aten.dropout.default:
         return bool(node.args[1] == 0.0 or node.args[2] is False)
     return node.target in (aten.alias.default, aten.detach.default)
 
 
 def canonicalize(program: CachedProgram) -> PassResult:
-    """Leave no runtime assert, no cast to the same dtype, no inactive dropout and no dead code in the graph.
+    """Leave no runtime assert, no cast to the same dtype, no slice of everything, no inactive dropout and no dead code in the graph.
 
     What is taken away returns its own input, so the graph computes the same bits. Writes in place that somebody
     reads, and writes that the caller can see, stay.

@@ -43,12 +43,13 @@ class CachedModel(ModelWrapper):
     Contexts are independent: two threads may run two contexts, but not the same one.
     """
 
-    def __init__(self, model: nn.Module, config: CacheConfig, toolchain: Toolchain) -> None:
+    def __init__(self, model: nn.Module, config: CacheConfig, toolchain: Toolchain, dynamic_shapes: Any = None) -> None:
         """Wrap a model; nothing is captured yet."""
         super().__init__(model)
         self.cache_config = config
         self._toolchain = toolchain
-        self._programs = ProgramCache(model, toolchain)
+        self._dynamic_shapes = dynamic_shapes
+        self._programs = ProgramCache(model, toolchain, dynamic_shapes)
         self._contexts: dict[str, Context] = {}
         self._lock = threading.RLock()
         self._moment: contextvars.ContextVar[Moment | None] = contextvars.ContextVar("bwcache_moment", default=None)
@@ -58,7 +59,7 @@ class CachedModel(ModelWrapper):
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         """Copy or pickle the model and the settings; the copy captures anew and starts without state."""
-        return CachedModel, (self._original, self.cache_config, self._toolchain)
+        return CachedModel, (self._original, self.cache_config, self._toolchain, self._dynamic_shapes)
 
     def _changed(self) -> None:
         self._programs.touch()
@@ -69,8 +70,8 @@ class CachedModel(ModelWrapper):
         """Capture the model for inputs like these now instead of at the first call, and return the plan."""
         return self._fit(*ordered(args, kwargs or {})).loaded.plan
 
-    def _fit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Fit:
-        return self._programs.fit(args, kwargs, self.cache_config)
+    def _fit(self, args: tuple[Any, ...], kwargs: dict[str, Any], held: Fit | None = None) -> Fit:
+        return self._programs.fit(args, kwargs, self.cache_config, held)
 
     @property
     def plan(self) -> CachePlan:
@@ -117,7 +118,7 @@ class CachedModel(ModelWrapper):
                 " `with cached.cache_context(name):`."
             )
         try:
-            fit = self._fit(args, kwargs)
+            fit = self._fit(args, kwargs, context.fit)
             loaded, flat, num_steps = fit.loaded, pytree.tree_leaves((args, kwargs)), self._num_steps(moment)
             state = arrive(context, moment, fit, flat, num_steps)
             operands = loaded.operands(flat, state, self.cache_config, num_steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -12,16 +12,20 @@ from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.program import CachedProgram
+from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState, policy_parameters
+from bwcache_compile.sizes import CallSizes
 
 
 class LoadedProgram:
     """A program ready to run: its two graphs, compiled where asked for, and its scalars on the device."""
 
-    def __init__(self, program: CachedProgram) -> None:
-        """Wrap a program; nothing is compiled yet."""
+    def __init__(self, program: CachedProgram, key: CallKey) -> None:
+        """Wrap a program that was captured for a call like this one; nothing is compiled yet."""
         assert program.reuse is not None
-        self.program = program
+        self.program, self.key = program, key
+        self.checked = {key.sizes}
+        self.refused: set[CallSizes] = set()
         self.compute: Callable[..., Any] = program.compute
         self.reuse: Callable[..., Any] = program.reuse
         self.plan = program.planned()
@@ -30,9 +34,20 @@ class LoadedProgram:
         self.compute_reads = [names.index(name) for name in program.compute_slots]
         self.reuse_reads = [names.index(name) for name in program.reuse_slots]
 
+    def symbols(self, key: CallKey) -> Mapping[str, int] | None:
+        """Return the values of the program's open sizes at a call, or None if it does not serve such calls."""
+        if key.kind != self.key.kind or key.sizes in self.refused:
+            return None
+        sizes = self.program.signature.sizes
+        if sizes is None:
+            return {} if key.sizes == self.key.sizes else None
+        return sizes.bind(key.sizes)
+
     def compile(self, options: dict[str, Any]) -> None:
         """Compile both graphs with these options of `torch.compile`; each is compiled whole at its first run."""
         assert self.program.reuse is not None
+        if self.program.signature.sizes is not None:
+            options = {"dynamic": True, **options}
         self.compute = torch.compile(self.program.compute, **options)
         self.reuse = torch.compile(self.program.reuse, **options)
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
+from bwcache_compile.compare import clone_tensors, difference, flat_outputs
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import CacheWarning, StateError
+from bwcache_compile.errors import CacheWarning, CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram
 from bwcache_compile.runtime.loaded import LoadedProgram
-from bwcache_compile.runtime.signature import call_key
+from bwcache_compile.runtime.signature import CallKey, call_key
+from bwcache_compile.runtime.state import fresh_state
 from bwcache_compile.runtime.watch import ModelWatch
 
 MAX_PROGRAMS = 8
@@ -29,12 +34,12 @@ class Toolchain:
     """How a model becomes a program; handed in, so that running needs no compiler.
 
     Attributes:
-        capture: Model, positional and keyword arguments to a captured program.
+        capture: Model, positional and keyword arguments, and which sizes stay open, to a captured program.
         build: A captured program, which it consumes, and settings to a cached one.
         explain: The same to the diff of each pass.
     """
 
-    capture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], CachedProgram]
+    capture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], CachedProgram]
     build: Callable[[CachedProgram, CacheConfig], CachedProgram]
     explain: Callable[[CachedProgram, CacheConfig], dict[str, GraphDiff]]
 
@@ -52,7 +57,7 @@ class Fit:
     """
 
     loaded: LoadedProgram
-    key: Hashable
+    key: CallKey
     sizes: Mapping[str, int]
     version: tuple[int, int]
     changed: str
@@ -65,14 +70,36 @@ def _is_flat(model: nn.Module) -> bool:
     return all(node.op != "call_module" or node.target == "_guards_fn" for node in model.graph.nodes)
 
 
-class ProgramCache:
-    """Chooses the program of a call, capturing the model where there is none. Threads take turns in here."""
+def _difference_at(
+    model: nn.Module, loaded: LoadedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig, sizes: Mapping[str, int]
+) -> str | None:
+    """Say how a program's outputs differ from the model's at a size that it has not served yet."""
+    flat = pytree.tree_leaves(clone_tensors((args, kwargs)))
+    with torch.no_grad():
+        expected = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
+        operands = loaded.operands(flat, fresh_state(loaded.plan, sizes), config, config.steps or 2)
+        try:
+            returned = list(loaded.program.compute(*operands))
+        except RuntimeError as error:
+            return f"it fails with {str(error).splitlines()[0]}"
+    return difference(expected, returned[: len(expected)])
 
-    def __init__(self, model: nn.Module, toolchain: Toolchain) -> None:
+
+class ProgramCache:
+    """Chooses the program of a call, capturing the model where there is none. Threads take turns in here.
+
+    The first call of a kind is captured at its sizes, unless `dynamic_shapes` says otherwise. The second, which differs
+    from it in sizes alone, is captured with open sizes, and that program takes the place of those that it covers.
+    """
+
+    def __init__(self, model: nn.Module, toolchain: Toolchain, dynamic_shapes: Any = None) -> None:
         """Capture nothing yet."""
-        self._model, self._toolchain = model, toolchain
+        self._model, self._toolchain, self._shapes = model, toolchain, dynamic_shapes
         self.watch = ModelWatch(model)
-        self._loaded: OrderedDict[Hashable, LoadedProgram] = OrderedDict()
+        self._loaded: OrderedDict[CallKey, LoadedProgram] = OrderedDict()
+        self._alive: weakref.WeakSet[LoadedProgram] = weakref.WeakSet()
+        self._last: LoadedProgram | None = None
+        self._fixed: dict[Hashable, str] = {}
         self._structure = self.watch.structure
         self._compile_options: dict[str, Any] | None = None
         self._lock = threading.RLock()
@@ -83,8 +110,15 @@ class ProgramCache:
     def __len__(self) -> int:
         return len(self._loaded)
 
-    def fit(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> Fit:
+    def fit(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig, held: Fit | None = None) -> Fit:
         """Return the program for a call, capturing the model if there is none yet.
+
+        Args:
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+            config: For building what is captured.
+            held: What the same context ran with last: it keeps that program while its calls look alike, so that a
+                program captured meanwhile for another context's sizes does not come between its steps.
 
         Raises:
             CaptureError, NoBlocksFoundError, UnsupportedGraphError: The model is captured for this call, and cannot be.
@@ -98,23 +132,53 @@ class ProgramCache:
             self.watch.look()
             if self._structure != self.watch.structure:
                 self._loaded.clear()
+                self._fixed.clear()
                 self._structure = self.watch.structure
-            if key not in self._loaded:
+            loaded = held.loaded if held is not None and held.key == key and held.version[0] == self._structure else None
+            loaded = loaded or self._find(key, args, kwargs, config)
+            if loaded is None:
                 # tracing puts hooks on every module of the process, and modules that run meanwhile would run into them
                 self._idle.wait_for(lambda: self._running == 0)
-            loaded = self._loaded.get(key) or self._capture(key, args, kwargs, config)
-            self._loaded.move_to_end(key)
+                loaded = self._find(key, args, kwargs, config) or self._capture(key, args, kwargs, config)
+            if loaded.key in self._loaded:
+                self._loaded.move_to_end(loaded.key)
             while len(self._loaded) > MAX_PROGRAMS:
                 self._loaded.popitem(last=False)
-            return Fit(loaded, key, {}, (self.watch.structure, self.watch.weights), self.watch.changed)
+            self._last = loaded
+            return Fit(loaded, key, loaded.symbols(key) or {}, (self.watch.structure, self.watch.weights), self.watch.changed)
 
-    def _capture(self, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram:
-        program = self._toolchain.capture(self._model, args, kwargs)
-        loaded = LoadedProgram(self._toolchain.build(program, config))
-        self.watch.absorb()
-        if self._compile_options is not None:
-            loaded.compile(self._compile_options)
+    def _find(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram | None:
+        """Return a kept program that is right for a call; one of open sizes is checked once at each size that it serves."""
+        for loaded in [self._loaded[key]] if key in self._loaded else reversed(self._loaded.values()):
+            sizes = loaded.symbols(key)
+            if sizes is None:
+                continue
+            if key.sizes not in loaded.checked:
+                wrong = _difference_at(self._model, loaded, args, kwargs, config, sizes)
+                (loaded.checked if wrong is None else loaded.refused).add(key.sizes)
+                if wrong is not None:
+                    self._fixed[key.kind] = f"the graph of open sizes computes something else than the model at {key.sizes}: {wrong}"
+                    continue
+            return loaded
+        return None
+
+    def _capture(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram:
+        alike = [other for other in self._loaded if other.kind == key.kind]
+        asked = self._shapes if self._shapes is not None else "auto" if alike else None
+        if alike and key.kind in self._fixed:
+            asked = None
+        try:
+            loaded = self._make(key, args, kwargs, config, asked)
+        except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
+            if asked is None or not alike:
+                raise
+            self._fixed[key.kind] = str(error).splitlines()[0]
+            loaded = self._make(key, args, kwargs, config, None)
+        for other in alike:
+            if loaded.symbols(other) is not None:
+                del self._loaded[other]
         self._loaded[key] = loaded
+        self._alive.add(loaded)
         self.captured += 1
         if self.captured == 3 * MAX_PROGRAMS:
             changed = f" (last: {self.watch.changed})" if self.watch.changed else ""
@@ -126,6 +190,34 @@ class ProgramCache:
             )
         return loaded
 
+    def _make(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig, shapes: Any) -> LoadedProgram:
+        program = self._toolchain.build(self._toolchain.capture(self._model, args, kwargs, shapes), config)
+        notes = self._notes(key, program)
+        if notes:
+            plan = program.planned()
+            program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *notes)))
+        loaded = LoadedProgram(program, key)
+        self.watch.absorb()
+        if self._compile_options is not None:
+            loaded.compile(self._compile_options)
+        return loaded
+
+    def _notes(self, key: CallKey, program: CachedProgram) -> list[str]:
+        """Say which sizes changed from call to call and are fixed nevertheless."""
+        if program.signature.sizes is None:
+            return [f"each size has a program of its own: {self._fixed[key.kind]}"] if key.kind in self._fixed else []
+        notes = []
+        for i, (name, described) in enumerate(zip(program.signature.inputs, program.signature.sizes.inputs, strict=True)):
+            here = key.sizes[i]
+            others = [other.sizes[i] for other in self._loaded if other.kind == key.kind]
+            if isinstance(described, tuple) and isinstance(here, tuple):
+                for d, size in enumerate(described):
+                    if isinstance(size, int) and any(isinstance(other, tuple) and other[d] != size for other in others):
+                        notes.append(f"dimension {d} of {name} is fixed at {size}: its other values have programs of their own")
+            elif isinstance(described, int) and any(other != here for other in others):
+                notes.append(f"{name} is fixed at {here}: its other values have programs of their own")
+        return notes
+
     @property
     def latest(self) -> LoadedProgram:
         """The program used last.
@@ -133,9 +225,9 @@ class ProgramCache:
         Raises:
             StateError: There is none yet.
         """
-        if not self._loaded:
+        if self._last is None:
             raise StateError("nothing is captured yet: call the model once, or pass example_args / example_kwargs to transform.")
-        return next(reversed(self._loaded.values()))
+        return self._last
 
     def explain(self, config: CacheConfig) -> dict[str, GraphDiff]:
         """Return what each pass changed in the program used last."""
@@ -144,7 +236,7 @@ class ProgramCache:
     def compile(self, options: dict[str, Any]) -> None:
         """Compile every program with these options of `torch.compile`, those captured later too."""
         self._compile_options = options
-        for loaded in self._loaded.values():
+        for loaded in self._alive:
             loaded.compile(options)
 
     def enter(self) -> None:
@@ -167,3 +259,4 @@ class ProgramCache:
         """Drop every program."""
         with self._lock:
             self._loaded.clear()
+            self._last = None

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ConfigError, StateError
+from bwcache_compile.sizes import CallSizes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class CallKey(NamedTuple):
+    """What a call looks like. Calls of one kind differ in sizes alone, and a program of open sizes may serve them all."""
+
+    kind: Hashable
+    sizes: CallSizes
 
 
 def ordered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -20,9 +28,16 @@ def ordered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return args, dict(sorted(kwargs.items()))
 
 
-def _leaf_key(leaf: Any) -> Hashable:
+def _leaf_size(leaf: Any) -> tuple[int, ...] | int | None:
+    """Return a tensor's shape or an int's value: pipelines pass frames, height and width as plain ints."""
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf if type(leaf) is int else None
+
+
+def _leaf_kind(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return (tuple(leaf.shape), leaf.dtype, leaf.device)
+        return (leaf.dim(), leaf.dtype, leaf.device)
+    if type(leaf) is int:
+        return int
     if leaf is None or isinstance(leaf, (bool, int, float, str, bytes, torch.dtype, torch.device)):
         return (type(leaf), leaf)
     raise ConfigError(
@@ -40,7 +55,7 @@ def _attention_backend() -> str:
     return str(getattr(registry, "_active_backend", ""))
 
 
-def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey:
     """Describe a call: structure, shapes, dtypes, devices, constants, autocast and attention back end.
 
     Raises:
@@ -55,4 +70,4 @@ def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         for device in sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)})
     )
     modes = (autocast, _attention_backend())
-    return (str(spec), tuple(map(_leaf_key, leaves)), modes)
+    return CallKey((str(spec), tuple(map(_leaf_kind, leaves)), modes), tuple(map(_leaf_size, leaves)))
