@@ -96,21 +96,16 @@ def _judge(stack: Stack, flow: DataFlow, streams: set[Node]) -> tuple[list[Stack
         return [], reason
     alike = _of_one_size(units, streams)
     reason = reason or next((f"{u.name} returns another size than {alike[0].name}" for u in units if u not in alike), None)
-    kin = _kin(alike)
-    if len(kin) < len(alike) and len(alike) > 1:
-        odd = next(u for u in reversed(alike) if u not in kin)
-        common = (kin or alike)[0]
-        reason = reason or f"{odd.name} differs from {common.name} {difference(common, odd)}"
-    if len(kin) < 2:
-        return [], reason
-    kin = [whole(unit, flow) for unit in kin]
-    shared = overlapping(kin)
+    if len(_kin(alike)) < 2:  # a stack that holds blocks may hold others of their size: a last block often differs
+        return [], reason or f"{alike[1].name} differs from {alike[0].name} {difference(alike[0], alike[1])}"
+    alike = [whole(unit, flow) for unit in alike]
+    shared = overlapping(alike)
     if shared is not None:
         return [], f"`{shared[2].name}` of {shared[1].name} runs in the middle of {shared[0].name}"
-    chains = _chains(kin, flow)
+    chains = _chains(alike, flow)
     accepted = [Stack(stack.name, tuple(chain)) for chain in chains if len(chain) > 1]
     if not accepted:
-        reason = f"{kin[1].name} does not depend on {kin[0].name}"
+        reason = f"{alike[1].name} does not depend on {alike[0].name}"
     return accepted, reason
 
 
@@ -170,20 +165,24 @@ def accepted_stacks(graph: Graph, flow: DataFlow, streams: set[Node]) -> tuple[l
     """Return the stacks of blocks of a graph, and every candidate that is none, with the reason.
 
     Modules are looked at first. Where they hold less than half of the matrix products, operators outside them that
-    repeat three times count too; two repetitions are enough where these hold half of the products together.
+    repeat three times count too; two repetitions are enough where all stacks hold half of the products together.
     """
     accepted, rejections = _named(graph, flow, streams)
+    taken = {node for stack in accepted for unit in stack.units for node in unit.nodes}
     total = products(graph.nodes)
+    if 2 * products(taken) >= total:
+        return accepted, rejections
+    seen = 0
     for least in (3, 2):
-        taken = {node for stack in accepted for unit in stack.units for node in unit.nodes}
-        if 2 * products(taken) >= total:
-            break
         found: list[Stack] = []
-        for stack in structural_stacks(graph, least, taken):
+        stacks = structural_stacks(graph, least, taken, seen)
+        for stack in stacks:
             chains, reason = _judge(stack, flow, streams)
             found += chains
             if reason is not None and not chains and not rejections and products(stack.units[0].nodes) > 1:
                 rejections.append(Rejection(stack.name, len(stack.units), reason))
-        if least > 2 or 2 * sum(products(unit.nodes) for stack in found for unit in stack.units) >= total:
+        held = {node for stack in found for unit in stack.units for node in unit.nodes}
+        if least > 2 or 2 * products(taken | held) >= total:
             accepted += found
+        seen, taken = seen + len(stacks), taken | held
     return accepted, rejections

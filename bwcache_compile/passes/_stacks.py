@@ -145,10 +145,10 @@ def _runs(graph: Graph, taken: set[Node]) -> list[list[Node]]:
     return [piece for piece in pieces if piece]
 
 
-def structural_stacks(graph: Graph, least: int, taken: set[Node]) -> list[Stack]:
+def structural_stacks(graph: Graph, least: int, taken: set[Node], first: int = 0) -> list[Stack]:
     """Find runs of operators that repeat at least `least` times, longest cover first, without looking at names.
 
-    Operators that are `taken` belong to other stacks already.
+    Operators that are `taken` belong to other stacks already. Stacks are numbered from `first` on.
     """
     kinds: dict[tuple[Any, ...], int] = {}
     stacks: list[Stack] = []
@@ -167,9 +167,9 @@ def structural_stacks(graph: Graph, least: int, taken: set[Node]) -> list[Stack]
             slack += 1
         start = min(range(start, start + min(slack, period - 1) + 1), key=lambda at: _cut_cost(piece, at))
         units = tuple(
-            Unit(f"repeat{len(stacks)}.{i}", "repeated operators", tuple(piece[start + i * period : start + (i + 1) * period]))
+            Unit(f"repeat{first + len(stacks)}.{i}", "repeated operators", tuple(piece[start + i * period : start + (i + 1) * period]))
             for i in range(repetitions)
         )
-        stacks.append(Stack(f"repeat{len(stacks)}", units))
+        stacks.append(Stack(f"repeat{first + len(stacks)}", units))
         pieces += [piece[:start], piece[start + period * repetitions :]]
     return stacks

@@ -11,7 +11,7 @@ from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.passes._accept import accepted_stacks, follows, overlapping, whole
 from bwcache_compile.passes._main_stacks import features, main_units
-from bwcache_compile.passes._stacks import Stack, Unit, live_outs, named_stacks, streams, structural_stacks
+from bwcache_compile.passes._stacks import Stack, Unit, live_outs, named_stacks, products, streams, structural_stacks
 from bwcache_compile.program import Block, BlockSearch, CachedProgram, Rejection
 
 
@@ -49,7 +49,11 @@ def _chosen(name: str, candidates: list[Stack], program: CachedProgram) -> list[
         units = [unit for stack in group for unit in stack.units]
         if units:
             return units
-    known = "\n".join(f"    {stack.name} ({len(stack.units)} modules)" for stack in candidates if len(stack.units) > 1)
+    known = "\n".join(
+        f"    {stack.name} ({len(stack.units)} modules)"
+        for stack in candidates
+        if len(stack.units) > 1 and products(stack.units[0].nodes) > 1
+    )
     raise ConfigError(f"blocks={name!r} names nothing in {program.model_name}. Its candidates are\n{known}")
 
 
@@ -57,8 +61,13 @@ def _as_told(program: CachedProgram, names: Sequence[str]) -> BlockSearch:
     """Take the blocks that the user names, if a region can be made of them."""
     graph, flow = program.compute.graph, DataFlow(program.compute.graph)
     candidates = _candidates(graph)
-    owner = {unit.name: name for name in names for unit in _chosen(name, candidates, program)}
-    units = [whole(unit, flow) for name in names for unit in _chosen(name, candidates, program)]
+    owner: dict[str, str] = {}
+    units: list[Unit] = []
+    for name in names:
+        for unit in _chosen(name, candidates, program):
+            if unit.name not in owner:
+                owner[unit.name] = name
+                units.append(whole(unit, flow))
     units.sort(key=lambda unit: flow.index[unit.nodes[-1]])
     found = streams(graph, 3)
     if not all(live_outs(unit, found) for unit in units):

@@ -73,6 +73,17 @@ def _check_writes(flow: DataFlow, region: list[Node], outputs: list[Node], progr
                 )
 
 
+def _check_sizes(values: Iterable[Node], program: CachedProgram) -> None:
+    """Refuse to keep what has no size before the model runs."""
+    for node in values:
+        if any(isinstance(size, SymInt) and size.node.hint is None for size in node.meta["val"].shape):
+            raise UnsupportedGraphError(
+                f"{program.model_name} cannot be cached: `{node.name}` {format_value(node.meta['val'])}, which the blocks return,"
+                " has a size that depends on the values of a tensor (.item(), .tolist(), indexing by a mask)."
+                " Work sizes out from shapes instead."
+            )
+
+
 def _time_input(program: CachedProgram) -> str | None:
     """Return the float32 input that must be the time: the only one of rank 0 or 1. None where others could be."""
     found = []
@@ -155,6 +166,7 @@ def _make_region(
     inside = set(nodes)
     inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside and a.op != "get_attr"))
     outputs = [n for n in nodes if isinstance(n.meta.get("val"), Tensor) and any(u not in inside for u in n.users)]
+    _check_sizes(outputs, program)
     _check_writes(flow, nodes, outputs, program)
     for node in outputs:
         if config.reuse != "output" and not node.meta["val"].is_floating_point():
@@ -198,11 +210,12 @@ def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig)
     Raises:
         NoBlocksFoundError: The search found none.
         ConfigError: No block is left to cache, or `reuse="residual"` cannot be proved right.
-        UnsupportedGraphError: A block writes to something outside the blocks, or returns what cannot be extrapolated.
+        UnsupportedGraphError: A block writes to something outside the blocks, or returns what has no size before it runs.
     """
     blocks = _cached_blocks(program, search, config)
     flow = DataFlow(program.compute.graph)
     nodes = {node.name: node for node in flow.nodes}
+    _check_sizes((nodes[block.feature] for block in blocks), program)
     measured = _measured(blocks, search, config, nodes)
     if config.granularity == "block":
         own = [tuple(m for m in measured if m.block == block.name) for block in blocks]
