@@ -51,4 +51,4 @@ def test_the_cache_is_right(model: Model) -> None:
             assert all(torch.equal(a, w) for a, w in zip(actual, whole, strict=True))
         else:
             assert not any(torch.allclose(a, w) for a, w in zip(actual, whole, strict=True)), "reuse changes nothing, so this shows nothing"
-    assert tuple(block.name for block in cached.blocks) == model.blocks_found
+    assert tuple(block.name for block in cached.plan.blocks) == model.blocks_found

@@ -42,12 +42,15 @@ def refused(model: Tiny, *names: str) -> str:
 
 
 def test_a_name_of_nothing() -> None:
-    assert_expected_inline(refused(TwoStream(), "transformer_blocks"), """\
+    assert_expected_inline(
+        refused(TwoStream(), "transformer_blocks"),
+        """\
 blocks='transformer_blocks' names nothing in TwoStream. Its candidates are
     double_blocks (2 modules)
     single_blocks (2 modules)
     repeat0 (2 modules)
-    repeat1 (2 modules)""")
+    repeat1 (2 modules)""",
+    )
 
 
 def test_blocks_within_one_another() -> None:
@@ -66,9 +69,12 @@ class SideBySide(OneStream):
 
 
 def test_blocks_side_by_side() -> None:
-    assert_expected_inline(refused(SideBySide(depth=2), "blocks"), """\
+    assert_expected_inline(
+        refused(SideBySide(depth=2), "blocks"),
+        """\
 blocks=['blocks']: blocks.1 of SideBySide does not depend on blocks.0, which runs before it. Name blocks that follow one
-another on one stream.""")
+another on one stream.""",
+    )
 
 
 class Mean(nn.Module):
@@ -101,7 +107,7 @@ def test_transform_caches_what_is_named() -> None:
         first, second = (cached(*model.example(step=step)) for step in range(2))
         assert torch.equal(first, model(*model.example(step=0)))
     assert torch.equal(second, first), "nothing but the blocks' output reaches the end"
-    assert [block.name for block in cached.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [block.name for block in cached.plan.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
     assert set(cached.graph_diff()) >= {"split_region", "whole"}
 
 
@@ -129,7 +135,7 @@ def test_blocks_at_the_ends_are_computed(model: Tiny, names: list[str], streams:
         inputs = dict(zip(("x", "text", "t") if "text" in streams else ("x", "t"), model.example(step=step), strict=True))
         with torch.no_grad():
             assert torch.equal(cached(**inputs), oracle(**inputs))
-    assert [block.name for block in cached.blocks] == names
+    assert [block.name for block in cached.plan.blocks] == names
 
 
 def test_exported_programs_need_no_examples_and_no_names() -> None:
@@ -143,4 +149,4 @@ def test_exported_programs_need_no_examples_and_no_names() -> None:
     cached = bw.transform(exported.module(), bw.CacheConfig(num_steps=4, threshold=0))
     with torch.no_grad():
         assert torch.equal(cached(*model.example(step=1)), model(*model.example(step=1)))
-    assert [block.stack for block in cached.blocks] == ["repeat1"] * 2 + ["repeat0"] * 3
+    assert [block.stack for block in cached.plan.blocks] == ["repeat1"] * 2 + ["repeat0"] * 3

@@ -46,9 +46,9 @@ def _row(entry: Entry) -> str:
             ways.append("yes")
         except bw.ConfigError:
             ways.append("refused")
-    stacks = [block.stack for block in cached.blocks]
+    stacks = [block.stack for block in cached.plan.blocks]
     counted = ", ".join(f"`{stack}` {stacks.count(stack)}" for stack in dict.fromkeys(stacks)) + (" in turn" if entry.in_turn else "")
-    return f"| {entry.model} | {len(cached.blocks)} | {counted} | {'equal' if equal else 'DIFFERS'} | {' | '.join(ways)} | {seconds:.1f} |"
+    return f"| {entry.model} | {len(cached.plan.blocks)} | {counted} | {'equal' if equal else 'DIFFERS'} | {' | '.join(ways)} | {seconds:.1f} |"
 
 
 def _refusal(entry: Entry) -> str:
