@@ -14,6 +14,7 @@ from bwcache_compile.errors import ConfigError
 
 Policy = Literal["schedule", "static"]
 Reuse = Literal["output", "residual", "taylor"]
+Decide = Literal["separate", "joint"]
 Granularity = Literal["stack", "block"]
 
 
@@ -49,6 +50,8 @@ class CacheConfig:
             keeps a full copy of every block's features.
         calls_per_step: How often the model is called at each step when the caller names no contexts; each call of a
             step then has a context of its own.
+        decide: Whether the contexts of one step (with and without guidance) each follow their own indicator, or all
+            follow the mean over all of them and so compute and reuse the same steps.
 
     Raises:
         ConfigError: A value is out of its range, or the policy lacks what it needs.
@@ -68,6 +71,7 @@ class CacheConfig:
     indicator_blocks: int | Literal["all"] = "all"
     indicator_tokens: int | Literal["all"] = 32
     calls_per_step: int = 1
+    decide: Decide = "separate"
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -81,7 +85,12 @@ class CacheConfig:
             raise ConfigError("steps_mask is only read by policy='static'; remove it or choose that policy.")
 
     def _check_choices(self) -> None:
-        for name, choices in (("policy", get_args(Policy)), ("reuse", get_args(Reuse)), ("granularity", get_args(Granularity))):
+        for name, choices in (
+            ("policy", get_args(Policy)),
+            ("reuse", get_args(Reuse)),
+            ("granularity", get_args(Granularity)),
+            ("decide", get_args(Decide)),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
@@ -90,6 +99,8 @@ class CacheConfig:
             raise ConfigError(
                 f"granularity='block' needs reuse='residual', not {self.reuse!r}: a held output would hide what earlier blocks changed."
             )
+        if self.granularity == "block" and self.decide == "joint":
+            raise ConfigError("granularity='block' has as many decisions as blocks; decide='joint' shares one. Choose one of the two.")
         if self.granularity == "block" and self.indicator_blocks != "all":
             raise ConfigError(f"granularity='block' measures every block; indicator_blocks is {self.indicator_blocks!r}, not \"all\".")
 

@@ -18,6 +18,7 @@ from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram, CachePlan
 from bwcache_compile.runtime.context import UNNAMED, Context, Moment, arrive, warn_without_reuse
+from bwcache_compile.runtime.joint import agree
 from bwcache_compile.runtime.loaded import LoadedProgram, run_both
 from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
 from bwcache_compile.runtime.report import Report, StepRecord
@@ -120,6 +121,9 @@ class CachedModel(ModelWrapper):
         try:
             fit = self._fit(args, kwargs, context.fit)
             loaded, flat, num_steps = fit.loaded, pytree.tree_leaves((args, kwargs)), self._num_steps(moment)
+            context.group = moment.group
+            if self.cache_config.decide == "joint":
+                agree(context, list(self._contexts.values()), self.cache_config, num_steps)
             state = arrive(context, moment, fit, flat, num_steps)
             operands = loaded.operands(flat, state, self.cache_config, num_steps)
         except BaseException:
@@ -199,7 +203,7 @@ class CachedModel(ModelWrapper):
 
     @contextlib.contextmanager
     def cache_context(
-        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, **details: Any
+        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, group: str = "", **details: Any
     ) -> Iterator[None]:
         """Name the stream of calls that the block belongs to, and the step where the caller knows it.
 
@@ -207,9 +211,11 @@ class CachedModel(ModelWrapper):
             name: Contexts of different names share nothing.
             step_index: Index of the denoising step; one that goes back begins a new generation.
             num_inference_steps: Steps of this generation, if the settings do not say.
+            group: With `CacheConfig(decide="joint")`, the contexts of a group decide together; one group for each video
+                that is made at the same time.
             **details: What else a pipeline knows (sigma, timestep); not needed.
         """
-        token = self._moment.set(Moment(name, step_index, num_inference_steps))
+        token = self._moment.set(Moment(name, step_index, num_inference_steps, group=group))
         try:
             yield
         finally:

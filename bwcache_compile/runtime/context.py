@@ -7,6 +7,8 @@ import threading
 import warnings
 from typing import Any
 
+from torch import Tensor
+
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CacheWarning, StateError
 from bwcache_compile.runtime.clock import Clock
@@ -22,13 +24,15 @@ UNNAMED = "default"
 class Moment:
     """What the caller said about a call: the context's name, the step and the number of steps, where known.
 
-    `named` is False where the caller opened no context, so that calls can only be told apart by their order.
+    Contexts of one `group` may decide together (`CacheConfig.decide`). `named` is False where the caller opened no
+    context, so that calls can only be told apart by their order.
     """
 
     name: str
     step_index: int | None = None
     num_steps: int | None = None
     named: bool = True
+    group: str = ""
 
 
 class Context:
@@ -37,6 +41,9 @@ class Context:
     def __init__(self, name: str) -> None:
         """Start without a state."""
         self.name = name
+        self.group = ""
+        self.agreed_at = -1
+        self.trigger: Tensor | None = None
         self.lock = threading.Lock()
         self.state: CacheState | None = None
         self.fit: Fit | None = None
@@ -47,6 +54,7 @@ class Context:
     def start(self, *events: str) -> None:
         """Begin a new generation: the history of the last one goes."""
         self.records, self.events = [], list(events)
+        self.agreed_at, self.trigger = -1, None
 
     def report(self) -> ContextReport:
         """Return the current generation as a value."""
@@ -56,6 +64,7 @@ class Context:
     def forget(self, why: str, step: int, fit: Fit) -> None:
         """Drop what is cached and keep the step."""
         self.events.append(f"{why} before step {step}: the cache was cleared")
+        self.agreed_at, self.trigger = -1, None
         self.state = fresh_state(fit.loaded.plan, fit.sizes, step)
 
 

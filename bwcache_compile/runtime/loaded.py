@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.program import CachedProgram
+from bwcache_compile.program import OURS, CachedProgram
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState, policy_parameters
 from bwcache_compile.sizes import CallSizes
@@ -65,6 +65,11 @@ class LoadedProgram:
             self._scalars[key] = policy_parameters(config, num_steps, self.plan.device)
         tensors: tuple[Tensor, ...] = self._scalars[key]
         return tensors
+
+    def decide(self, change: Tensor, trigger: Tensor, step: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the graph's own policy apart from the graph: the trigger afterwards, and how many steps reuse."""
+        returned: tuple[Tensor, Tensor] = self.program.compute.get_submodule(f"{OURS}policy")(change, trigger, step, *parameters)
+        return returned
 
     def operands(self, flat: list[Any], state: CacheState, config: CacheConfig, num_steps: int | None) -> list[Any]:
         """Return the inputs of the graph that runs next."""

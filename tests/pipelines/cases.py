@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.zoo import ZOO, Entry, noise
+from tests.zoo import ZOO, noise
 
 STEPS = 4
 
@@ -86,15 +86,6 @@ def _latte(model: nn.Module) -> Any:
     return LattePipeline(None, None, None, model, DDIMScheduler())
 
 
-def _latte_model() -> nn.Module:
-    from diffusers import LatteTransformer3DModel
-
-    return LatteTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=4, patch_size=2,
-        cross_attention_dim=16, caption_channels=16, video_length=2,
-    )  # fmt: skip
-
-
 def _pooled(name: str) -> Tensor:
     return noise(name, 0, 1, 8)
 
@@ -152,7 +143,7 @@ CASES = {
     ),
     "latte": Case(
         _latte,
-        Entry(_latte_model, lambda s: {}, {}).make,
+        ZOO["latte"].make,
         lambda w, n: {**_prompts(n, 16), "negative_prompt": None, "video_length": 2, "guidance_scale": 4.0},
         (32, 48),
         ("default",),
