@@ -239,7 +239,7 @@ class CachedModel(ModelWrapper):
         Raises:
             ConfigError: A value is bad, or the setting is built into the graphs (transform the model again for those).
         """
-        allowed = {"threshold", "reuse_interval", "tail", "warmup_steps", "num_steps"}
+        allowed = {"threshold", "reuse_interval", "tail", "warmup_steps", "num_steps", "decide"}
         if set(changes) - allowed:
             raise ConfigError(
                 f"{', '.join(sorted(set(changes) - allowed))} shapes the graphs; transform the model again."

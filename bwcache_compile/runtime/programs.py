@@ -155,6 +155,7 @@ class ProgramCache:
                 continue
             if key.sizes not in loaded.checked:
                 wrong = _difference_at(self._model, loaded, args, kwargs, config, sizes)
+                self.watch.absorb()  # the model ran
                 (loaded.checked if wrong is None else loaded.refused).add(key.sizes)
                 if wrong is not None:
                     self._fixed[key.kind] = f"the graph of open sizes computes something else than the model at {key.sizes}: {wrong}"

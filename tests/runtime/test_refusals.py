@@ -89,7 +89,8 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
     "configure": (
         _shaping_setting,
         bw.ConfigError,
-        "reuse shapes the graphs; transform the model again. What may change is num_steps, reuse_interval, tail, threshold, warmup_steps.",
+        "reuse shapes the graphs; transform the model again. What may change is decide, num_steps, reuse_interval, tail, threshold,"
+        " warmup_steps.",
     ),
 }
 
