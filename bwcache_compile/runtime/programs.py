@@ -173,7 +173,7 @@ class ProgramCache:
         except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
             if asked is None or not alike:
                 raise
-            self._fixed[key.kind] = str(error).splitlines()[0]
+            self._fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
             loaded = self._make(key, args, kwargs, config, None)
         for other in alike:
             if loaded.symbols(other) is not None:
