@@ -151,10 +151,14 @@ def _arithmetic(graph: Graph, function: Callable[..., Any], operands: Sequence[N
     copies: dict[Node, Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     with graph.inserting_before(_behind_sizes(graph)):
         made = graph.graph_copy(traced.graph, copies)
-    for copy in copies.values():
-        if not is_early(copy):
-            copy.meta[_ROLE] = f"{_SIZE}{size_of(copy.meta['val'])}"
     assert isinstance(made, Node)
+    known = {node.meta[_ROLE]: node for node in graph.nodes if node.op != "placeholder" and is_early(node)}
+    for copy in [copy for copy in copies.values() if not is_early(copy)]:
+        copy.meta[_ROLE] = f"{_SIZE}{size_of(copy.meta['val'])}"
+        same = known.setdefault(copy.meta[_ROLE], copy)
+        if same is not copy and copy is not made:
+            copy.replace_all_uses_with(same)
+            graph.erase_node(copy)
     return made
 
 

@@ -64,8 +64,8 @@ def _sample(program: CachedProgram, call: Node, node: Node, measured: Measured, 
     value: Tensor = node.meta["val"]
     if measured.stride is None:
         return _append(node, aten.clone.default, (), f"sample_{index}", memory_format=torch.contiguous_format)
-    rows = _passed_in(program, call, size_of(math.prod(value.shape[:-1])))
-    node = _append(node, aten.reshape.default, ([rows, value.shape[-1]],), f"rows_{index}")
+    rows, channels = (_passed_in(program, call, size_of(size)) for size in (math.prod(value.shape[:-1]), value.shape[-1]))
+    node = _append(node, aten.reshape.default, ([rows, channels],), f"rows_{index}")
     return _append(node, aten.index_select.default, (0, _places(program, call, node, measured, index)), f"sample_{index}")
 
 

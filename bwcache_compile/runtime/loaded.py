@@ -8,13 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.program import OURS, CachedProgram
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState, policy_parameters
-from bwcache_compile.sizes import CallSizes
+from bwcache_compile.sizes import CallSizes, Shape, Size
+
+
+def _open(value: Any, described: Shape | Size | None) -> Any:
+    """Tell a compiler which sizes of a tensor change from call to call, so that it need not find out by compiling again.
+
+    The mark is put on an alias: the caller's tensor keeps no trace of it.
+    """
+    if not isinstance(value, Tensor) or not isinstance(described, tuple):
+        return value
+    alias = value.detach()
+    for dimension, size in enumerate(described):
+        if isinstance(size, str):
+            maybe_mark_dynamic(alias, dimension)
+    return alias
 
 
 class LoadedProgram:
@@ -73,10 +88,13 @@ class LoadedProgram:
 
     def operands(self, flat: list[Any], state: CacheState, config: CacheConfig, num_steps: int | None) -> list[Any]:
         """Return the inputs of the graph that runs next."""
-        step = self.step_tensor(state.step)
-        if state.reuses_next:
-            return [*flat, *(state.slots[i] for i in self.reuse_reads), step]
-        return [*flat, *(state.slots[i] for i in self.compute_reads), *self.parameters(config, num_steps), step]
+        step, sizes = self.step_tensor(state.step), self.program.signature.sizes
+        reads = self.reuse_reads if state.reuses_next else self.compute_reads
+        slots = [state.slots[i] for i in reads]
+        if sizes is not None:
+            flat = [_open(leaf, described) for leaf, described in zip(flat, sizes.inputs, strict=True)]
+            slots = [_open(slot, self.plan.slots[i].shape) for slot, i in zip(slots, reads, strict=True)]
+        return [*flat, *slots, *(() if state.reuses_next else self.parameters(config, num_steps)), step]
 
     def split(self, returned: Any, state: CacheState) -> tuple[Any, CacheState, Tensor | None]:
         """Part a graph's results into the model's output, the next state and the measured change.

@@ -134,8 +134,9 @@ class ProgramCache:
                 self._loaded.clear()
                 self._fixed.clear()
                 self._structure = self.watch.structure
-            loaded = held.loaded if held is not None and held.key == key and held.version[0] == self._structure else None
-            loaded = loaded or self._find(key, args, kwargs, config)
+            if held is not None and (held.key != key or held.version[0] != self._structure):
+                held = None
+            loaded = held.loaded if held is not None else self._find(key, args, kwargs, config)
             if loaded is None:
                 # tracing puts hooks on every module of the process, and modules that run meanwhile would run into them
                 self._idle.wait_for(lambda: self._running == 0)
@@ -145,7 +146,8 @@ class ProgramCache:
             while len(self._loaded) > MAX_PROGRAMS:
                 self._loaded.popitem(last=False)
             self._last = loaded
-            return Fit(loaded, key, loaded.symbols(key) or {}, (self.watch.structure, self.watch.weights), self.watch.changed)
+            sizes = held.sizes if held is not None else loaded.symbols(key) or {}
+            return Fit(loaded, key, sizes, (self.watch.structure, self.watch.weights), self.watch.changed)
 
     def _find(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram | None:
         """Return a kept program that is right for a call; one of open sizes is checked once at each size that it serves."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import bwcache_compile as bw
-from tests.models import OneStream, TwoStream
+from tests.models import OneStream, TwoStream, noise
 from tests.zoo import ZOO
 
 
@@ -92,3 +92,18 @@ def test_the_compiled_error_is_the_plainly_compiled_models_own() -> None:
             ours = (compiled(**inputs).sample - expected).abs().max() / scale
             # both reorder float32 sums; twice the plain error, and a floor of a few units in the last place
             assert ours <= 2 * own + 2e-6, f"step {step}: {ours:.2e} against {own:.2e}"
+
+
+def test_a_program_of_open_sizes_has_two_graphs_for_every_size() -> None:
+    model = OneStream().eval()
+    config = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0))
+    cached, eager = (bw.transform(model, config, dynamic_shapes="auto") for _ in range(2))
+    compiled = torch.compile(cached)
+    for batch, tokens in ((2, 6), (2, 9), (3, 7), (5, 16), (2, 6)):
+        for step in range(3):
+            x, t = noise("x", step, batch, tokens, 4), torch.full((batch,), 1 - step / 8)
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x, t), eager(x, t), rtol=1e-5, atol=1e-5)
+            assert not any("dynamic" in name for name in vars(x)), "the caller's tensor keeps no trace of it"
+        assert graphs() == 2, (batch, tokens)
+    assert cached.report().captures == 1
