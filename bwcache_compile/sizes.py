@@ -208,6 +208,7 @@ def open_sizes(inputs: list[Any], ranges: dict[Any, Any]) -> OpenSizes | None:
     if failing:
         raise CaptureError(f"the exporter assumed {failing[0]}, which does not hold for the sizes at hand: {known}.")
     flat = tuple(
-        shape_of(value) if isinstance(value, Tensor) else size_of(value) if isinstance(value, (int, SymInt)) else None for value in inputs
+        shape_of(value) if isinstance(value, Tensor) else size_of(value) if type(value) is int or isinstance(value, SymInt) else None
+        for value in inputs
     )
     return OpenSizes(tuple(symbols.values()), flat, tuple(conditions))

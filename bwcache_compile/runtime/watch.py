@@ -105,6 +105,7 @@ class ModelWatch:
         places = [entry for entry in places if entry[0] not in self._scratch]
         self._table_names, self._tables = [name for name, _ in tables], [table for _, table in tables]
         self._sizes = list(map(len, self._tables))
+        self._entries = [frozenset(table) if isinstance(table, dict) else frozenset() for table in self._tables]
         self._names = [name for name, _, _ in places]
         self._dicts, self._keys = [table for _, table, _ in places], [key for _, _, key in places]
         self._held = list(map(dict.get, self._dicts, self._keys))  # held on to, so that no identity is used twice
@@ -150,8 +151,16 @@ class ModelWatch:
         """Name the places that hold something else than they did; equal constants are no difference."""
         places = zip(self._names, self._dicts, self._keys, self._held, strict=True)
         other = [name for name, table, key, held in places if not _same(held, table.get(key))]
-        tables = zip(self._table_names, self._tables, self._sizes, strict=True)
-        return other + [name or type(self._model).__name__ for name, table, size in tables if len(table) != size]
+        tables = zip(self._table_names, self._tables, self._sizes, self._entries, strict=True)
+        resized = (name for name, table, size, entries in tables if len(table) != size and not _only_empty_registry(table, entries))
+        return other + [name or type(self._model).__name__ for name in resized]
+
+
+def _only_empty_registry(table: Any, entries: frozenset[Any]) -> bool:
+    """Whether all that is new is diffusers' registry of hooks without a hook, which a pipeline leaves behind after a run."""
+    if not isinstance(table, dict) or table.keys() - entries != {"_diffusers_hook"} or entries - table.keys():
+        return False
+    return not getattr(table["_diffusers_hook"], "hooks", None)
 
 
 def _address(parameter: Tensor) -> int:

@@ -283,6 +283,20 @@ def test_what_a_models_own_forward_keeps_is_no_change() -> None:
     assert cached.report().contexts["default"].reused >= 2
 
 
+def test_an_empty_registry_of_hooks_is_no_change() -> None:
+    model = ZOO["wan"].make()
+    cached = bw.transform(model, REUSE)
+    sample(cached)
+    cached._reset_stateful_cache()  # as pipelines do after a run
+    assert hasattr(model, "_diffusers_hook")
+    sample(cached, 1)
+    assert cached.report().captures == 1
+    assert cached.report().contexts["default"].reused == 1
+    cached.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    with pytest.raises(bw.ConfigError, match="has a hook around its forward"):
+        sample(cached, 2)
+
+
 # -- many signatures ---------------------------------------------------------------------------------------------
 
 
