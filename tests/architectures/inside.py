@@ -159,4 +159,4 @@ class Einsums(InAList):
         self.blocks = nn.ModuleList(Weighted() for _ in range(3))
 
 
-INSIDE = (PartsInPlace, Autocast, ListsOfSamples, MixtureOfExperts, Masked, Einsums)
+INSIDE = (InPlaceSums, PartsInPlace, Autocast, ListsOfSamples, MixtureOfExperts, Masked, Einsums)

@@ -48,7 +48,8 @@ def _row(entry: Entry) -> str:
             ways.append("refused")
     stacks = [block.stack for block in cached.plan.blocks]
     counted = ", ".join(f"`{stack}` {stacks.count(stack)}" for stack in dict.fromkeys(stacks)) + (" in turn" if entry.in_turn else "")
-    return f"| {entry.model} | {len(cached.plan.blocks)} | {counted} | {'equal' if equal else 'DIFFERS'} | {' | '.join(ways)} | {seconds:.1f} |"
+    columns = [entry.model, str(len(cached.plan.blocks)), counted, "equal" if equal else "DIFFERS", *ways, f"{seconds:.1f}"]
+    return f"| {' | '.join(columns)} |"
 
 
 def _refusal(entry: Entry) -> str:
