@@ -1,0 +1,401 @@
+"""Architectures from a description: one frozen `Spec` says all, so a failure is reproduced from its printed spec alone.
+
+A model is a prologue, a list of items over named values (blocks, and glue between them), and an epilogue. The oracle in
+`tests/drawn_check.py` runs the same items with some of them replaced; nothing here knows the package under test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+State = dict[str, Tensor]
+"""Named values; what is called `x:skip1` continues the stream `x`."""
+
+WIDTH, CHANNELS, FRAMES = 8, 4, 2
+
+
+class Short:
+    """Prints as the call that makes it, defaults left out."""
+
+    def __repr__(self) -> str:
+        fields = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Stack(Short):
+    """Blocks of one kind, one after the other."""
+
+    kind: str = "single"  # streams of a block: single (x), double (each stream), joint (concatenated), spacetime (x, in two layouts)
+    depth: int = 2
+    mixer: str = "mean"  # mean, softmax, sdpa
+    residual: str = "sum"  # sum, iadd, rows, copy, scratch, post, none
+    norm: str = "layer"  # layer, rms, float, autocast, none
+    modulation: str = "scale"  # none, scale, adaln, table, decay
+    constant: str = "none"  # none, factor, roll, row
+    odd: str = "none"  # none, first, last
+    own: bool = False  # an input for each block, made before the blocks
+    skip: str = "none"  # none, add, cat
+    hints: int = 0  # every k-th block is followed by a hint
+    glue: str = "none"  # between blocks: none, scale, norm, linear
+    rotary: bool = False  # halves rotated into fresh memory
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Spec(Short):
+    """A whole model and the sizes of its inputs."""
+
+    stacks: tuple[Stack, ...]
+    seed: int = 0
+    code: str = "modules"  # modules, attributes, wrapped, functional
+    streams: int = 1
+    batch: int = 1
+    places: int = 2
+    dtype: torch.dtype = torch.float32
+    text_first: bool = True
+    refine_text: int = 0
+    refine_x: int = 0
+    alternate: bool = False  # blocks of the first two stacks in turn
+    time: str = "float32"  # float32, bfloat16, int64, guidance (two inputs that could be the time)
+    prologue: str = "plain"  # plain, fill (writes rows of x), input (writes to the caller's tensor)
+    epilogue: str = "plain"  # plain, adaln, scale_ (in place), start (adds the embedding), tap (adds a middle block's output)
+    returns: str = "tensor"  # tensor, tuple, dict, view
+
+
+class Weights:
+    """Draws parameters in a fixed order."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.generator, self.dtype = torch.Generator().manual_seed(spec.seed), spec.dtype
+
+    def __call__(self, *shape: int) -> nn.Parameter:
+        drawn = torch.randn(shape, generator=self.generator) * (1.2 / shape[-1] ** 0.5)
+        return nn.Parameter(drawn.to(self.dtype), requires_grad=False)
+
+
+def block_weights(stack: Stack, index: int, streams: int, draw: Weights) -> dict[str, nn.Parameter]:
+    made = {}
+    for j in range(streams if stack.kind == "double" else 1):
+        made |= {f"qkv{j}": draw(3 * WIDTH, WIDTH), f"out{j}": draw(WIDTH, WIDTH)}
+        made |= {f"up{j}": draw(2 * WIDTH, WIDTH), f"down{j}": draw(WIDTH, 2 * WIDTH)}
+        made |= {f"modulate{j}": draw(2 * WIDTH, WIDTH), f"table{j}": draw(2, WIDTH)}
+    return made | {"cat": draw(WIDTH, 2 * WIDTH), "extra": draw(WIDTH, WIDTH), "cross": draw(WIDTH, WIDTH)}
+
+
+def normed(x: Tensor, how: str) -> Tensor:
+    if how == "layer":
+        return functional.layer_norm(x, (WIDTH,))
+    if how == "rms":
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    if how == "float":
+        return functional.layer_norm(x.float(), (WIDTH,)).type_as(x)
+    if how == "autocast":
+        with torch.autocast("cpu", enabled=False):
+            return functional.layer_norm(x, (WIDTH,))
+    return x
+
+
+def modulated(h: Tensor, temb: Tensor, how: str, w: dict[str, Any], j: int) -> tuple[Tensor, Tensor]:
+    """Return the modulated value and its gate."""
+    one = torch.ones((), dtype=h.dtype)
+    if how in ("scale", "decay"):
+        return h * (1 + temb.unsqueeze(1)), one
+    if how == "adaln":
+        scale, gate = functional.linear(functional.silu(temb), w[f"modulate{j}"]).unsqueeze(1).chunk(2, dim=-1)
+        return h * (1 + scale), 1 + gate
+    if how == "table":
+        scale, gate = (w[f"table{j}"] + temb.unsqueeze(1)).unbind(1)
+        return h * (1 + scale.unsqueeze(1)), 1 + gate.unsqueeze(1)
+    return h, one
+
+
+def rotated(x: Tensor) -> Tensor:
+    result = torch.empty_like(x)
+    result[..., 0::2] = -x[..., 1::2]
+    result[..., 1::2] = x[..., 0::2]
+    return result
+
+
+def mixed(h: Tensor, stack: Stack, w: dict[str, Any], parts: list[int]) -> Tensor:
+    """Let the tokens of all streams, joined in `h`, look at one another; each part has projections of its own."""
+    qkv = torch.cat([functional.linear(p, w[f"qkv{j}"]) for j, p in enumerate(h.split(parts, dim=1))], dim=1)
+    q, k, v = qkv.unflatten(2, (3, 2, WIDTH // 2)).permute(2, 0, 3, 1, 4)
+    if stack.rotary:
+        q, k = rotated(q), rotated(k)
+    if stack.mixer == "mean":
+        mixed = (q * k).mean(2, keepdim=True) + v
+    elif stack.mixer == "sdpa":
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+    else:
+        mixed = torch.softmax(q @ k.transpose(-1, -2) / 2, dim=-1) @ v
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def added(x: Tensor, h: Tensor, how: str, scratch: Tensor | None) -> Tensor:
+    if how == "iadd":
+        x += h
+        return x
+    if how == "rows":
+        x[:, :1] += h[:, :1]
+        x[:, 1:] = x[:, 1:] + h[:, 1:]
+        return x
+    if how == "copy":
+        return x.copy_(x + h)
+    if how == "scratch" and scratch is not None and scratch.shape == h.shape:
+        scratch.copy_(h)
+        return x + scratch
+    if how == "post":
+        return functional.layer_norm(x + h, (WIDTH,))
+    return h if how == "none" else x + h
+
+
+def run_block(
+    stack: Stack, index: int, w: Any, streams: list[Tensor], temb: Tensor, own: Tensor | None, skip: Tensor | None, scratch: Tensor | None
+) -> list[Tensor]:
+    """Run a block: skip and per-block input in, mixing over all streams, then a feed-forward for each stream."""
+    streams, last = list(streams), stack.odd == "last" and index == stack.depth - 1
+    if stack.odd == "first" and index == 0:
+        streams[0] = functional.linear(streams[0], w["extra"])
+    if skip is not None:
+        joined = torch.cat([streams[0], skip], dim=-1)
+        streams[0] = streams[0] + skip if stack.skip == "add" else functional.linear(joined, w["cat"])
+    if own is not None:
+        streams[0] = streams[0] + functional.linear(own, w["cross"])
+    if stack.modulation == "decay":
+        temb.mul_(0.75)
+    pairs = [modulated(normed(x, stack.norm), temb, stack.modulation, w, j) for j, x in enumerate(streams)]
+    sizes = [x.shape[1] for x in streams]
+    h = mixed(torch.cat([h for h, _ in pairs], dim=1), stack, w, sizes)
+    if stack.constant == "factor":
+        h = h * (1 + index / 4)
+    if stack.constant == "roll":
+        h = torch.roll(h, index, dims=1)
+    if stack.constant == "row":
+        h = h + h[:, index % 2 : index % 2 + 1]
+    done = []
+    for j, (x, part, (_, gate)) in enumerate(zip(streams, h.split(sizes, dim=1), pairs, strict=True)):
+        if last and j > 0:  # the last block has no use for the other streams
+            done.append(x)
+            continue
+        x = added(x, functional.linear(part, w[f"out{j}"]) * gate, stack.residual, scratch)
+        if not (last and len(streams) == 1):
+            h = functional.gelu(functional.linear(normed(x, stack.norm), w[f"up{j}"]))
+            x = added(x, functional.linear(h, w[f"down{j}"]), stack.residual, scratch)
+        done.append(x)
+    return done
+
+
+class Block(nn.Module):
+    """`run_block` as a module."""
+
+    def __init__(self, stack: Stack, index: int, weights: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.stack, self.index, self.weights = stack, index, nn.ParameterDict(weights)
+
+    def forward(self, *args: Any) -> list[Tensor]:
+        return run_block(self.stack, self.index, self.weights, *args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A step of the model between prologue and epilogue; a block's name is its module's path."""
+
+    run: Callable[[State], None]
+    block: str | None = None
+
+
+class Drawn(nn.Module):
+    """The model of a spec."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec, self.draw = spec, Weights(spec)
+        draw, names = self.draw, ("x", "text", "audio")[: spec.streams]
+        self.streams = names
+        self.embed = nn.ParameterDict({name: draw(WIDTH, CHANNELS) for name in names})
+        self.time, self.head, self.tail = draw(WIDTH, 2), draw(CHANNELS, WIDTH), draw(2 * WIDTH, WIDTH)
+        self.flat = nn.ParameterList()
+        self.items: list[Item] = []
+        self.hinted = any(stack.hints for stack in spec.stacks)
+        self.refiners = {name: self._prologue_stack(f"refine_{name}", depth) for name, depth in self._refined().items()}
+        self.controls = self._prologue_stack("control", 3 if self.hinted else 0)
+        self.own = nn.ParameterList(draw(WIDTH, WIDTH) for _ in range(max(s.depth for s in spec.stacks)))
+        self.glue = nn.ParameterList(draw(WIDTH, WIDTH) for _ in spec.stacks)
+        parts = [self._stack(number, stack) for number, stack in enumerate(spec.stacks)]
+        if spec.alternate:
+            first, second, *rest = parts
+            turns = max(len(first), len(second))
+            parts = [[i for k in range(turns) for part in (first, second) for i in part[k : k + 1]], *rest]
+        self.items = [item for part in parts for items in part for item in items]
+        self.middle = len(self.items) // 2
+
+    def _refined(self) -> dict[str, int]:
+        return {"text": self.spec.refine_text if "text" in self.streams else 0, "x": self.spec.refine_x}
+
+    def _block(self, list_name: str, stack: Stack, index: int) -> tuple[str, Callable[..., list[Tensor]]]:
+        weights = block_weights(stack, index, len(self.streams), self.draw)
+        if self.spec.code == "functional":
+            self.flat.extend(weights.values())
+            return f"{list_name}.{index}", lambda *args: run_block(stack, index, weights, *args)
+        block = Block(stack, index, weights)
+        if self.spec.code == "attributes":
+            self.add_module(f"{list_name}_{index}", block)
+            return f"{list_name}_{index}", block
+        if not hasattr(self, list_name):
+            self.add_module(list_name, nn.ModuleList())
+        self.get_submodule(list_name).append(block)  # type: ignore[operator]
+        return f"{list_name}.{index}", block
+
+    def _prologue_stack(self, name: str, depth: int) -> list[Callable[..., list[Tensor]]]:
+        return [self._block(name, Stack(depth=depth), i)[1] for i in range(depth)]
+
+    def _stack(self, number: int, stack: Stack) -> list[list[Item]]:
+        """Return the items of each block of a stack."""
+        spec, key = self.spec, "joined" if stack.kind == "joint" else "x"
+        streams = self.streams if stack.kind == "double" else (key,)
+        groups: list[list[Item]] = []
+        for i in range(stack.depth):
+            group = [Item(self._join)] if stack.kind == "joint" and (i == 0 or spec.alternate) else []
+            for layout in ("space", "time") if stack.kind == "spacetime" else ("",):
+                name, block = self._block(f"stack{number}{layout}", stack, i)
+                source = f"{key}:skip{number}.{stack.depth - 1 - i}" if not layout and stack.skip != "none" and i >= (stack.depth + 1) // 2 else ""
+
+                def run(s: State, block: Any = block, i: int = i, source: str = source, layout: str = layout) -> None:
+                    own = s.get(f"own{i}") if stack.own and not layout else None
+                    temb = s["temb"] if not layout else s["temb"].repeat_interleave(FRAMES if layout == "space" else spec.places, 0)
+                    done = block([s[name] for name in streams], temb, own, s.get(source), s.get("scratch"))
+                    s.update(zip(streams, done, strict=True))
+
+                if layout:
+                    group.append(Item(self._spatial if layout == "space" else self._temporal))
+                group.append(Item(run, name))
+            if stack.kind == "spacetime":
+                group.append(Item(self._together))
+            group += self._after(number, stack, i, key)
+            if stack.kind == "joint" and (i == stack.depth - 1 or spec.alternate):
+                group.append(Item(self._part))
+            groups.append(group)
+        return groups
+
+    def _after(self, number: int, stack: Stack, i: int, key: str) -> list[Item]:
+        """Return what stands between a block and the next: kept for a long skip, hint, glue."""
+        items = []
+        if stack.skip != "none" and i < stack.depth // 2:
+            items.append(Item(lambda s: s.update({f"{key}:skip{number}.{i}": s[key].clone()})))
+        if i == stack.depth - 1:
+            return items
+        if stack.hints and (i + 1) % stack.hints == 0 and key == "x":
+            hint = f"hint{(i // stack.hints) % 3}"
+            items.append(Item(lambda s: s.update({"x": added(s["x"], s[hint], "iadd" if stack.residual == "iadd" else "sum", None)})))
+        if stack.glue == "scale":
+            items.append(Item(lambda s: s.update({key: s[key] * 0.9})))
+        elif stack.glue == "norm":
+            items.append(Item(lambda s: s.update({key: functional.layer_norm(s[key], (WIDTH,))})))
+        elif stack.glue == "linear":
+            items.append(Item(lambda s: s.update({key: s[key] + functional.linear(s[key], self.glue[number])})))
+        return items
+
+    def _join(self, s: State) -> None:
+        parts = [s[name] for name in self.streams]
+        s["joined"] = torch.cat([*parts[1:], parts[0]] if self.spec.text_first else parts, dim=1)
+
+    def _part(self, s: State) -> None:
+        names = [*self.streams[1:], "x"] if self.spec.text_first else list(self.streams)
+        s.update(zip(names, s["joined"].split([s[name].shape[1] for name in names], dim=1), strict=True))
+
+    def _spatial(self, s: State) -> None:
+        s["x"] = s["x"].reshape(self.spec.batch * FRAMES, self.spec.places, WIDTH)
+
+    def _temporal(self, s: State) -> None:
+        x = s["x"].reshape(self.spec.batch, FRAMES, self.spec.places, WIDTH).transpose(1, 2)
+        s["x"] = x.reshape(self.spec.batch * self.spec.places, FRAMES, WIDTH)
+
+    def _together(self, s: State) -> None:
+        x = s["x"].reshape(self.spec.batch, self.spec.places, FRAMES, WIDTH).transpose(1, 2)
+        s["x"] = x.reshape(self.spec.batch, FRAMES * self.spec.places, WIDTH)
+
+    def start(self, inputs: dict[str, Tensor]) -> State:
+        """Run the prologue."""
+        spec = self.spec
+        if spec.prologue == "input":
+            inputs["x"].mul_(0.5)
+        s = {name: functional.linear(inputs[name], weight) for name, weight in self.embed.items()}
+        t = sum(inputs[name].to(spec.dtype) for name in ("t", "guidance") if name in inputs)
+        assert isinstance(t, Tensor)
+        s["temb"] = functional.linear(torch.stack([t, torch.cos(3 * t)], dim=-1), self.time)
+        if spec.prologue == "fill":
+            s["x"][:, :1] = s["temb"].unsqueeze(1)
+        for name, blocks in self.refiners.items():
+            for block in blocks:
+                (s[name],) = block([s[name]], s["temb"], None, None, None)
+        s["start"], s["scratch"] = s["x"], torch.zeros_like(s["x"])
+        other = s["text"] if "text" in s else s["x"]
+        rows = torch.stack([functional.linear(other.mean(1, keepdim=True), weight) for weight in self.own])
+        s |= {f"own{i}": rows[i] for i in range(len(rows))}
+        control = s["x"]
+        for i, block in enumerate(self.controls):
+            (control,) = block([control], s["temb"], None, None, None)
+            s[f"hint{i}"] = control
+        return s
+
+    def finish(self, s: State) -> Any:
+        """Run the epilogue."""
+        spec, x = self.spec, s["x"]
+        if spec.epilogue == "adaln":
+            scale, shift = functional.linear(s["temb"], self.tail).unsqueeze(1).chunk(2, dim=-1)
+            x = functional.layer_norm(x, (WIDTH,)) * (1 + scale) + shift
+        elif spec.epilogue == "scale_":
+            x = x.mul_(2)
+        elif spec.epilogue == "start":
+            x = x + s["start"]
+        elif spec.epilogue == "tap":
+            x = x + s.get("x:tap", s["start"])
+        out = functional.linear(x, self.head)
+        if spec.returns == "view":
+            return out, x[:, :1]
+        others = {name: s[name].mean(1) for name in self.streams[1:]}
+        return {"tensor": out, "tuple": (out, *others.values()), "dict": {"sample": out, **others}}[spec.returns]
+
+    def run_items(self, s: State, items: range) -> None:
+        """Run some items."""
+        for number in items:
+            self.items[number].run(s)
+            if number == self.middle and self.spec.epilogue == "tap" and s["x"].shape == s["start"].shape:
+                s["x:tap"] = s["x"].clone()
+
+    def forward(self, **inputs: Tensor) -> Any:
+        s = self.start(inputs)
+        self.run_items(s, range(len(self.items)))
+        return self.finish(s)
+
+
+class Wrapped(nn.Module):
+    """A model inside another, as pipelines' denoisers sometimes are."""
+
+    def __init__(self, model: Drawn) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.model(**inputs)
+
+
+def example(spec: Spec, step: int) -> dict[str, Tensor]:
+    """Return the inputs of one step; they move a little from step to step, the text does not."""
+    generator = torch.Generator().manual_seed(spec.seed + 1)
+    rows = {"x": FRAMES * spec.places, "text": 3, "audio": 2}
+    made = {}
+    for name, count in list(rows.items())[: spec.streams]:
+        base, drift = torch.randn((2, spec.batch, count, CHANNELS), generator=generator)
+        made[name] = (base + (0.2 * step * drift if name == "x" else 0)).to(spec.dtype)
+    time = torch.full((spec.batch,), 8 - step) if spec.time == "int64" else torch.full((spec.batch,), 1 - step / 8)
+    made["t"] = time.to(torch.bfloat16) if spec.time == "bfloat16" else time
+    if spec.time == "guidance":
+        made["guidance"] = torch.full((spec.batch,), 0.5)
+    return made
