@@ -17,6 +17,7 @@ from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.compare import clone_tensors, difference, flat_outputs
+from bwcache_compile.dataflow import writes_escape
 from bwcache_compile.errors import CaptureError, ConfigError
 from bwcache_compile.program import CachedProgram, Captured, Signature
 from bwcache_compile.sizes import open_sizes
@@ -97,9 +98,14 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
 
 
 def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
-    """Return an exported program as a flat graph over its own weights; nothing runs, nothing is checked."""
+    """Return an exported program as a flat graph over its own weights; nothing runs, nothing is checked.
+
+    Where blocks write in place to more than their own memory, the graph is the functional one.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if writes_escape(exported.graph_module):
+            exported = exported.run_decompositions({})  # in-place operators apart, the same operators
         captured = _unlifted(exported)
     inputs = captured.graph.find_nodes(op="placeholder")
     sizes = open_sizes([node.meta.get("val") for node in inputs], exported.range_constraints)

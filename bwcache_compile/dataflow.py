@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 # They may return their input itself, and their schema does not say so.
 _SILENT_ALIASES = frozenset({"aten::type_as", "aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"})
@@ -126,6 +126,38 @@ class DataFlow:
     def outside_writers(self) -> list[Node]:
         """Return the nodes that change something the caller can see: an input, a parameter or a buffer."""
         return [w for root, writers in self.writers.items() if root.op in ("placeholder", "get_attr") for w in writers]
+
+
+def _calls(node: Node) -> list[str]:
+    """Return the module calls that a node ran in, outermost first; a second call of a module is another one."""
+    return [str(key) for key in node.meta.get("nn_module_stack") or {}]
+
+
+def _is_private(writer: Node, root: Node) -> bool:
+    """Whether a write stays inside one of numbered siblings (`blocks.0`): the module that writes made the memory too."""
+    calls = _calls(writer)
+    if not calls or calls[-1] not in _calls(root):
+        return False
+    path = str(next(reversed(writer.meta["nn_module_stack"].values()))[0])
+    return any(part.isdigit() for part in path.split("."))
+
+
+def writes_escape(module: GraphModule) -> bool:
+    """Whether a graph writes in place to more than what a block makes and fills itself, nested graphs included.
+
+    Such a write changes what another block reads, and no edge of the graph shows it: a stream edited in place seems to
+    stay what it was before the first block. The functional form of the graph shows every value.
+    """
+    flow = DataFlow(module.graph)
+    if any(not _is_private(writer, root) for root, writers in flow.writers.items() for writer in writers):
+        return True
+    for nested in module.children():
+        if isinstance(nested, GraphModule):
+            inner = DataFlow(nested.graph)
+            returned = frozenset().union(*(inner.roots[node] for node in nested.graph.output_node().all_input_nodes))
+            if inner.outside_writers() or any(root.op == "placeholder" for root in returned) or writes_escape(nested):
+                return True
+    return False
 
 
 def eliminate_dead_code(graph: Graph) -> bool:

@@ -45,6 +45,7 @@ class Stack(Short):
     hints: int = 0  # every k-th block is followed by a hint
     glue: str = "none"  # between blocks: none, scale, norm, linear
     rotary: bool = False  # halves rotated into fresh memory
+    feed: bool = True  # a feed-forward after the mixing
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -184,7 +185,7 @@ def run_block(
             done.append(x)
             continue
         x = added(x, functional.linear(part, w[f"out{j}"]) * gate, stack.residual, scratch)
-        if not (last and len(streams) == 1):
+        if stack.feed and not (last and len(streams) == 1):
             h = functional.gelu(functional.linear(normed(x, stack.norm), w[f"up{j}"]))
             x = added(x, functional.linear(h, w[f"down{j}"]), stack.residual, scratch)
         done.append(x)
@@ -222,21 +223,19 @@ class Drawn(nn.Module):
         self.time, self.head, self.tail = draw(WIDTH, 2), draw(CHANNELS, WIDTH), draw(2 * WIDTH, WIDTH)
         self.flat = nn.ParameterList()
         self.items: list[Item] = []
-        self.hinted = any(stack.hints for stack in spec.stacks)
-        self.refiners = {name: self._prologue_stack(f"refine_{name}", depth) for name, depth in self._refined().items()}
-        self.controls = self._prologue_stack("control", 3 if self.hinted else 0)
-        self.own = nn.ParameterList(draw(WIDTH, WIDTH) for _ in range(max(s.depth for s in spec.stacks)))
+        self.own = nn.ParameterList(draw(WIDTH, WIDTH) for _ in range(max(s.depth * s.own for s in spec.stacks)))
         self.glue = nn.ParameterList(draw(WIDTH, WIDTH) for _ in spec.stacks)
+        self.items = self._side("text", "text", spec.refine_text if "text" in names else 0) + self._side("refine", "x", spec.refine_x)
+        self.items.append(Item(self._prepare))
+        self.items += self._side("control", "hint", 2 if any(stack.hints for stack in spec.stacks) else 0)
+        self.main = len(self.items)  # the first item of the main stacks
         parts = [self._stack(number, stack) for number, stack in enumerate(spec.stacks)]
         if spec.alternate:
             first, second, *rest = parts
             turns = max(len(first), len(second))
             parts = [[i for k in range(turns) for part in (first, second) for i in part[k : k + 1]], *rest]
-        self.items = [item for part in parts for items in part for item in items]
-        self.middle = len(self.items) // 2
-
-    def _refined(self) -> dict[str, int]:
-        return {"text": self.spec.refine_text if "text" in self.streams else 0, "x": self.spec.refine_x}
+        self.items += [item for part in parts for items in part for item in items]
+        self.middle = (self.main + len(self.items)) // 2
 
     def _block(self, list_name: str, stack: Stack, index: int) -> tuple[str, Callable[..., list[Tensor]]]:
         weights = block_weights(stack, index, len(self.streams), self.draw)
@@ -252,8 +251,18 @@ class Drawn(nn.Module):
         self.get_submodule(list_name).append(block)  # type: ignore[operator]
         return f"{list_name}.{index}", block
 
-    def _prologue_stack(self, name: str, depth: int) -> list[Callable[..., list[Tensor]]]:
-        return [self._block(name, Stack(depth=depth), i)[1] for i in range(depth)]
+    def _side(self, name: str, key: str, depth: int) -> list[Item]:
+        """Return the items of a stack beside the main ones: a refiner, or the control stack that makes the hints."""
+        items = []
+        for i in range(depth):
+            path, block = self._block(f"side_{name}", Stack(depth=depth, feed=False), i)
+
+            def run(s: State, block: Any = block, i: int = i) -> None:
+                (s[key],) = block([s[key]], s["temb"], None, None, None)
+                s[f"hint{i}"] = s[key]
+
+            items.append(Item(run, path))
+        return items
 
     def _stack(self, number: int, stack: Stack) -> list[list[Item]]:
         """Return the items of each block of a stack."""
@@ -291,7 +300,7 @@ class Drawn(nn.Module):
         if i == stack.depth - 1:
             return items
         if stack.hints and (i + 1) % stack.hints == 0 and key == "x":
-            hint = f"hint{(i // stack.hints) % 3}"
+            hint = f"hint{(i // stack.hints) % 2}"
             items.append(Item(lambda s: s.update({"x": added(s["x"], s[hint], "iadd" if stack.residual == "iadd" else "sum", None)})))
         if stack.glue == "scale":
             items.append(Item(lambda s: s.update({key: s[key] * 0.9})))
@@ -331,18 +340,17 @@ class Drawn(nn.Module):
         s["temb"] = functional.linear(torch.stack([t, torch.cos(3 * t)], dim=-1), self.time)
         if spec.prologue == "fill":
             s["x"][:, :1] = s["temb"].unsqueeze(1)
-        for name, blocks in self.refiners.items():
-            for block in blocks:
-                (s[name],) = block([s[name]], s["temb"], None, None, None)
-        s["start"], s["scratch"] = s["x"], torch.zeros_like(s["x"])
-        other = s["text"] if "text" in s else s["x"]
-        rows = torch.stack([functional.linear(other.mean(1, keepdim=True), weight) for weight in self.own])
-        s |= {f"own{i}": rows[i] for i in range(len(rows))}
-        control = s["x"]
-        for i, block in enumerate(self.controls):
-            (control,) = block([control], s["temb"], None, None, None)
-            s[f"hint{i}"] = control
         return s
+
+    def _prepare(self, s: State) -> None:
+        """Make what the main stacks read besides their streams."""
+        s["start"] = s["hint"] = s["x"]
+        if any(stack.residual == "scratch" for stack in self.spec.stacks):
+            s["scratch"] = torch.zeros_like(s["x"])
+        if self.own:
+            other = s["text"] if "text" in s else s["x"]
+            rows = torch.stack([functional.linear(other.mean(1, keepdim=True), weight) for weight in self.own])
+            s |= {f"own{i}": rows[i] for i in range(len(rows))}
 
     def finish(self, s: State) -> Any:
         """Run the epilogue."""

@@ -32,11 +32,11 @@ class Case(Short):
 
 
 @st.composite
-def stacks(draw: st.DrawFn, functional: bool, streams: int) -> Stack:
+def stacks(draw: st.DrawFn, functional: bool, streams: int, deepest: int) -> Stack:
     kinds = ["single", "double", "joint", "spacetime"] if streams > 1 else ["single", "spacetime", "single"]
     return Stack(
         kind=draw(st.sampled_from(kinds)),
-        depth=draw(st.integers(3 if functional else 2, 5)),
+        depth=draw(st.integers(3 if functional else 2, deepest)),
         mixer=draw(st.sampled_from(["mean", "softmax", "sdpa"])),
         residual=draw(st.sampled_from(["sum", "iadd", "rows", "copy", "scratch", "post", "none"])),
         norm=draw(st.sampled_from(["layer", "rms", "float", "autocast", "none"])),
@@ -48,6 +48,7 @@ def stacks(draw: st.DrawFn, functional: bool, streams: int) -> Stack:
         hints=draw(st.sampled_from([0, 0, 1, 2])),
         glue=draw(st.sampled_from(["none", "none", "scale", "norm", "linear"])),
         rotary=draw(st.booleans()),
+        feed=draw(st.booleans()),
     )
 
 
@@ -55,9 +56,9 @@ def stacks(draw: st.DrawFn, functional: bool, streams: int) -> Stack:
 def specs(draw: st.DrawFn) -> Spec:
     code = draw(st.sampled_from(["modules", "modules", "attributes", "wrapped", "functional"]))
     streams = draw(st.integers(1, 3))
-    count = draw(st.integers(1, 3))
+    count = draw(st.sampled_from([1, 1, 1, 2, 2] if code == "functional" else [1, 1, 1, 2, 2, 3]))
     return Spec(
-        stacks=tuple(draw(stacks(code == "functional", streams)) for _ in range(count)),
+        stacks=tuple(draw(stacks(code == "functional", streams, 5 - count)) for _ in range(count)),
         seed=draw(st.integers(0, 9999)),
         code=code,
         streams=streams,

@@ -153,6 +153,17 @@ class Exposed(OneStream):
         return self.head(x), x[:, :2]
 
 
+class Numbered(Tiny):
+    """A model in a numbered list: memory that it makes and writes to is its own, and the capture keeps such writes in place."""
+
+    def __init__(self, model: Tiny) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([model])
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.parts[0](x, t)
+
+
 class PostNormBlock(Block):
     """No residual: the output is a norm, so nothing continues the input."""
 

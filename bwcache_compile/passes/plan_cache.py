@@ -59,10 +59,12 @@ def _check_writes(flow: DataFlow, region: list[Node], outputs: list[Node], progr
     for root, writers in flow.writers.items():
         holders = [node for node in outputs if root in flow.roots[node]]
         for writer in writers:
-            if writer in inside and root not in inside:
+            # the functional form of a graph writes to the caller's tensors at its end
+            seen = root.op in ("placeholder", "get_attr") and bool(late >> flow.index[writer] & 1)
+            if seen or (writer in inside and root not in inside):
                 raise UnsupportedGraphError(
-                    f"{program.model_name} cannot be cached: `{writer.name}` inside the blocks writes to `{root.name}`, which lives"
-                    " outside them. A reused step would skip that write. Make the block return the value instead."
+                    f"{program.model_name} cannot be cached: `{writer.name}` writes to `{root.name}`, which lives outside the"
+                    " blocks, what they have worked out. A reused step would skip that write. Return the value instead."
                 )
             if writer not in inside and late >> flow.index[writer] & 1 and holders and (len(holders) > 1 or root not in inside):
                 raise UnsupportedGraphError(

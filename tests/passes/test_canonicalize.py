@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from bwcache_compile.graph_text import diff_graphs, op_counts
 from bwcache_compile.passes import canonicalize
-from tests.models import Casting, InPlace, OneStream, Tiny, captured
+from tests.models import Casting, InPlace, Numbered, OneStream, Tiny, captured
 from tests.passes.helpers import applied, eager, models, run, same, text
 
 aten = torch.ops.aten
@@ -48,15 +48,15 @@ def test_diff() -> None:
 
 
 def test_casts_that_matter_stay() -> None:
-    program = captured(Narrowing(depth=1))
+    program = captured(Numbered(Narrowing(depth=1)))
     before = text(program)
     assert_expected_inline(
         diff_graphs(before, text(applied(canonicalize, program)), "canonicalize"),
         """\
 @@ canonicalize
--_assert_tensor_metadata_default = _assert_tensor_metadata(x, dtype=torch.float32, device=cpu, layout=torch.strided)
--_assert_tensor_metadata_default_1 = _assert_tensor_metadata(x, dtype=torch.float32, device=cpu, layout=torch.strided)
--_assert_tensor_metadata_default_2 = _assert_tensor_metadata(to, dtype=torch.bfloat16, device=cpu, layout=torch.strided)""",
+-_assert_tensor_metadata = _assert_tensor_metadata(x, None, None, torch.float32, device=cpu, layout=torch.strided)
+-_assert_tensor_metadata_1 = _assert_tensor_metadata(x, None, None, torch.float32, device=cpu, layout=torch.strided)
+-_assert_tensor_metadata_2 = _assert_tensor_metadata(_to_copy, None, None, torch.bfloat16, device=cpu, layout=torch.strided)""",
     )
     assert op_counts(program.compute)["to"] == 3
 

@@ -16,7 +16,7 @@ from bwcache_compile.graph_text import diff_graphs, op_counts
 from bwcache_compile.passes.insert_cache import insert_cache
 from bwcache_compile.passes.split_region import split_region
 from bwcache_compile.program import CachedProgram
-from tests.models import Exposed, Interleaved, OneStream, Refined, Tiny, TwoStream
+from tests.models import Exposed, Interleaved, Numbered, OneStream, Refined, Tiny, TwoStream
 from tests.passes.helpers import applied, fill_buffers, models, planned, ready_for, run, same, text
 
 
@@ -80,7 +80,7 @@ def test_two_outputs_keep_their_order() -> None:
 
 def test_what_the_epilogue_changes_is_copied_first() -> None:
     assert_expected_inline(
-        diff(Exposed(depth=2)),
+        diff(Numbered(Exposed(depth=2))),
         """\
 @@ insert_cache
 +clone_default: f32[1, 6, 8] = clone(region_0, memory_format=torch.preserve_format)
@@ -159,7 +159,7 @@ def test_a_slot_lies_in_memory_as_the_output_does() -> None:
     assert "clone" not in op_counts(program.compute), "and so it need not be copied"
 
 
-@pytest.mark.parametrize("model", [Returned(), Written(), Halved(), Exposed()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("model", [Returned(), Numbered(Written()), Halved(), Numbered(Exposed())])
 def test_what_may_change_or_has_gaps_is_copied(model: Tiny) -> None:
     program = applied(insert_cache, ready_for(insert_cache, model))
     writes = [node for node in program.compute.graph.nodes if node.op == "call_function" and "copy_" in str(node.target)]
