@@ -65,7 +65,7 @@ class Spec(Short):
     alternate: bool = False  # blocks of the first two stacks in turn
     time: str = "float32"  # float32, bfloat16, int64, guidance (two inputs that could be the time)
     prologue: str = "plain"  # plain, fill (writes rows of x), input (writes to the caller's tensor)
-    epilogue: str = "plain"  # plain, adaln, scale_ (in place), start (adds the embedding), tap (adds a middle block's output)
+    epilogue: str = "plain"  # plain, adaln, scale_ (in place), start (adds the embedding), tap (adds the first block's output)
     returns: str = "tensor"  # tensor, tuple, dict, view
 
 
@@ -228,14 +228,15 @@ class Drawn(nn.Module):
         self.items = self._side("text", "text", spec.refine_text if "text" in names else 0) + self._side("refine", "x", spec.refine_x)
         self.items.append(Item(self._prepare))
         self.items += self._side("control", "hint", 2 if any(stack.hints for stack in spec.stacks) else 0)
-        self.main = len(self.items)  # the first item of the main stacks
         parts = [self._stack(number, stack) for number, stack in enumerate(spec.stacks)]
         if spec.alternate:
             first, second, *rest = parts
             turns = max(len(first), len(second))
             parts = [[i for k in range(turns) for part in (first, second) for i in part[k : k + 1]], *rest]
-        self.items += [item for part in parts for items in part for item in items]
-        self.middle = (self.main + len(self.items)) // 2
+        groups = [group for part in parts for group in part]
+        if spec.epilogue == "tap" and len(groups) > 1 and spec.stacks[0].kind != "joint":
+            groups[0].append(Item(lambda s: s.update({"x:tap": s["x"].clone()})))
+        self.items += [item for group in groups for item in group]
 
     def _block(self, list_name: str, stack: Stack, index: int) -> tuple[str, Callable[..., list[Tensor]]]:
         weights = block_weights(stack, index, len(self.streams), self.draw)
@@ -374,8 +375,6 @@ class Drawn(nn.Module):
         """Run some items."""
         for number in items:
             self.items[number].run(s)
-            if number == self.middle and self.spec.epilogue == "tap" and s["x"].shape == s["start"].shape:
-                s["x:tap"] = s["x"].clone()
 
     def forward(self, **inputs: Tensor) -> Any:
         s = self.start(inputs)

@@ -38,9 +38,9 @@ def stacks(draw: st.DrawFn, functional: bool, streams: int, deepest: int) -> Sta
         kind=draw(st.sampled_from(kinds)),
         depth=draw(st.integers(3 if functional else 2, deepest)),
         mixer=draw(st.sampled_from(["mean", "softmax", "sdpa"])),
-        residual=draw(st.sampled_from(["sum", "iadd", "rows", "copy", "scratch", "post", "none"])),
-        norm=draw(st.sampled_from(["layer", "rms", "float", "autocast", "none"])),
-        modulation=draw(st.sampled_from(["none", "scale", "adaln", "table", "decay"])),
+        residual=draw(st.sampled_from(["sum", "sum", "sum", "sum", "post", "none", "iadd", "rows", "copy", "scratch"])),
+        norm=draw(st.sampled_from(["layer", "layer", "rms", "float", "none", "autocast"])),
+        modulation=draw(st.sampled_from(["none", "scale", "scale", "adaln", "adaln", "table", "table", "decay"])),
         constant=draw(st.sampled_from(["none", "factor", "roll", "row"])),
         odd=draw(st.sampled_from(["none", "none", "first", "last"])),
         own=draw(st.booleans()),
@@ -70,8 +70,8 @@ def specs(draw: st.DrawFn) -> Spec:
         refine_x=draw(st.sampled_from([0, 0, 2])),
         alternate=count > 1 and draw(st.booleans()),
         time=draw(st.sampled_from(["float32", "bfloat16", "int64", "guidance"])),
-        prologue=draw(st.sampled_from(["plain", "fill", "input"])),
-        epilogue=draw(st.sampled_from(["plain", "adaln", "scale_", "start", "tap"])),
+        prologue=draw(st.sampled_from(["plain", "plain", "plain", "plain", "fill", "input"])),
+        epilogue=draw(st.sampled_from(["plain", "plain", "adaln", "adaln", "start", "tap", "scale_"])),
         returns=draw(st.sampled_from(["tensor", "tuple", "dict", "view"])),
     )
 
@@ -223,7 +223,10 @@ def check(case: Case) -> Outcome:
     steps = [run(cached, example(spec, step))[0] for step in range(len(case.mask))]
     for items in ranges(inner, names, case):
         oracle = Oracle(inner, items, case)
-        expected = [oracle_step(oracle, example(spec, step)) for step in range(len(case.mask))]
+        try:
+            expected = [oracle_step(oracle, example(spec, step)) for step in range(len(case.mask))]
+        except KeyError:  # a residual of these items is not defined
+            continue
         if all(close(a, b, spec.dtype) for a, b in zip(steps, expected, strict=True)):
             break
     else:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bwcache_compile.dataflow import DataFlow, aliased_arguments, eliminate_dead_code
+from bwcache_compile.dataflow import DataFlow, aliased_arguments, eliminate_dead_code, writes_escape
+from tests.models import BufferWriter, Exposed, InPlace, InPlaceResidual, Numbered, OneStream, Tiny, captured
 
 aten = torch.ops.aten
 
@@ -130,6 +131,34 @@ def test_masks_before_and_after() -> None:
     write = flow.mask([nodes["write"]])
     assert names(flow.select(flow.before(write))) == ["x", "empty", "half", "write"]
     assert names(flow.select(flow.after(write))) == ["write", "total", "output"]
+
+
+class Autocast(OneStream):
+    """The write is inside the graph that a higher-order operator runs."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            t.mul_(2)
+        return super().forward(x, t)
+
+
+@pytest.mark.parametrize(
+    ("model", "escapes"),
+    [
+        (OneStream(), False),
+        (InPlace(), False),
+        (Numbered(Exposed()), False),
+        (Exposed(), True),
+        (InPlaceResidual(), True),
+        (BufferWriter(), True),
+        (Autocast(), True),
+    ],
+)
+def test_writes_that_escape(model: Tiny, escapes: bool) -> None:
+    exported = torch.export.export(model.eval().requires_grad_(False), model.example())
+    assert writes_escape(exported.graph_module) is escapes
+    written = DataFlow(captured(model).compute.graph).writers
+    assert all(root.op != "call_function" for root in written) or not escapes, "the capture is functional"
 
 
 OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (

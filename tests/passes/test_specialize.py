@@ -106,10 +106,11 @@ x: f32[1, 6, 4] = input
 t: f32[1] = input
 cache_in_output_0: f32[1, 6, 8] = input
 step: i64[1] = input
-mul_2: f32[1, 6, 8] = mul(cache_in_output_0, 2)
-linear_6: f32[1, 6, 4] = linear(mul_2, head.weight, head.bias)
-slice_2: f32[1, 2, 8] = slice(mul_2, 1, 0, 2)
-return linear_6, slice_2""",
+clone_default_1: f32[1, 6, 8] = clone(cache_in_output_0)
+mul_: f32[1, 6, 8] = mul_(clone_default_1, 2)
+linear_6: f32[1, 6, 4] = linear(mul_, parts.0.head.weight, parts.0.head.bias)
+slice_1: f32[1, 2, 8] = slice(mul_, 1, 0, 2)
+return linear_6, slice_1""",
     )
 
 
