@@ -274,7 +274,11 @@ class Drawn(nn.Module):
             group = [Item(self._join)] if stack.kind == "joint" and (i == 0 or spec.alternate) else []
             for layout in ("space", "time") if stack.kind == "spacetime" else ("",):
                 name, block = self._block(f"stack{number}{layout}", stack, i)
-                source = f"{key}:skip{number}.{stack.depth - 1 - i}" if not layout and stack.skip != "none" and i >= (stack.depth + 1) // 2 else ""
+                source = (
+                    f"{key}:skip{number}.{stack.depth - 1 - i}"
+                    if not layout and stack.skip != "none" and i >= (stack.depth + 1) // 2
+                    else ""
+                )
 
                 def run(s: State, block: Any = block, i: int = i, source: str = source, layout: str = layout) -> None:
                     own = s.get(f"own{i}") if stack.own and not layout else None

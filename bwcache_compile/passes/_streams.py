@@ -20,7 +20,7 @@ _TOKENWISE = {
 _LAYOUT = {
     "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "clone",
     "expand", "slice", "to", "type_as", "_to_copy", "split_with_sizes", "split", "chunk", "getitem", "narrow", "cat",
-    "select", "stack",
+    "select", "stack", "slice_scatter", "select_scatter",
 }  # fmt: skip
 
 
@@ -125,8 +125,10 @@ def _addends(node: Node) -> list[Node]:
     if name in ("add", "sub", "add_", "sub_") and node.kwargs.get("alpha", 1) == 1:
         sides = node.args[:2] if name.startswith("add") else node.args[:1]
         return [a for a in sides if isinstance(a, Node) and _shape(a) == shape]
+    if name == "copy":  # the functional form of `copy_`: the value is the second operand's
+        return [a for a in node.args[1:2] if isinstance(a, Node) and _shape(a) == shape]
     if name in _LAYOUT:
-        return node.all_input_nodes if name in ("cat", "stack") else node.all_input_nodes[:1]
+        return node.all_input_nodes if name in ("cat", "stack", "slice_scatter", "select_scatter") else node.all_input_nodes[:1]
     return []
 
 

@@ -53,9 +53,9 @@ def test_casts_that_matter_stay() -> None:
         diff_graphs(before, text(applied(canonicalize, program)), "canonicalize"),
         """\
 @@ canonicalize
--_assert_tensor_metadata = _assert_tensor_metadata(x, None, None, torch.float32, device=cpu, layout=torch.strided)
--_assert_tensor_metadata_1 = _assert_tensor_metadata(x, None, None, torch.float32, device=cpu, layout=torch.strided)
--_assert_tensor_metadata_2 = _assert_tensor_metadata(_to_copy, None, None, torch.bfloat16, device=cpu, layout=torch.strided)""",
+-_assert_tensor_metadata_default = _assert_tensor_metadata(x, dtype=torch.float32, device=cpu, layout=torch.strided)
+-_assert_tensor_metadata_default_1 = _assert_tensor_metadata(x, dtype=torch.float32, device=cpu, layout=torch.strided)
+-_assert_tensor_metadata_default_2 = _assert_tensor_metadata(to, dtype=torch.bfloat16, device=cpu, layout=torch.strided)""",
     )
     assert op_counts(program.compute)["to"] == 3
 

@@ -1,0 +1,76 @@
+"""Check many drawn architectures and record what came of them: `python -m benchmarks.drawn --examples 10000`.
+
+Runs in rounds, one seed each; the record is written after every round, and a second call goes on where it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from tests.drawn_check import Case, Outcome, cases, check, tally
+
+ROUND = 100
+
+
+def run_round(number: int) -> dict[str, Any]:
+    """Check one round of cases; what is wrong is kept with its case, from which alone it can be run again."""
+    outcomes: list[Outcome] = []
+    wrong: list[dict[str, str]] = []
+    seen: set[Case] = set()
+
+    @seed(number)
+    @settings(max_examples=ROUND, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(cases())
+    def each(case: Case) -> None:
+        seen.add(case)
+        try:
+            outcomes.append(check(case))
+        except Exception as error:  # recorded, whatever it is: a long run should find more than one fault
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            wrong.append({"case": repr(case), "error": f"{type(error).__name__}: {error}", "at": f"{place.name}:{place.lineno}"})
+
+    start = time.perf_counter()
+    each()
+    return {**tally(outcomes), "distinct": len(seen), "wrong": wrong, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def added(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """Add the counts of a round to those before it."""
+    result = dict(total)
+    for key, value in part.items():
+        if isinstance(value, dict):
+            result[key] = added(result.get(key, {}), value)
+        else:
+            result[key] = value if key not in result else result[key] + value
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/drawn.json"))
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    record = json.loads(options.out.read_text()) if options.out.exists() else {"torch": torch.__version__, "rounds": 0, "total": {}}
+    while record["rounds"] * ROUND < options.examples:
+        record["total"] = added(record["total"], run_round(record["rounds"]))
+        record["rounds"] += 1
+        temporary = options.out.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(temporary, options.out)
+        total = record["total"]
+        print(f"{total['examples']} examples: {total['right']} right, {len(total['wrong'])} wrong, {total['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Drawn architectures: each equals eager at threshold 0 and the oracle under a forced mask, or is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from tests.drawn import Spec, Stack
+from tests.drawn_check import Case, Outcome, cases, check, tally
+
+EXAMPLES = 300
+
+
+def test_drawn_architectures() -> None:
+    outcomes: list[Outcome] = []
+
+    @settings(max_examples=EXAMPLES, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(cases())
+    def each(case: Case) -> None:
+        outcomes.append(check(case))
+
+    each()
+    counts = tally(outcomes)
+    assert counts["right"] >= 0.85 * EXAMPLES, counts
+    assert counts["right, and reusing made a difference"] >= 0.8 * counts["right"], "the check shows little"
+    assert counts["right, and equal to the oracle bit for bit"] >= 0.9 * counts["right"], counts
+
+
+FOUND = {
+    "streams edited in place, the embedding read after the blocks": Case(Spec((Stack(residual="iadd"),), epilogue="start")),
+    "rows of the stream edited in place": Case(Spec((Stack(residual="rows", depth=3),), epilogue="scale_"), "residual"),
+    "memory shared by the blocks": Case(Spec((Stack(residual="scratch"),)), "taylor"),
+    "the embedded time edited by each block": Case(Spec((Stack(modulation="decay"),), epilogue="adaln")),
+    "the caller's tensor edited": Case(Spec((Stack(),), prologue="input")),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found(name: str) -> None:
+    outcome = check(FOUND[name])
+    assert (outcome.refused, outcome.fallback) == ("", "")
+    assert outcome.exact
+    assert outcome.matters
+    assert outcome.whole
