@@ -225,8 +225,8 @@ class Drawn(nn.Module):
         self.items: list[Item] = []
         self.own = nn.ParameterList(draw(WIDTH, WIDTH) for _ in range(max(s.depth * s.own for s in spec.stacks)))
         self.glue = nn.ParameterList(draw(WIDTH, WIDTH) for _ in spec.stacks)
-        self.items = self._side("text", "text", spec.refine_text if "text" in names else 0) + self._side("refine", "x", spec.refine_x)
-        self.items.append(Item(self._prepare))
+        self.items = [*self._side("text", "text", spec.refine_text if "text" in names else 0), Item(self._own)]
+        self.items += [*self._side("refine", "x", spec.refine_x), Item(self._start)]
         self.items += self._side("control", "hint", 2 if any(stack.hints for stack in spec.stacks) else 0)
         parts = [self._stack(number, stack) for number, stack in enumerate(spec.stacks)]
         if spec.alternate:
@@ -347,15 +347,18 @@ class Drawn(nn.Module):
             s["x"][:, :1] = s["temb"].unsqueeze(1)
         return s
 
-    def _prepare(self, s: State) -> None:
-        """Make what the main stacks read besides their streams."""
-        s["start"] = s["hint"] = s["x"]
-        if any(stack.residual == "scratch" for stack in self.spec.stacks):
-            s["scratch"] = torch.zeros_like(s["x"])
+    def _own(self, s: State) -> None:
+        """Make an input for each block."""
         if self.own:
             other = s["text"] if "text" in s else s["x"]
             rows = torch.stack([functional.linear(other.mean(1, keepdim=True), weight) for weight in self.own])
             s |= {f"own{i}": rows[i] for i in range(len(rows))}
+
+    def _start(self, s: State) -> None:
+        """Keep the embedding, and make the memory that blocks share."""
+        s["start"] = s["hint"] = s["x"]
+        if any(stack.residual == "scratch" for stack in self.spec.stacks):
+            s["scratch"] = torch.zeros_like(s["x"])
 
     def finish(self, s: State) -> Any:
         """Run the epilogue."""
