@@ -56,6 +56,7 @@ def added(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the rounds that the record lacks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/drawn.json"))

@@ -135,6 +135,8 @@ def _calls(node: Node) -> list[str]:
 
 def _is_private(writer: Node, root: Node) -> bool:
     """Whether a write stays inside one of numbered siblings (`blocks.0`): the module that writes made the memory too."""
+    if writer.target is torch.ops.aten.detach_.default:  # stands behind each tensor made of numbers, and changes none
+        return True
     calls = _calls(writer)
     if not calls or calls[-1] not in _calls(root):
         return False
