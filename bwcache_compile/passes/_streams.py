@@ -97,7 +97,8 @@ def needed_rows(graph: Graph) -> dict[Node, Rows | None]:
         elif rows is not None and name == "cat" and len(node.args) > 1 and node.args[1] in (1, -2):
             offset: int | SymInt = 0
             for part in node.args[0]:
-                length = _rows(part) or 0
+                rows_of_part = _rows(part)
+                length = 0 if rows_of_part is None else rows_of_part  # not `or`: a size that depends on values has no truth
                 wanted = _overlap(rows, offset, length)
                 if wanted is not None:
                     add(part, None if wanted == "unknown" else wanted)

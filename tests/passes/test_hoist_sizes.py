@@ -60,7 +60,9 @@ def test_diff() -> None:
     program = folded()
     before = format_graph(program.compute)
     assert hoist_sizes(program).modified
-    assert_expected_inline(diff_graphs(before, format_graph(program.compute), "hoist_sizes"), """\
+    assert_expected_inline(
+        diff_graphs(before, format_graph(program.compute), "hoist_sizes"),
+        """\
 @@ hoist_sizes
 -sym_size_int_5: s27 = sym_size(x, 1)
 -sym_size_int_7: s13 = sym_size(t, 0)
@@ -77,7 +79,8 @@ def test_diff() -> None:
 +reshape_2: f32[s13*s27, 8] = reshape(add, [mul_4, 8])
 +reshape_3: f32[s13, s27, 8] = reshape(reshape_2, [sym_size_int_8, sym_size_int, 8])
 -reshape_4: f32[s13*s27, 4] = reshape(linear_6, [mul, -1])
-+reshape_4: f32[s13*s27, 4] = reshape(linear_6, [mul_4, -1])""")
++reshape_4: f32[s13*s27, 4] = reshape(linear_6, [mul_4, -1])""",
+    )
 
 
 def test_sizes_stand_before_tensors_and_the_numbers_are_the_models() -> None:

@@ -24,7 +24,7 @@ class Entry:
         rows: The rows of a joined text and video stream that the output takes.
         in_turn: The stacks' blocks run in turn (spatial, temporal, spatial, ...) instead of stack after stack.
         refused: Way of reuse to the first line of its refusal.
-        never_captured: First line of the refusal, where the model cannot be captured at all.
+        never_captured: What the refusal says, where the model cannot be captured or cached at all.
         needs: A module that the class imports and that may be absent.
     """
 
