@@ -15,7 +15,6 @@ from bwcache_compile.passes.insert_indicator import insert_indicator
 from bwcache_compile.passes.insert_policy import insert_policy
 from bwcache_compile.passes.lift_cache_state import lift_cache_state
 from bwcache_compile.passes.plan_cache import plan_cache
-from bwcache_compile.passes.return_writes import return_writes
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.passes.split_region import split_region
 from bwcache_compile.program import CachedProgram, PassResult
@@ -24,7 +23,7 @@ from bwcache_compile.verify import verify
 Pass = Callable[[CachedProgram], PassResult]
 AfterPass = Callable[[str, CachedProgram], None]
 
-TIDY_PIPELINE: tuple[Pass, ...] = (canonicalize, return_writes, hoist_sizes)
+TIDY_PIPELINE: tuple[Pass, ...] = (canonicalize, hoist_sizes)
 CACHE_PIPELINE: tuple[Pass, ...] = (split_region, insert_cache, insert_indicator, insert_policy, lift_cache_state, specialize)
 GUARD_PIPELINE: tuple[Pass, ...] = (split_region, insert_cache, insert_indicator, insert_policy, lift_cache_state, insert_cond)
 
