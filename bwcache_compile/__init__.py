@@ -12,7 +12,7 @@ from bwcache_compile.errors import (
     UnsupportedGraphError,
 )
 from bwcache_compile.graph_text import graph_diff
-from bwcache_compile.runtime import CachedModel, CacheState
+from bwcache_compile.runtime import CachedModel, CacheState, GuardedState
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "CachedModel",
     "CaptureError",
     "ConfigError",
+    "GuardedState",
     "InvariantError",
     "NoBlocksFoundError",
     "StateError",

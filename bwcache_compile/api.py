@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -13,6 +13,7 @@ from bwcache_compile import passes
 from bwcache_compile.capture import capture, flat_program
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, StateError
+from bwcache_compile.passes import Guard
 from bwcache_compile.program import BlockSearch
 from bwcache_compile.runtime import CachedModel, Toolchain
 from bwcache_compile.runtime.watch import refuse_hooks
@@ -26,9 +27,9 @@ def _names(blocks: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(blocks)
 
 
-def _toolchain(blocks: Sequence[str] | None) -> Toolchain:
-    names = _names(blocks)
-    build, explain = functools.partial(passes.build, blocks=names), functools.partial(passes.explain, blocks=names)
+def _toolchain(blocks: Sequence[str] | None, guard: Guard) -> Toolchain:
+    choices: dict[str, Any] = {"blocks": _names(blocks), "guard": guard}
+    build, explain = functools.partial(passes.build, **choices), functools.partial(passes.explain, **choices)
     return Toolchain(capture=capture, build=build, explain=explain)
 
 
@@ -37,6 +38,7 @@ def transform(
     config: CacheConfig | None = None,
     *,
     blocks: Sequence[str] | None = None,
+    guard: Guard = "host",
     example_args: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
@@ -57,6 +59,9 @@ def transform(
         config: What to cache and when to reuse it; the default is the paper's schedule with a compact indicator.
         blocks: Cache these instead of the blocks that are found: module paths (`"blocks.3"`), or the path of a stack
             (`"blocks"`). They must follow one another on one stream.
+        guard: "host" picks one of two plain graphs at each step, and reads one number from the device per computed
+            step. "graph" puts the choice into one graph with `torch.cond`: for one-file deployment, for
+            `torch.compile(cached.step, fullgraph=True)`, and for a guard per block.
         example_args: Positional arguments to capture now.
         example_kwargs: Keyword arguments to capture now.
         dynamic_shapes: Which sizes are open from the first capture on: "auto" for all that the model lets, else in the
@@ -79,9 +84,11 @@ def transform(
         raise ConfigError("this model is compiled already: transform the original first, then call torch.compile on the result.")
     refuse_hooks(model)
     config = config or CacheConfig()
-    if config.granularity == "block":
-        raise ConfigError("granularity='block' decides for each block on its own, which needs the guard in the graph.")
-    cached = CachedModel(model, config, _toolchain(blocks), dynamic_shapes)
+    if guard not in get_args(Guard):
+        raise ConfigError(f"guard is {guard!r}; choose one of {', '.join(map(repr, get_args(Guard)))}.")
+    if config.granularity == "block" and guard == "host":
+        raise ConfigError("granularity='block' decides for each block on its own, inside the graph: pass guard='graph'.")
+    cached = CachedModel(model, config, _toolchain(blocks, guard), dynamic_shapes)
     if example_args is not None or example_kwargs is not None:
         cached.prepare(example_args or (), example_kwargs or {})
     return cached

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -26,8 +27,9 @@ class Case:
     model: nn.Module
     captured: CachedProgram
 
-    def transform(self, config: bw.CacheConfig) -> bw.CachedModel:
-        toolchain = Toolchain(capture=lambda *_: self.captured.fresh(), build=passes.build, explain=passes.explain)
+    def transform(self, config: bw.CacheConfig, guard: passes.Guard = "host") -> bw.CachedModel:
+        build = functools.partial(passes.build, guard=guard)
+        toolchain = Toolchain(capture=lambda *_: self.captured.fresh(), build=build, explain=passes.explain)
         return bw.CachedModel(self.model, config, toolchain)
 
     def oracle(self, config: bw.CacheConfig) -> Oracle:
@@ -94,6 +96,16 @@ def test_schedule_decides_like_the_oracle(case: Case) -> None:
         if record.indicator is not None:
             assert record.indicator == pytest.approx(oracle.indicators[step], rel=1e-4)
     assert cached.report().contexts["default"].reused > 0
+
+
+def test_both_guards_agree(case: Case) -> None:
+    config = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0, 1))
+    host, graph = case.transform(config), case.transform(config, guard="graph")
+    for step in range(4):
+        expected, actual = run(host, case.entry.inputs(step)), run(graph, case.entry.inputs(step))
+        for want, got in zip(flat_outputs(expected), flat_outputs(actual), strict=True):
+            assert torch.equal(got, want)
+    assert [record.computed for record in graph.report().contexts["default"].steps] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("name", list(REFUSED))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_text import GraphDiff, graph_diff, snapshot
@@ -21,6 +22,8 @@ from bwcache_compile.program import CachedProgram, PassResult
 from bwcache_compile.verify import verify
 
 Pass = Callable[[CachedProgram], PassResult]
+Guard = Literal["host", "graph"]
+"""Who decides at each step: the caller, between two graphs, or one graph by itself."""
 AfterPass = Callable[[str, CachedProgram], None]
 
 TIDY_PIPELINE: tuple[Pass, ...] = (canonicalize, hoist_sizes)
@@ -50,7 +53,13 @@ def run_pipeline(program: CachedProgram, passes: tuple[Pass, ...], after_pass: A
     return program
 
 
-def build(program: CachedProgram, config: CacheConfig, after_pass: AfterPass | None = None, blocks: Sequence[str] = ()) -> CachedProgram:
+def build(
+    program: CachedProgram,
+    config: CacheConfig,
+    after_pass: AfterPass | None = None,
+    blocks: Sequence[str] = (),
+    guard: Guard = "host",
+) -> CachedProgram:
     """Turn a captured program into its cached form: find the blocks, plan, rewrite.
 
     Args:
@@ -58,6 +67,7 @@ def build(program: CachedProgram, config: CacheConfig, after_pass: AfterPass | N
         config: What to cache and when to reuse it.
         after_pass: See `run_pipeline`.
         blocks: Names of the blocks to cache instead of those that are found; see `find_blocks`.
+        guard: "host" makes the `compute` and `reuse` graphs, "graph" the `guarded` one.
 
     Raises:
         NoBlocksFoundError: There is nothing to cache.
@@ -66,23 +76,24 @@ def build(program: CachedProgram, config: CacheConfig, after_pass: AfterPass | N
     """
     program = run_pipeline(program, TIDY_PIPELINE, after_pass)
     program = program.replace(plan=plan_cache(program, find_blocks(program, blocks), config))
-    return run_pipeline(program, CACHE_PIPELINE, after_pass)
+    return run_pipeline(program, CACHE_PIPELINE if guard == "host" else GUARD_PIPELINE, after_pass)
 
 
-def explain(program: CachedProgram, config: CacheConfig, blocks: Sequence[str] = ()) -> dict[str, GraphDiff]:
+def explain(program: CachedProgram, config: CacheConfig, blocks: Sequence[str] = (), guard: Guard = "host") -> dict[str, GraphDiff]:
     """Build a captured program pass by pass and return what each changed, by name, and all together as "whole".
 
-    `specialize` and "whole" compare with the graph of a reused step: what is missing there is what reuse saves.
+    `specialize` and "whole" compare with the graph of a reused step: what is missing there is what reuse saves. With the
+    guard in the graph they compare with the guarded one.
     """
     diffs: dict[str, GraphDiff] = {}
     first = latest = snapshot(program.compute)
 
     def record(name: str, after: CachedProgram) -> None:
         nonlocal latest
-        now = snapshot(after.reuse if after.reuse is not None else after.compute)
+        now = snapshot(after.reuse or after.guarded or after.compute)
         diffs[name] = graph_diff(latest, now, name)
         latest = now
 
-    plan = build(program, config, record, blocks).planned()
+    plan = build(program, config, record, blocks, guard).planned()
     diffs["whole"] = graph_diff(first, latest, "whole", blocks=len(plan.blocks))
     return diffs

@@ -3,6 +3,6 @@
 from bwcache_compile.runtime.cached_model import CachedModel
 from bwcache_compile.runtime.programs import Toolchain
 from bwcache_compile.runtime.report import ContextReport, Report, StepRecord
-from bwcache_compile.runtime.state import CacheState
+from bwcache_compile.runtime.state import CacheState, GuardedState
 
-__all__ = ["CacheState", "CachedModel", "ContextReport", "Report", "StepRecord", "Toolchain"]
+__all__ = ["CacheState", "CachedModel", "ContextReport", "GuardedState", "Report", "StepRecord", "Toolchain"]

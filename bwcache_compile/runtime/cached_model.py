@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
@@ -18,12 +18,13 @@ from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram, CachePlan
 from bwcache_compile.runtime.context import UNNAMED, Context, Moment, arrive, warn_without_reuse
+from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
 from bwcache_compile.runtime.joint import agree
-from bwcache_compile.runtime.loaded import LoadedProgram, run_both
+from bwcache_compile.runtime.loaded import LoadedProgram, run_all
 from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
-from bwcache_compile.runtime.report import Report, StepRecord
+from bwcache_compile.runtime.report import RawStep, Report
 from bwcache_compile.runtime.signature import ordered
-from bwcache_compile.runtime.state import CacheState, fresh_state, slot_shapes
+from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.wrapper import ModelWrapper
 
 
@@ -123,14 +124,16 @@ class CachedModel(ModelWrapper):
             loaded, flat, num_steps = fit.loaded, pytree.tree_leaves((args, kwargs)), self._num_steps(moment)
             context.group = moment.group
             if self.cache_config.decide == "joint":
+                if loaded.guarded:
+                    raise ConfigError("decide='joint' is for guard='host': a graph that decides by itself sees one context.")
                 agree(context, list(self._contexts.values()), self.cache_config, num_steps)
             state = arrive(context, moment, fit, flat, num_steps)
-            operands = loaded.operands(flat, state, self.cache_config, num_steps)
+            operands = loaded.operands(flat, state, loaded.parameters(self.cache_config, num_steps))
         except BaseException:
             context.lock.release()
             raise
         self._programs.enter()
-        return _Call(context, loaded, state, loaded.reuse if state.reuses_next else loaded.compute, operands)
+        return _Call(context, loaded, state, loaded.graphs[loaded.kind(state)], operands)
 
     def _num_steps(self, moment: Moment | None) -> int | None:
         """Return the steps of a generation: what the caller of this call said, else the settings."""
@@ -152,9 +155,7 @@ class CachedModel(ModelWrapper):
     def _finish(self, call: _Call, returned: Any) -> Any:
         before, context = call.state, call.context
         outputs, context.state, change = call.loaded.split(returned, before)
-        gap = before.step - before.computed_at if before.computed_at >= 0 else None
-        computed = not before.reuses_next
-        context.records.append(StepRecord(before.step, computed, gap if computed else None, change))
+        context.records.append(RawStep(before.step, call.loaded.computes(before), before.computed_at < 0, change))
         num_steps = self._num_steps(self._moment.get())
         if num_steps is not None and before.step == num_steps - 1:
             warn_without_reuse(context, self.cache_config)
@@ -167,37 +168,59 @@ class CachedModel(ModelWrapper):
 
     # -- the functional form -------------------------------------------------------------------------------------
 
-    def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState:
+    def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState | GuardedState:
         """Return the state of a fresh context for inputs like these, capturing the model if need be."""
-        fit = self._fit(*ordered(args, kwargs or {}))
-        return fresh_state(fit.loaded.plan, fit.sizes)
+        return first_state(self._fit(*ordered(args, kwargs or {})))
+
+    def policy_parameters(self, **changes: Any) -> tuple[Tensor, ...]:
+        """Return the policy's inputs for `step`, from the settings with some of them changed.
+
+        Raises:
+            ConfigError: A value is bad, or the setting is built into the graphs.
+        """
+        config = self._changed_config(changes)
+        return self._programs.latest.parameters(config, config.steps)
 
     def step(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], state: CacheState, config: CacheConfig | None = None
-    ) -> tuple[Any, CacheState]:
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: CacheState | GuardedState,
+        parameters: tuple[Tensor, ...] | None = None,
+    ) -> tuple[Any, CacheState | GuardedState]:
         """Run one step on a state that the caller owns: no context, no report, nothing kept.
+
+        With `guard="graph"` and a model that is captured already (`example_args`), `torch.compile(cached.step,
+        fullgraph=True)` compiles it as one graph; pass `parameters` then.
 
         Args:
             args: Positional arguments of the model.
             kwargs: Keyword arguments of the model.
             state: From `init_state` or the step before. It stays valid: stepping twice from one state gives the same.
-            config: Policy settings other than the model's own; only thresholds, intervals and step counts may differ.
+            parameters: From `policy_parameters`; the model's own settings if not given.
 
         Returns:
             The model's output and the next state.
+
+        Raises:
+            StateError: The state belongs to other inputs.
         """
         args, kwargs = ordered(args, kwargs)
+        flat = pytree.tree_leaves((args, kwargs))
+        if isinstance(state, GuardedState) and torch.compiler.is_compiling():
+            if parameters is None:
+                raise ConfigError(
+                    "inside torch.compile, pass parameters=cached.policy_parameters(): settings are no constants of the graph."
+                )
+            check_inputs(self._programs.only, flat)
+            return guarded_step(self._programs.only, flat, state, parameters)
         fit = self._fit(args, kwargs)
-        loaded = fit.loaded
-        given = [(tuple(t.shape), t.dtype) for t in state.slots]
-        if given != list(zip(slot_shapes(loaded.plan, fit.sizes), (slot.dtype for slot in loaded.plan.slots), strict=True)):
-            raise StateError("this state belongs to inputs of other shapes or dtypes; start from init_state for these.")
-        config = config or self.cache_config
-        operands = loaded.operands(pytree.tree_leaves((args, kwargs)), state, config, config.steps)
-        with torch.no_grad():
-            returned = (loaded.reuse if state.reuses_next else loaded.compute)(*operands)
-        outputs, state, _ = loaded.split(returned, state)
-        return outputs, state
+        check_state(fit, state)
+        if parameters is None:
+            parameters = fit.loaded.parameters(self.cache_config, self.cache_config.steps)
+        if isinstance(state, GuardedState):
+            return guarded_step(fit.loaded, flat, state, parameters)
+        return host_step(fit.loaded, flat, state, parameters)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -233,19 +256,22 @@ class CachedModel(ModelWrapper):
             self._contexts = {}
             self._calls = 0
 
-    def configure(self, **changes: Any) -> None:
-        """Change policy settings; they take effect at the next computed step and recompile nothing.
-
-        Raises:
-            ConfigError: A value is bad, or the setting is built into the graphs (transform the model again for those).
-        """
+    def _changed_config(self, changes: dict[str, Any]) -> CacheConfig:
         allowed = {"threshold", "reuse_interval", "tail", "warmup_steps", "num_steps", "decide"}
         if set(changes) - allowed:
             raise ConfigError(
                 f"{', '.join(sorted(set(changes) - allowed))} shapes the graphs; transform the model again."
                 f" What may change is {', '.join(sorted(allowed))}."
             )
-        self.cache_config = dataclasses.replace(self.cache_config, **changes)
+        return dataclasses.replace(self.cache_config, **changes)
+
+    def configure(self, **changes: Any) -> None:
+        """Change policy settings; they take effect at the next computed step and recompile nothing.
+
+        Raises:
+            ConfigError: A value is bad, or the setting is built into the graphs (transform the model again for those).
+        """
+        self.cache_config = self._changed_config(changes)
 
     def invalidate(self) -> None:
         """Forget every cached tensor but keep each context's step: for weights edited where no version counts it."""
@@ -262,16 +288,16 @@ class CachedModel(ModelWrapper):
             self._closed = True
 
     def compile(self, **options: Any) -> None:
-        """Compile each program's two graphs with `torch.compile(**options)`, those captured later too."""
+        """Compile each program's graphs with `torch.compile(**options)`, those captured later too."""
         self._programs.compile(options)
 
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
-        """Run both graphs once for inputs like these, so that whatever compiles does so now. No state is touched."""
+        """Run every graph once for inputs like these, so that whatever compiles does so now. No state is touched."""
         args, kwargs = ordered(args, kwargs or {})
         fit = self._fit(args, kwargs)
         num_steps = self.cache_config.steps or 2
-        fresh = fresh_state(fit.loaded.plan, fit.sizes)
-        run_both(fit.loaded, pytree.tree_leaves((args, kwargs)), fresh, self.cache_config, num_steps)
+        parameters = fit.loaded.parameters(self.cache_config, num_steps)
+        run_all(fit.loaded, pytree.tree_leaves((args, kwargs)), fit.loaded.fresh(fit.sizes), parameters)
 
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""

@@ -13,8 +13,8 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CacheWarning, StateError
 from bwcache_compile.runtime.clock import Clock
 from bwcache_compile.runtime.programs import Fit
-from bwcache_compile.runtime.report import ContextReport, StepRecord
-from bwcache_compile.runtime.state import CacheState, fresh_state
+from bwcache_compile.runtime.report import ContextReport, RawStep, step_records
+from bwcache_compile.runtime.state import CacheState
 
 UNNAMED = "default"
 """Name of the context of calls that are in none."""
@@ -48,7 +48,7 @@ class Context:
         self.state: CacheState | None = None
         self.fit: Fit | None = None
         self.clock = Clock()
-        self.records: list[StepRecord] = []
+        self.records: list[RawStep] = []
         self.events: list[str] = []
 
     def start(self, *events: str) -> None:
@@ -59,13 +59,13 @@ class Context:
     def report(self) -> ContextReport:
         """Return the current generation as a value."""
         held = self.state.bytes if self.state else 0
-        return ContextReport(self.name, tuple(self.records), tuple(self.events), held)
+        return ContextReport(self.name, step_records(self.records), tuple(self.events), held)
 
     def forget(self, why: str, step: int, fit: Fit) -> None:
         """Drop what is cached and keep the step."""
         self.events.append(f"{why} before step {step}: the cache was cleared")
         self.agreed_at, self.trigger = -1, None
-        self.state = fresh_state(fit.loaded.plan, fit.sizes, step)
+        self.state = fit.loaded.fresh(fit.sizes, step)
 
 
 def _starts_over(context: Context, moment: Moment, state: CacheState, flat: list[Any]) -> bool:
@@ -120,7 +120,7 @@ def arrive(context: Context, moment: Moment, fit: Fit, flat: list[Any], num_step
         context.start(*events)
         context.clock.start(flat)
         step = given or 0
-        context.state = fresh_state(fit.loaded.plan, fit.sizes, step)
+        context.state = fit.loaded.fresh(fit.sizes, step)
     elif before is not None and before.version != fit.version:
         rebuilt = before.version[0] != fit.version[0]
         context.forget(f"the modules changed ({fit.changed})" if rebuilt else "the weights changed", step, fit)
@@ -131,8 +131,10 @@ def arrive(context: Context, moment: Moment, fit: Fit, flat: list[Any], num_step
 
 def warn_without_reuse(context: Context, config: CacheConfig) -> None:
     """At the end of a generation that reused nothing: say so, and which threshold would have."""
+    if config.policy != "schedule" or config.threshold == 0:
+        return
     report = context.report()
-    if report.reused or config.policy != "schedule" or config.threshold == 0:
+    if report.reused or any(report.reused_by_block):
         return
     if len(report.steps) < 3:  # an expert that joined at the end: too short a stretch for any threshold
         return

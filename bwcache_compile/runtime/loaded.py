@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.program import OURS, CachedProgram
 from bwcache_compile.runtime.signature import CallKey
-from bwcache_compile.runtime.state import CacheState, policy_parameters
+from bwcache_compile.runtime.state import CacheState, fresh_slots, policy_parameters
 from bwcache_compile.sizes import CallSizes, Shape, Size
 
 
@@ -32,22 +32,42 @@ def _open(value: Any, described: Shape | Size | None) -> Any:
     return alias
 
 
+def _kind(value: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
+    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
+        return None
+    return tuple(value.shape), value.dtype
+
+
 class LoadedProgram:
-    """A program ready to run: its two graphs, compiled where asked for, and its scalars on the device."""
+    """A program ready to run: its graphs, compiled where asked for, and its scalars on the device.
+
+    Attributes:
+        modules: By kind: `compute` and `reuse`, or `guarded` alone where the guard is in the graph.
+        graphs: The same, compiled where asked for.
+        slots: What one context's state holds.
+        input_kinds: Shape and dtype of each of the user's inputs; None where it is no tensor or a size is open.
+    """
 
     def __init__(self, program: CachedProgram, key: CallKey) -> None:
         """Wrap a program that was captured for a call like this one; nothing is compiled yet."""
-        assert program.reuse is not None
         self.program, self.key = program, key
         self.checked = {key.sizes}
         self.refused: set[CallSizes] = set()
-        self.compute: Callable[..., Any] = program.compute
-        self.reuse: Callable[..., Any] = program.reuse
         self.plan = program.planned()
+        self.guarded = program.guarded is not None
+        kinds = ("guarded",) if self.guarded else ("compute", "reuse")
+        self.modules = {kind: getattr(program, kind) for kind in kinds}
+        self.graphs: dict[str, Callable[..., Any]] = dict(self.modules)
+        self.slots = self.plan.guard_slots if self.guarded else self.plan.slots
+        inputs = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
+        self.input_kinds = [_kind(node.meta.get("val")) for node in inputs]
         self._scalars: dict[Hashable, Any] = {}
-        names = [slot.name for slot in self.plan.slots]
-        self.compute_reads = [names.index(name) for name in program.compute_slots]
-        self.reuse_reads = [names.index(name) for name in program.reuse_slots]
+        names = [slot.name for slot in self.slots]
+        self._reads = {
+            "compute": [names.index(name) for name in program.compute_slots],
+            "reuse": [names.index(name) for name in program.reuse_slots],
+            "guarded": list(range(len(names))),
+        }
 
     def symbols(self, key: CallKey) -> Mapping[str, int] | None:
         """Return the values of the program's open sizes at a call, or None if it does not serve such calls."""
@@ -59,12 +79,14 @@ class LoadedProgram:
         return sizes.bind(key.sizes)
 
     def compile(self, options: dict[str, Any]) -> None:
-        """Compile both graphs with these options of `torch.compile`; each is compiled whole at its first run."""
-        assert self.program.reuse is not None
+        """Compile the graphs with these options of `torch.compile`; each is compiled whole at its first run."""
         if self.program.signature.sizes is not None:
             options = {"dynamic": True, **options}
-        self.compute = torch.compile(self.program.compute, **options)
-        self.reuse = torch.compile(self.program.reuse, **options)
+        self.graphs = {kind: torch.compile(module, **options) for kind, module in self.modules.items()}
+
+    def fresh(self, sizes: Mapping[str, int], step: int = 0) -> CacheState:
+        """Return the state of a context that has computed nothing, at these sizes; its next step is `step`."""
+        return CacheState(fresh_slots(self.slots, sizes, self.plan.device), step)
 
     def step_tensor(self, step: int) -> Tensor:
         """Return int64[1] on the device, made once per step."""
@@ -86,37 +108,47 @@ class LoadedProgram:
         returned: tuple[Tensor, Tensor] = self.program.compute.get_submodule(f"{OURS}policy")(change, trigger, step, *parameters)
         return returned
 
-    def operands(self, flat: list[Any], state: CacheState, config: CacheConfig, num_steps: int | None) -> list[Any]:
+    def kind(self, state: CacheState) -> str:
+        """Name the graph that runs next."""
+        return "guarded" if self.guarded else "reuse" if state.reuses_next else "compute"
+
+    def operands(self, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> list[Any]:
         """Return the inputs of the graph that runs next."""
-        step, sizes = self.step_tensor(state.step), self.program.signature.sizes
-        reads = self.reuse_reads if state.reuses_next else self.compute_reads
+        kind, sizes = self.kind(state), self.program.signature.sizes
+        reads = self._reads[kind]
         slots = [state.slots[i] for i in reads]
         if sizes is not None:
             flat = [_open(leaf, described) for leaf, described in zip(flat, sizes.inputs, strict=True)]
-            slots = [_open(slot, self.plan.slots[i].shape) for slot, i in zip(slots, reads, strict=True)]
-        return [*flat, *slots, *(() if state.reuses_next else self.parameters(config, num_steps)), step]
+            slots = [_open(slot, self.slots[i].shape) for slot, i in zip(slots, reads, strict=True)]
+        return [*flat, *slots, *(() if kind == "reuse" else parameters), self.step_tensor(state.step)]
+
+    def computes(self, state: CacheState) -> bool | Tensor:
+        """Whether the next step computes; bool[regions] where only the graph knows."""
+        if not self.guarded:
+            return not state.reuses_next
+        return torch.cat(state.slots[len(self.plan.slots) :]) < state.step
 
     def split(self, returned: Any, state: CacheState) -> tuple[Any, CacheState, Tensor | None]:
         """Part a graph's results into the model's output, the next state and the measured change.
 
-        Reads `reuse_left` on the host after a computed step: the only synchronisation.
+        Reads `reuse_left` on the host after a computed step: the only synchronisation, and none with the guard in the graph.
         """
         spec = self.program.signature.out_spec
         outputs = pytree.tree_unflatten(list(returned[: spec.num_leaves]), spec)
         if state.reuses_next:
             return outputs, state.reused(), None
-        end = spec.num_leaves + len(self.plan.slots)
+        end = spec.num_leaves + len(self.slots)
         slots = tuple(returned[spec.num_leaves : end])
         if self.plan.device.type == "cuda":  # a replayed CUDA graph overwrites what it returned before
             slots = tuple(slot.clone() for slot in slots)
-        change = returned[end + 1] if len(returned) > end + 1 else None
-        return outputs, state.computed(slots, int(returned[end])), change
+        left = 0 if self.guarded else int(returned[end])
+        change = returned[-1] if self.plan.measured else None
+        return outputs, state.computed(slots, left), change
 
 
 @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
-def run_both(loaded: LoadedProgram, flat: list[Any], fresh: CacheState, config: CacheConfig, num_steps: int) -> None:
-    """Run both graphs on a fresh state and drop what they return; an outer torch.compile compiles them here."""
+def run_all(loaded: LoadedProgram, flat: Sequence[Any], fresh: CacheState, parameters: tuple[Tensor, ...]) -> None:
+    """Run every graph on a fresh state and drop what it returns; an outer torch.compile compiles them here."""
     with torch.no_grad():
-        loaded.compute(*loaded.operands(flat, fresh, config, num_steps))
-        reusing = dataclasses.replace(fresh, step=1, computed_at=0, reuse_until=1)
-        loaded.reuse(*loaded.operands(flat, reusing, config, num_steps))
+        for state in (fresh, dataclasses.replace(fresh, step=1, computed_at=0, reuse_until=1)):
+            loaded.graphs[loaded.kind(state)](*loaded.operands(flat, state, parameters))

@@ -22,7 +22,6 @@ from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram
 from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.signature import CallKey, call_key
-from bwcache_compile.runtime.state import fresh_state
 from bwcache_compile.runtime.watch import ModelWatch
 
 MAX_PROGRAMS = 8
@@ -77,9 +76,10 @@ def _difference_at(
     flat = pytree.tree_leaves(clone_tensors((args, kwargs)))
     with torch.no_grad():
         expected = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
-        operands = loaded.operands(flat, fresh_state(loaded.plan, sizes), config, config.steps or 2)
+        state = loaded.fresh(sizes)
+        operands = loaded.operands(flat, state, loaded.parameters(config, config.steps or 2))
         try:
-            returned = list(loaded.program.compute(*operands))
+            returned = list(loaded.modules[loaded.kind(state)](*operands))
         except RuntimeError as error:
             return f"it fails with {str(error).splitlines()[0]}"
     return difference(expected, returned[: len(expected)])
@@ -231,6 +231,20 @@ class ProgramCache:
         if self._last is None:
             raise StateError("nothing is captured yet: call the model once, or pass example_args / example_kwargs to transform.")
         return self._last
+
+    @property
+    def only(self) -> LoadedProgram:
+        """The one program there is: compiled code cannot choose among several.
+
+        Raises:
+            StateError: There is none, or there are several.
+        """
+        if len(self._loaded) != 1:
+            raise StateError(
+                f"cached.step inside torch.compile needs a model that is captured for one signature, not {len(self._loaded)}:"
+                " transform the model with guard='graph' and example_args / example_kwargs, and call it with inputs of those shapes."
+            )
+        return next(iter(self._loaded.values()))
 
     def explain(self, config: CacheConfig) -> dict[str, GraphDiff]:
         """Return what each pass changed in the program used last."""

@@ -4,8 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class RawStep:
+    """One step as it was noted while running, nothing read from the device.
+
+    Attributes:
+        step: Index of the step.
+        computed: Whether it computed; bool[regions] where the graph decided.
+        fresh: Whether there was nothing to compare with.
+        change: float32[blocks], see `StepRecord`.
+    """
+
+    step: int
+    computed: bool | Tensor
+    fresh: bool
+    change: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,23 +32,43 @@ class StepRecord:
 
     Attributes:
         step: Index of the step.
-        computed: False if it reused.
+        computed: False if it reused; with a guard per block, whether any block computed.
         gap: Steps since the last computed one, on a computed step that has one before it; a change measured over a
             longer gap is larger by itself.
         change: float32[blocks] on a computed step of a policy that measures: the relative change of each block.
+        blocks_computed: With a guard per block: whether each block computed, in execution order.
     """
 
     step: int
     computed: bool
     gap: int | None = None
     change: Tensor | None = None
+    blocks_computed: tuple[bool, ...] = ()
 
     @property
     def indicator(self) -> float | None:
-        """Mean change over the measured blocks; None where nothing was measured or there was nothing to compare with."""
+        """Mean change over the measured blocks; None where nothing was measured or there was nothing to compare with.
+
+        With a guard per block: over the blocks that computed.
+        """
         if self.change is None or self.gap is None:
             return None
+        if self.blocks_computed:
+            return float(self.change[list(self.blocks_computed)].mean())
         return float(self.change.mean())
+
+
+def step_records(steps: Sequence[RawStep]) -> tuple[StepRecord, ...]:
+    """Read what was noted. The only place where a report waits for the device."""
+    records: list[StepRecord] = []
+    last: int | None = None
+    for raw in steps:
+        flags = tuple(raw.computed.tolist()) if isinstance(raw.computed, Tensor) else (raw.computed,)
+        computed = any(flags)
+        gap = None if raw.fresh or last is None or not computed else raw.step - last
+        records.append(StepRecord(raw.step, computed, gap, raw.change if computed else None, flags if len(flags) > 1 else ()))
+        last = raw.step if computed else last
+    return tuple(records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +90,23 @@ class ContextReport:
         """Number of reused steps."""
         return len(self.steps) - self.computed
 
+    @property
+    def reused_by_block(self) -> tuple[int, ...]:
+        """With a guard per block: how often each block was reused, in execution order; else empty."""
+        rows = [record.blocks_computed for record in self.steps if record.blocks_computed]
+        return tuple(sum(not computed for computed in column) for column in zip(*rows, strict=True))
+
     def smallest(self, first: int = 1) -> StepRecord | None:
         """Return the step from `first` on, the last one excepted, with the smallest finite indicator."""
         measured = [r for r in self.steps[:-1] if r.step >= first and r.indicator is not None and math.isfinite(r.indicator)]
         return min(measured, key=lambda r: r.indicator or 0.0, default=None)
+
+
+def _mark(record: StepRecord) -> str:
+    """Print a step as one character: computed, reused, or some blocks of it."""
+    if not record.computed:
+        return "."
+    return "#" if all(record.blocks_computed) else "+"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +132,8 @@ class Report:
         """Print one line per context, its computed steps marked, then the warnings."""
         lines = []
         for context in self.contexts.values():
-            pattern = "".join("#" if record.computed else "." for record in context.steps)
-            lines.append(f"{context.name}: {context.computed} computed, {context.reused} reused  {pattern}")
+            pattern = "".join(_mark(record) for record in context.steps)
+            blocks = context.reused_by_block
+            share = f" ({sum(blocks)} of {len(blocks) * len(context.steps)} block runs)" if blocks else ""
+            lines.append(f"{context.name}: {context.computed} computed, {context.reused} reused{share}  {pattern}")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])

@@ -25,7 +25,7 @@ class CallKey(NamedTuple):
 
 def ordered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Sort the keywords: their order in a call means nothing."""
-    return args, dict(sorted(kwargs.items()))
+    return args, {name: kwargs[name] for name in sorted(kwargs)}
 
 
 def _leaf_size(leaf: Any) -> tuple[int, ...] | int | None:

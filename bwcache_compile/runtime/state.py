@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.layout import in_order
-from bwcache_compile.program import CachePlan
+from bwcache_compile.program import CacheSlot
 from bwcache_compile.sizes import evaluated
 
 
@@ -33,7 +33,7 @@ class CacheState:
 
     @property
     def reuses_next(self) -> bool:
-        """Whether the next step reuses."""
+        """Whether the next step reuses; never where the guard is in the graph and nobody else knows."""
         return 0 <= self.computed_at < self.step <= self.reuse_until
 
     @property
@@ -50,17 +50,23 @@ class CacheState:
         return dataclasses.replace(self, step=self.step + 1)
 
 
-def slot_shapes(plan: CachePlan, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
-    """Return the shape of each slot where the program's symbols have these values."""
-    return [evaluated(slot.shape, sizes) for slot in plan.slots]
+@dataclasses.dataclass(frozen=True)
+class GuardedState:
+    """What a caller of `step` carries from step to step where the guard is in the graph: tensors alone.
+
+    Attributes:
+        slots: One tensor per slot of the plan, the guards' own behind them. They are never written to.
+        step: int64[1], index of the next step.
+    """
+
+    slots: tuple[Tensor, ...]
+    step: Tensor
 
 
-def fresh_state(plan: CachePlan, sizes: Mapping[str, int], step: int = 0) -> CacheState:
-    """Return the state of a context that has computed nothing, at these sizes; its next step is `step`."""
-    shapes = slot_shapes(plan, sizes)
-    filled = [torch.full(shape, slot.fill, dtype=slot.dtype, device=plan.device) for slot, shape in zip(plan.slots, shapes, strict=True)]
-    slots = (in_order(tensor, slot.order) for slot, tensor in zip(plan.slots, filled, strict=True))
-    return CacheState(tuple(slots), step)
+def fresh_slots(slots: Sequence[CacheSlot], sizes: Mapping[str, int], device: torch.device) -> tuple[Tensor, ...]:
+    """Return the slots of a context that has computed nothing, where the program's symbols have these values."""
+    filled = [torch.full(evaluated(slot.shape, sizes), slot.fill, dtype=slot.dtype, device=device) for slot in slots]
+    return tuple(in_order(tensor, slot.order) for slot, tensor in zip(slots, filled, strict=True))
 
 
 def policy_parameters(config: CacheConfig, num_steps: int | None, device: torch.device) -> tuple[Tensor, ...]:

@@ -1,0 +1,67 @@
+"""One step as a function of the inputs, the state and the policy's settings: nothing is kept, nothing is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bwcache_compile.errors import StateError
+from bwcache_compile.runtime.loaded import LoadedProgram
+from bwcache_compile.runtime.programs import Fit
+from bwcache_compile.runtime.state import CacheState, GuardedState
+from bwcache_compile.sizes import evaluated
+
+
+def first_state(fit: Fit) -> CacheState | GuardedState:
+    """Return the state before the first step."""
+    state = fit.loaded.fresh(fit.sizes)
+    return GuardedState(state.slots, fit.loaded.step_tensor(0)) if fit.loaded.guarded else state
+
+
+def check_state(fit: Fit, state: CacheState | GuardedState) -> None:
+    """Refuse a state that another program made, or the same one at other sizes.
+
+    Raises:
+        StateError: It does not fit.
+    """
+    loaded = fit.loaded
+    given = [(tuple(t.shape), t.dtype) for t in state.slots]
+    if given != [(evaluated(slot.shape, fit.sizes), slot.dtype) for slot in loaded.slots]:
+        raise StateError("this state belongs to inputs of other shapes or dtypes; start from init_state for these.")
+
+
+def check_inputs(loaded: LoadedProgram, flat: Sequence[Any]) -> None:
+    """Refuse inputs that the program was not captured for; made of plain comparisons, which compiled code does once.
+
+    Raises:
+        StateError: A shape or dtype differs.
+    """
+    for name, leaf, expected in zip(loaded.program.signature.inputs, flat, loaded.input_kinds, strict=True):
+        if isinstance(leaf, Tensor) and expected is not None and (tuple(leaf.shape), leaf.dtype) != expected:
+            raise StateError(
+                f"{name} is {leaf.dtype}{list(leaf.shape)}, but the program was captured for {expected[1]}{list(expected[0])}."
+            )
+
+
+def host_step(loaded: LoadedProgram, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> tuple[Any, CacheState]:
+    """Run the graph that the state asks for."""
+    with torch.no_grad():
+        returned = loaded.graphs[loaded.kind(state)](*loaded.operands(flat, state, parameters))
+    outputs, following, _ = loaded.split(returned, state)
+    return outputs, following
+
+
+def guarded_step(
+    loaded: LoadedProgram, flat: Sequence[Any], state: GuardedState, parameters: tuple[Tensor, ...]
+) -> tuple[Any, GuardedState]:
+    """Run the graph that decides by itself. Traced as it stands by an outer `torch.compile(fullgraph=True)`."""
+    with torch.no_grad():
+        returned = loaded.graphs["guarded"](*flat, *state.slots, *parameters, state.step)
+    spec = loaded.program.signature.out_spec
+    end = spec.num_leaves + len(state.slots)
+    outputs = pytree.tree_unflatten(list(returned[: spec.num_leaves]), spec)
+    return outputs, GuardedState(tuple(returned[spec.num_leaves : end]), state.step + 1)

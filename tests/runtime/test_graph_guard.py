@@ -1,0 +1,194 @@
+"""guard="graph": the same outputs and the same report as with the host deciding, and one whole graph under torch.compile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+
+import bwcache_compile as bw
+from tests.models import Interleaved, OneStream, Tiny, TwoStream, noise
+from tests.passes.helpers import folded
+from tests.reference import BlockOracle, Oracle
+from tests.zoo import ZOO
+
+SCHEDULE = {"num_steps": 8, "threshold": math.inf, "reuse_interval": 2}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def pattern(cached: bw.CachedModel, name: str) -> str:
+    return str(cached.report()).split(f"{name}: ")[1].splitlines()[0].split()[-1]
+
+
+@pytest.mark.parametrize("reuse", ["output", "taylor"])
+@pytest.mark.parametrize("model", [OneStream(), TwoStream(), Interleaved()], ids=lambda m: type(m).__name__)
+@torch.no_grad()
+def test_contexts_and_generations_as_with_the_host(model: Tiny, reuse: Any) -> None:
+    model.eval()
+    config = bw.CacheConfig(**SCHEDULE, reuse=reuse)
+    host, graph = bw.transform(model, config), bw.transform(model, config, guard="graph")
+    for generation in range(2):
+        for step in range(8):
+            for name in ("cond", "uncond") if step != 3 else ("cond",):
+                inputs = model.example(step=step + generation)
+                with host.cache_context(name, step_index=step), graph.cache_context(name, step_index=step):
+                    assert torch.equal(host(*inputs), graph(*inputs))
+    assert pattern(graph, "cond") == "##..#..#"
+    for name, context in host.report().contexts.items():
+        for ours, theirs in zip(graph.report().contexts[name].steps, context.steps, strict=True):
+            assert (ours.step, ours.computed, ours.gap, ours.indicator) == (theirs.step, theirs.computed, theirs.gap, theirs.indicator)
+
+
+@torch.no_grad()
+def test_open_sizes() -> None:
+    """The second size opens the program; both guards go on alike, and each size begins a generation."""
+    model = OneStream().eval()
+    config = bw.CacheConfig(**SCHEDULE)
+    host, graph = bw.transform(model, config), bw.transform(model, config, guard="graph")
+    for tokens in (6, 9, 4):
+        for step in range(4):
+            x, t = noise("x", step, 1, tokens, 4), model.example(step=step)[1]
+            assert torch.equal(host(x, t), graph(x, t))
+        assert pattern(graph, "default") == "##.."
+    assert graph.report().captures == 2
+
+
+@torch.no_grad()
+def test_a_run_without_reuse_says_so() -> None:
+    model = OneStream().eval()
+    cached = bw.transform(model, bw.CacheConfig(num_steps=3, threshold=1e-6), guard="graph")
+    for step in range(2):
+        cached(*model.example(step=step))
+    with pytest.warns(bw.CacheWarning, match="a threshold above it would have triggered there"):
+        cached(*model.example(step=2))
+
+
+@torch.no_grad()
+def test_each_block_decides_for_itself() -> None:
+    model = OneStream().eval()
+    config = bw.CacheConfig(num_steps=8, threshold=0.05, reuse_interval=2, reuse="residual", granularity="block", indicator_tokens="all")
+    cached = bw.transform(model, config, guard="graph")
+    oracle = BlockOracle(model, list(model.blocks), config)
+    for step in range(8):
+        inputs = model.example(step=step)
+        actual = cached(*inputs)
+        expected, reused = oracle(*inputs)
+        assert torch.equal(actual, expected)
+        assert cached.report().contexts["default"].steps[-1].blocks_computed == tuple(not r for r in reused)
+    assert str(cached.report()) == "default: 8 computed, 0 reused (8 of 24 block runs)  ##++#++#"
+    record = cached.report().contexts["default"].steps[2]
+    assert record.blocks_computed == (True, False, False)
+    assert record.indicator == pytest.approx(float(record.change[0]))
+
+
+@pytest.mark.parametrize("granularity", ["stack", "block"])
+@torch.no_grad()
+def test_a_step_is_one_graph(granularity: Any) -> None:
+    model = OneStream(depth=2).eval()
+    config = bw.CacheConfig(num_steps=6, threshold=math.inf, reuse_interval=1, reuse="residual", granularity=granularity)
+    cached = bw.transform(model, config, guard="graph", example_args=model.example())
+    compiled, parameters = torch.compile(cached.step, fullgraph=True), cached.policy_parameters()
+    state = reference = cached.init_state(model.example())
+    for step in range(6):
+        inputs = model.example(step=step)
+        output, state = compiled(inputs, {}, state, parameters)
+        expected, reference = cached.step(inputs, {}, reference)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+    compiled(model.example(), {}, cached.init_state(model.example()), cached.policy_parameters(threshold=0.0, num_steps=9))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert sum(counters["graph_break"].values()) == 0
+
+
+def whole_run(name: str, guarded: Any, cached: bw.CachedModel, state: Any, tolerance: float) -> None:
+    """Compare six steps, both arms taken, with the host guard bit for bit where eager, and with the oracle."""
+    entry = ZOO[name]
+    model = entry.make()
+    config = bw.CacheConfig(num_steps=6, threshold=math.inf, reuse_interval=1, tail=0.0)
+    host = bw.transform(model, config)
+    oracle = Oracle(model, [model.get_submodule(name) for name in entry.block_names()], entry.streams, config, entry.rows)
+    for step in range(6):
+        inputs = entry.inputs(step)
+        output, state = guarded((), inputs, state, cached.policy_parameters())
+        by_host, expected = host(**inputs), oracle(**inputs)
+        scale = expected.sample.abs().max().item()
+        torch.testing.assert_close(output.sample, expected.sample, rtol=0, atol=tolerance * scale)
+        if tolerance <= 1e-6:
+            assert torch.equal(output.sample, by_host.sample)
+    assert "." in str(host.report())
+
+
+COMPILED = ["wan", "hunyuan_video", "latte"]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@torch.no_grad()
+def test_real_models_eager_and_compiled(name: str) -> None:
+    """Wan lays its patch embedding out in another order than the arms were traced for; size asserts would notice."""
+    assert inductor.size_asserts
+    entry = ZOO[name]
+    config = bw.CacheConfig(num_steps=6, threshold=math.inf, reuse_interval=1, tail=0.0)
+    cached = bw.transform(entry.make(), config, guard="graph", example_kwargs=entry.inputs(0))
+    state = cached.init_state((), entry.inputs(0))
+    whole_run(name, cached.step, cached, state, 1e-6)
+    # float32 sums in another order, over three to five blocks
+    whole_run(name, torch.compile(cached.step, fullgraph=True), cached, state, 2e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_refusals() -> None:
+    model = OneStream().eval()
+
+    def complaint(kind: type[Exception], call: Any) -> str:
+        with pytest.raises(kind) as error:
+            call()
+        return folded(str(error.value))
+
+    def raised_inside(call: Any) -> str:
+        """Return the error as Dynamo quotes it: under fullgraph every error that traced code raises becomes its own kind."""
+        return folded(complaint(Unsupported, call).replace("\n", " ").split("raised exception ")[1].split("  For more")[0].strip())
+
+    def compiled(cached: bw.CachedModel, inputs: tuple[Tensor, ...], parameters: Any) -> Any:
+        state = cached.init_state(model.example())
+        return lambda: torch.compile(cached.step, fullgraph=True, backend="eager")(inputs, {}, state, parameters)
+
+    config = bw.CacheConfig(num_steps=4)
+    cached = bw.transform(model, config, guard="graph", example_args=model.example())
+    texts = [
+        complaint(bw.ConfigError, lambda: bw.transform(model, guard="device")),
+        complaint(bw.ConfigError, lambda: bw.transform(model, bw.CacheConfig(granularity="block", reuse="residual"))),
+        complaint(bw.ConfigError, lambda: bw.CacheConfig(granularity="block")),
+        complaint(bw.ConfigError, lambda: bw.transform(model, bw.CacheConfig(decide="joint"), guard="graph")(*model.example())),
+        complaint(bw.ConfigError, lambda: bw.CacheConfig(granularity="block", reuse="residual", indicator_blocks=2)),
+        raised_inside(compiled(cached, model.example(), None)),
+        raised_inside(compiled(cached, model.example(batch=2), cached.policy_parameters())),
+    ]
+    cached.prepare(model.example(batch=2))
+    texts.append(raised_inside(compiled(cached, model.example(), cached.policy_parameters())))
+    assert_expected_inline(
+        "\n".join(texts),
+        """\
+guard is 'device'; choose one of 'host', 'graph'.
+granularity='block' decides for each block on its own, inside the graph: pass guard='graph'.
+granularity='block' needs reuse='residual', not 'output': a held output would hide what earlier blocks changed.
+decide='joint' is for guard='host': a graph that decides by itself sees one context.
+granularity='block' measures every block; indicator_blocks is 2, not "all".
+ConfigError('inside torch.compile, pass parameters=cached.policy_parameters(): settings are no constants of the graph.')
+StateError('x is torch.float32[s33, 6, 4], but the program was captured for torch.float32[1, 6, 4].')
+StateError("cached.step inside torch.compile needs a model that is captured for one signature, not 2: transform the
+model with guard='graph' and example_args / example_kwargs, and call it with inputs of those shapes.")""",
+    )
