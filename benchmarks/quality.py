@@ -28,10 +28,17 @@ import quality
 import bwcache_compile as bw
 
 STEPS = 50
+LATE = {"threshold": 0.065, "warmup_steps": 4}
+"""Past the peak of the left arm, where the indicator falls steeply: all contexts trigger within a step or two."""
 SETTINGS: list[dict[str, Any]] = [
-    *({"threshold": threshold, "reuse_interval": interval} for threshold in (0.03, 0.035, 0.04, 0.15) for interval in (3, 5)),
-    *({"threshold": threshold, "reuse_interval": 3, "reuse": "residual"} for threshold in (0.035, 0.15)),
-    *({"threshold": threshold, "reuse_interval": i, "reuse": "taylor"} for threshold in (0.035, 0.15) for i in (3, 5)),
+    *({"threshold": threshold, "reuse_interval": interval} for threshold in (0.03, 0.04, 0.15) for interval in (3, 5)),
+    *(LATE | {"reuse_interval": interval} for interval in (3, 5)),
+    *({"threshold": threshold, "reuse_interval": 3, "reuse": "residual"} for threshold in (0.04, 0.15)),
+    *({"threshold": threshold, "reuse_interval": i, "reuse": "taylor"} for threshold in (0.04, 0.15) for i in (3, 5)),
+    *(LATE | {"reuse_interval": interval, "reuse": "taylor"} for interval in (3, 5)),
+    *({"threshold": threshold, "reuse_interval": 3, "decide": "joint"} for threshold in (0.03, 0.04)),
+    *({"threshold": threshold, "reuse_interval": 3, "reuse": "taylor", "decide": "joint"} for threshold in (0.03, 0.04)),
+    {"threshold": 0.03, "reuse_interval": 3, "reuse": "taylor"},
 ]
 
 
@@ -107,13 +114,13 @@ def main() -> None:
             )
         result["first_block_cache"].append({"threshold": threshold} | summarise(rows))
 
-    print(f"{'setting':46}{'trigger':>8}{'computed':>9}{'PSNR':>7}{'SSIM':>7}   as many plain steps")
+    print(f"{'setting':70}{'trigger':>8}{'computed':>9}{'PSNR':>7}{'SSIM':>7}   as many plain steps")
     for kind in ("bwcache", "first_block_cache"):
         for row in result[kind]:
-            named = ", ".join(f"{k} {row[k]}" for k in ("threshold", "reuse_interval", "reuse") if k in row)
+            named = ", ".join(f"{k} {row[k]}" for k in ("threshold", "warmup_steps", "reuse_interval", "reuse", "decide") if k in row)
             trigger = f"{row['trigger']:8.1f}" if "trigger" in row else " " * 8
             print(
-                f"{kind + ': ' + named:46}{trigger}{row['computed']:9.1f}{row['psnr']:7.1f}{row['ssim']:7.3f}"
+                f"{kind + ': ' + named:70}{trigger}{row['computed']:9.1f}{row['psnr']:7.1f}{row['ssim']:7.3f}"
                 f"   {row['fewer_psnr']:5.1f} dB {row['fewer_ssim']:.3f}"
             )
     if args.out:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 import warnings
+from typing import get_args
 
 import torch
+from torch import nn
 
 import bwcache_compile as bw
 from bwcache_compile import passes
@@ -18,12 +22,22 @@ HEAD = """\
 
 Tiny configurations of diffusers model classes, built without a hub. For each, `tests/test_zoo.py` checks that four
 computed steps equal the model bit for bit, that the blocks are those of the main stacks, and that every way of reuse
-that is not refused equals an oracle in eager Python. This table is what
-`python -m tests.zoo.table` prints: seconds are CPU seconds of one core for capture and search at this tiny size; "refused"
-is a `ConfigError` that says which value no input is proved to continue.
+that is not refused equals an oracle in eager Python, and that the two guards agree bit for bit over four steps, two of
+them reused. This table is what `python -m tests.zoo.table` prints: seconds are CPU seconds of one core for capture and
+search at this tiny size; "refused" is a `ConfigError` that says which value no input is proved to continue.
 
-| class | blocks | main stacks | threshold 0 | `output` | `residual` | `taylor` | seconds |
-|---|---|---|---|---|---|---|---|"""
+| class | blocks | main stacks | threshold 0 | guards | `output` | `residual` | `taylor` | seconds |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def _agreement(one: nn.Module, other: nn.Module, entry: Entry, word: str) -> str:
+    """Run four steps with both and compare every bit."""
+    for step in range(4):
+        with torch.no_grad():
+            actual, expected = flat_outputs(one(**entry.inputs(step))), flat_outputs(other(**entry.inputs(step)))
+        if not all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True)):
+            return "DIFFER"
+    return word
 
 
 def _row(entry: Entry) -> str:
@@ -34,11 +48,11 @@ def _row(entry: Entry) -> str:
     cached = bw.CachedModel(model, bw.CacheConfig(threshold=0, num_steps=4), toolchain)
     cached.prepare((), entry.call(0))
     seconds = time.process_time() - began
-    equal = True
-    for step in range(4):
-        with torch.no_grad():
-            actual, expected = flat_outputs(cached(**entry.inputs(step))), flat_outputs(model(**entry.inputs(step)))
-        equal &= all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    mask = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0, 1))
+    guards = []
+    for guard in get_args(passes.Guard):
+        build = functools.partial(passes.build, guard=guard)
+        guards.append(bw.CachedModel(model, mask, dataclasses.replace(toolchain, build=build)))
     ways = []
     for reuse in ("output", "residual", "taylor"):
         try:
@@ -48,7 +62,15 @@ def _row(entry: Entry) -> str:
             ways.append("refused")
     stacks = [block.stack for block in cached.plan.blocks]
     counted = ", ".join(f"`{stack}` {stacks.count(stack)}" for stack in dict.fromkeys(stacks)) + (" in turn" if entry.in_turn else "")
-    columns = [entry.model, str(len(cached.plan.blocks)), counted, "equal" if equal else "DIFFERS", *ways, f"{seconds:.1f}"]
+    columns = [
+        entry.model,
+        str(len(cached.plan.blocks)),
+        counted,
+        _agreement(cached, model, entry, "equal"),
+        _agreement(*guards, entry, "agree"),
+        *ways,
+        f"{seconds:.1f}",
+    ]
     return f"| {' | '.join(columns)} |"
 
 
