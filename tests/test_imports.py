@@ -24,7 +24,20 @@ LAYERS = (
 )
 FREE_AMONG_THEMSELVES = LAYERS[4]
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
-HEAVY = ("diffusers", "transformers", "onnx", "onnxruntime", "onnxscript", "tensorrt", "matplotlib", "skimage", "PIL", "safetensors")
+HEAVY = (
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "tensorrt",
+    "matplotlib",
+    "skimage",
+    "PIL",
+    "safetensors",
+)
 
 
 def part(dotted: str) -> str:

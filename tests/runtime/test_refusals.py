@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,8 @@ STATIC = bw.CacheConfig(policy="static", steps_mask=(0, 1, 1, 0, 1, 0))
 
 
 @torch.no_grad()
-def run(module: nn.Module, *inputs: Any) -> Any:
-    return module(*inputs)
+def run(module: nn.Module, *inputs: Any, **named: Any) -> Any:
+    return module(*inputs, **named)
 
 
 def _closed(model: OneStream) -> None:
@@ -102,13 +103,18 @@ def test_refusals(action: Callable[[OneStream], Any], kind: type[Exception], mes
     assert str(caught.value) == message
 
 
-class CpuOffload:
-    """Stands for accelerate's hook of that name."""
-
-
 def _model_offload(model: Any) -> str:
-    model._hf_hook = CpuOffload()
+    from accelerate import cpu_offload_with_hook
+
+    cpu_offload_with_hook(model, execution_device="cpu")
     return "CpuOffload"
+
+
+def _device_alignment(model: Any) -> str:
+    from accelerate.hooks import attach_align_device_hook
+
+    attach_align_device_hook(model, execution_device="cpu")
+    return "AlignDevicesHook"
 
 
 def _group_offload(model: Any) -> str:
@@ -129,7 +135,7 @@ def _another_cache(model: Any) -> str:
     return "FBCHeadBlockHook"
 
 
-@pytest.mark.parametrize("hook", [_model_offload, _group_offload, _layerwise_casting, _another_cache])
+@pytest.mark.parametrize("hook", [_model_offload, _device_alignment, _group_offload, _layerwise_casting, _another_cache])
 @pytest.mark.parametrize("early", [True, False], ids=["before the transform", "before the first call"])
 def test_hooks_are_refused_at_any_time(hook: Callable[[Any], str], early: bool) -> None:
     model: Any = ZOO["wan"].make()
@@ -151,14 +157,36 @@ def test_hooks_are_refused_at_any_time(hook: Callable[[Any], str], early: bool) 
     )
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["before the transform", "before the first call"])
+def test_weights_that_are_kept_elsewhere_are_refused(early: bool) -> None:
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model: Any = ZOO["wan"].make()
+    whole = run(model, **ZOO["wan"].inputs(0)).sample
+    cached = None if early else bw.transform(model, STATIC)
+    cpu_offload(cached or model, execution_device=torch.device("cpu"))
+    with pytest.raises(bw.ConfigError) as caught:
+        run(cached or bw.transform(model, STATIC), **ZOO["wan"].inputs(0))
+    assert re.sub("parameter [^ ]*", "parameter P", str(caught.value)) == (
+        "the parameter P of WanTransformer3DModel has no data here (device meta): an offload hook moves it in and out, and a captured"
+        " graph would hold on to copies. Place the whole model on one device first."
+    )
+    remove_hook_from_submodules(cached or model)  # which puts the weights back
+    assert torch.equal(run(cached or bw.transform(model, STATIC), **ZOO["wan"].inputs(0)).sample, whole)
+
+
 def test_a_hook_added_between_two_steps_is_refused_until_it_is_gone() -> None:
+    from accelerate import cpu_offload_with_hook
+    from accelerate.hooks import remove_hook_from_module
+
     model = OneStream().eval()
     cached = bw.transform(model, STATIC)
     run(cached, *model.example())
-    cached._hf_hook = CpuOffload()
+    cpu_offload_with_hook(cached, execution_device="cpu")
     for _ in range(2):
         with pytest.raises(bw.ConfigError, match=r"^the top module of OneStream has a hook around its forward \(CpuOffload\)"):
             run(cached, *model.example(step=1))
-    del cached._hf_hook
+    remove_hook_from_module(cached)
     assert not torch.equal(run(cached, *model.example(step=1)), run(model, *model.example(step=1)))
     assert [record.computed for record in cached.report().contexts["default"].steps] == [True, False]

@@ -1,5 +1,0 @@
-"""A name that diffusers imports."""
-
-
-class Tokenizer:
-    pass

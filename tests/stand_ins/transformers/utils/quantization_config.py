@@ -1,5 +1,0 @@
-"""The base class of quantisation settings, as a name."""
-
-
-class QuantizationConfigMixin:
-    pass
