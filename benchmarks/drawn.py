@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.drawn_check import Case, Outcome, cases, check, tally
+from tests.drawn_cases import Case, cases
+from tests.drawn_check import Outcome, check, tally
 
 ROUND = 100
 

@@ -1,94 +1,28 @@
-"""Drawn architectures against themselves: which are drawn, the oracle by construction, and the check of one of them."""
+"""Drawn architectures against themselves: the oracle by construction, and the check of one case."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import bwcache_compile as bw
 from bwcache_compile import passes
 from bwcache_compile.capture import capture
+from bwcache_compile.compare import clone_tensors
 from bwcache_compile.runtime import Toolchain
-from tests.drawn import Drawn, Short, Spec, Stack, State, Wrapped, example
+from tests.drawn import Drawn, State, Wrapped, example
+from tests.drawn_cases import STEPS, Case
 
 NAMED_ERRORS = (bw.CaptureError, bw.NoBlocksFoundError, bw.UnsupportedGraphError, bw.ConfigError)
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Case(Short):
-    """An architecture, and how it is cached."""
-
-    spec: Spec
-    reuse: str = "output"
-    mask: tuple[int, ...] = (0, 1, 0, 1, 1)
-    compute_first: int = 0
-    compute_last: int = 0
-
-
-@st.composite
-def stacks(draw: st.DrawFn, functional: bool, streams: int, deepest: int) -> Stack:
-    # a plain function's blocks are told by three equal repetitions, so their ends are drawn alike and no skip tells them apart
-    kinds = ["single", "double", "joint", "spacetime"] if streams > 1 else ["single", "spacetime", "single"]
-    return Stack(
-        kind=draw(st.sampled_from(kinds)),
-        depth=draw(st.integers(3 if functional else 2, deepest)),
-        mixer=draw(st.sampled_from(["mean", "softmax", "sdpa"])),
-        residual=draw(st.sampled_from(["sum", "sum", "sum", "sum", "post", "none", "iadd", "rows", "copy", "scratch"])),
-        norm=draw(st.sampled_from(["layer", "layer", "rms", "float", "none", "autocast"])),
-        modulation=draw(st.sampled_from(["none", "scale", "scale", "adaln", "adaln", "table", "table", "decay"])),
-        constant=draw(st.sampled_from(["none", "factor", "roll", "row"])),
-        odd="none" if functional else draw(st.sampled_from(["none", "none", "first", "last"])),
-        own=draw(st.booleans()),
-        skip="none" if functional else draw(st.sampled_from(["none", "none", "add", "cat"])),
-        hints=draw(st.sampled_from([0, 0, 1, 1 if functional else 2])),
-        glue=draw(st.sampled_from(["none", "none", "scale", "norm", "linear"])),
-        rotary=draw(st.sampled_from([False, False, False, True])),
-        feed=draw(st.sampled_from([False, False, True])),
-    )
-
-
-@st.composite
-def specs(draw: st.DrawFn) -> Spec:
-    code = draw(st.sampled_from(["modules", "modules", "attributes", "wrapped", "functional"]))
-    streams = draw(st.integers(1, 3))
-    count = draw(st.sampled_from([1, 1, 1, 2, 2] if code == "functional" else [1, 1, 1, 2, 2, 3]))
-    return Spec(
-        stacks=tuple(draw(stacks(code == "functional", streams, (4, 3, 2)[count - 1])) for _ in range(count)),
-        seed=draw(st.integers(0, 9999)),
-        code=code,
-        streams=streams,
-        batch=draw(st.integers(1, 2)),
-        places=draw(st.integers(2, 3)),
-        dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16])),
-        text_first=draw(st.booleans()),
-        refine_text=draw(st.sampled_from([0, 2])),
-        refine_x=draw(st.sampled_from([0, 0, 2])),
-        alternate=count > 1 and draw(st.booleans()),
-        time=draw(st.sampled_from(["float32", "bfloat16", "int64", "guidance"])),
-        prologue=draw(st.sampled_from(["plain", "plain", "plain", "plain", "fill", "input"])),
-        epilogue=draw(st.sampled_from(["plain", "plain", "adaln", "adaln", "start", "tap", "scale_"])),
-        returns=draw(st.sampled_from(["tensor", "tuple", "dict", "view"])),
-    )
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    return Case(
-        spec=draw(specs()),
-        reuse=draw(st.sampled_from(["output", "residual", "taylor"])),
-        mask=(0, *draw(st.lists(st.integers(0, 1), min_size=3, max_size=4)), 1),
-        compute_first=draw(st.sampled_from([0, 0, 1])),
-        compute_last=draw(st.sampled_from([0, 0, 1])),
-    )
 
 
 class Oracle:
@@ -114,7 +48,7 @@ class Oracle:
         now = float(inputs["t"][0]) if time == "float32" else float(self.step)
         s = model.start(inputs)
         model.run_items(s, range(items.start))
-        if self.case.mask[self.step]:
+        if self.case.reused[self.step]:
             s |= self._reused(s, now)
         else:
             entered, before = copy.deepcopy(s), dict(s)
@@ -158,7 +92,7 @@ def refusal(error: Exception) -> str:
 
 def run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """Run on a copy of the inputs; return the output and what became of the copy. The output itself is overwritten after."""
-    given = {name: value.clone() for name, value in inputs.items()}
+    given = clone_tensors(inputs)
     with torch.no_grad():
         output = model(**given)
         kept = copy.deepcopy(output)
@@ -185,22 +119,37 @@ def close(actual: Any, expected: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def ranges(model: Drawn, names: list[str], case: Case) -> list[range]:
+def ranges(model: Drawn, names: list[str]) -> list[range]:
     """Return the items that the cached blocks may span, the likeliest first.
 
-    Where blocks are modules, their names say it. A plain function's blocks have none: any run of as many will do.
+    Where blocks are modules, their names say it. A plain function's blocks have none: any run will do, with or without
+    the glue behind its last block.
     """
     placed = {item.block: number for number, item in enumerate(model.items) if item.block}
     if all(name in placed for name in names):
         return [range(placed[names[0]], placed[names[-1]] + 1)]
     assert model.spec.code == "functional", f"{names} are no blocks"
     numbers = list(placed.values())
-    runs = [range(a, b + 1) for i, a in enumerate(numbers) for b in numbers[i:]]
-    return sorted((r for r in runs if sum(n in r for n in numbers) >= 2), key=len, reverse=True)
+    ends = sorted({*(n + 1 for n in numbers), *numbers[1:], len(model.items)})
+    return sorted((range(a, b) for a in numbers for b in ends if a < b), key=len, reverse=True)
+
+
+def matching(model: Drawn, names: list[str], case: Case, steps: list[Any], inputs: list[dict[str, Tensor]]) -> list[Any]:
+    """Return what the oracle gives where the items it replaces are those that gave `steps`."""
+    for items in ranges(model, names):
+        oracle = Oracle(model, items, case)
+        try:
+            with torch.no_grad():
+                expected = [copy.deepcopy(oracle(clone_tensors(given))) for given in inputs]
+        except KeyError:  # a residual of these items is not defined
+            continue
+        if all(close(a, b, case.spec.dtype) for a, b in zip(steps, expected, strict=True)):
+            return expected
+    raise AssertionError(f"{names}: no run of the oracle gives what the cached model gave")
 
 
 def check(case: Case) -> Outcome:
-    """Transform the model of a case and compare: with eager at threshold 0, with the oracle under a forced mask.
+    """Transform the model of a case and compare: with eager at threshold 0, with the oracle where reuse is forced.
 
     Raises:
         AssertionError: Something differs.
@@ -209,62 +158,57 @@ def check(case: Case) -> Outcome:
     inner = Drawn(spec).eval()
     model = Wrapped(inner).eval() if spec.code == "wrapped" else inner
     prefix = "model." if spec.code == "wrapped" else ""
+    inputs = [example(spec, step) for step in range(STEPS)]
     try:
-        captured = capture(model, (), dict(sorted(example(spec, 0).items())))
+        captured = capture(model, (), dict(sorted(inputs[0].items())))
     except bw.CaptureError as error:
         return Outcome(refusal(error))
-    toolchain = Toolchain(lambda *_: captured.fresh(), passes.build, passes.explain)
 
-    def transformed(config: bw.CacheConfig) -> bw.CachedModel:
-        cached = bw.CachedModel(model, config, toolchain)
-        cached.prepare((), example(spec, 0))
+    def transformed(reuse: Any) -> bw.CachedModel:
+        config = bw.CacheConfig(
+            threshold=0, num_steps=STEPS, tail=0, reuse=reuse, compute_first=case.compute_first, compute_last=case.compute_last
+        )
+        cached = bw.CachedModel(model, config, Toolchain(lambda *_: captured.fresh(), passes.build, passes.explain))
+        cached.prepare((), inputs[0])
         return cached
 
-    ends = {"compute_first": case.compute_first, "compute_last": case.compute_last}
-    try:
-        cached = transformed(bw.CacheConfig(threshold=0, num_steps=3, **ends))
-    except NAMED_ERRORS as error:
-        return Outcome(refusal(error))
-    for step in range(3):
-        (expected, left), (actual, given) = run(model, example(spec, step)), run(cached, example(spec, step))
-        assert_equal(actual, expected, f"step {step}")
-        assert_equal(given, left, f"the caller's tensors after step {step}")
     fallback = ""
     try:
-        cached = transformed(bw.CacheConfig(policy="static", steps_mask=case.mask, reuse=case.reuse, **ends))
-    except bw.ConfigError as error:
-        fallback, case = refusal(error), dataclasses.replace(case, reuse="output")
-        cached = transformed(bw.CacheConfig(policy="static", steps_mask=case.mask, **ends))
-    names = [block.name.removeprefix(prefix) for block in cached.plan.blocks]
-    steps = [run(cached, example(spec, step))[0] for step in range(len(case.mask))]
-    for items in ranges(inner, names, case):
-        oracle = Oracle(inner, items, case)
         try:
-            expected = [oracle_step(oracle, example(spec, step)) for step in range(len(case.mask))]
-        except KeyError:  # a residual of these items is not defined
-            continue
-        if all(close(a, b, spec.dtype) for a, b in zip(steps, expected, strict=True)):
-            break
-    else:
-        raise AssertionError(f"{names}: no run of the oracle gives what the cached model gave")
+            cached = transformed(case.reuse)
+        except bw.ConfigError as error:
+            if case.reuse != "residual":
+                raise
+            fallback, case = refusal(error), dataclasses.replace(case, reuse="output")
+            cached = transformed("output")
+    except NAMED_ERRORS as error:
+        return Outcome(refusal(error), fallback)
+    eager = [run(model, given) for given in inputs]
+    for step in range(3):
+        expected, left = eager[step]
+        actual, given = run(cached, inputs[step])
+        assert_equal(actual, expected, f"step {step}")
+        assert_equal(given, left, f"the caller's tensors after step {step}")
+    cached.configure(threshold=math.inf, warmup_steps=case.trigger, reuse_interval=case.interval)
+    cached.reset()
+    steps = [run(cached, given)[0] for given in inputs]
+    for step, reused in enumerate(case.reused):
+        if not reused:
+            assert_equal(steps[step], eager[step][0], f"the computed step {step} of a forced run")
+    names = [block.name.removeprefix(prefix) for block in cached.plan.blocks]
+    expected = matching(inner, names, case, steps, inputs)
     main = [item.block for item in inner.items if item.block and not item.block.startswith("side_")]
     wanted = len(main) - case.compute_first - case.compute_last
-    full = [run(model, example(spec, step))[0] for step in range(len(case.mask))]
     return Outcome(
         fallback=fallback,
         exact=all(map(same, steps, expected)),
-        matters=not all(close(a, b, spec.dtype) for a, b in zip(steps, full, strict=True)),
+        matters=not all(close(a, b, spec.dtype) for a, (b, _) in zip(steps, eager, strict=True)),
         whole=len(set(names) & set(main)) >= wanted if names[0] in main else len(names) >= wanted,
     )
 
 
 def same(left: Any, right: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(left), pytree.tree_leaves(right), strict=True))
-
-
-def oracle_step(oracle: Oracle, inputs: dict[str, Tensor]) -> Any:
-    with torch.no_grad():
-        return copy.deepcopy(oracle(inputs))
 
 
 def tally(outcomes: list[Outcome]) -> dict[str, Any]:

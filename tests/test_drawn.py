@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests.drawn import Spec, Stack
-from tests.drawn_check import Case, Outcome, cases, check, tally
+from tests.drawn import Spec
+from tests.drawn_blocks import Stack
+from tests.drawn_cases import Case, cases
+from tests.drawn_check import Outcome, check, tally
 
 EXAMPLES = 300
 

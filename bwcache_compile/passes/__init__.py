@@ -44,12 +44,18 @@ def run_pipeline(program: CachedProgram, passes: tuple[Pass, ...], after_pass: A
     Raises:
         InvariantError: A pass broke a rule.
     """
+    program = _edited(program, passes, after_pass)
+    program.compute.recompile()  # once: writing a graph out as Python costs more than most passes
+    return program
+
+
+def _edited(program: CachedProgram, passes: tuple[Pass, ...], after_pass: AfterPass | None) -> CachedProgram:
+    """Run passes; the graph is not fit to run afterwards."""
     for transform in passes:
         program = transform(program).program
         verify(program, transform.__name__)
         if after_pass:
             after_pass(transform.__name__, program)
-    program.compute.recompile()  # once: writing a graph out as Python costs more than most passes
     return program
 
 
@@ -74,7 +80,7 @@ def build(
         ConfigError: The settings do not fit the model.
         UnsupportedGraphError: A cached step could not reproduce what the graph does.
     """
-    program = run_pipeline(program, TIDY_PIPELINE, after_pass)
+    program = _edited(program, TIDY_PIPELINE, after_pass)
     program = program.replace(plan=plan_cache(program, find_blocks(program, blocks), config))
     return run_pipeline(program, CACHE_PIPELINE if guard == "host" else GUARD_PIPELINE, after_pass)
 

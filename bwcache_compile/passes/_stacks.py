@@ -127,10 +127,10 @@ def _longest_period(tokens: list[int], least: int) -> tuple[int, int, int] | Non
     return best
 
 
-def _cut_cost(nodes: list[Node], at: int) -> int:
-    """Count the values that cross a cut of the sequence; a block begins where it is least."""
-    right = set(nodes[at:])
-    return sum(1 for node in nodes[:at] if any(user in right for user in node.users))
+def _handed_on(nodes: list[Node], at: int, period: int) -> int:
+    """Count the values that a repetition beginning there hands on; a block begins where they are fewest."""
+    inside = set(nodes[at : at + period])
+    return sum(1 for node in inside if any(user not in inside for user in node.users))
 
 
 def _runs(graph: Graph, taken: set[Node]) -> list[list[Node]]:
@@ -165,7 +165,7 @@ def structural_stacks(graph: Graph, least: int, taken: set[Node], first: int = 0
             start + period * repetitions + slack < len(tokens) and tokens[start + slack] == tokens[start + slack + period * (repetitions)]
         ):
             slack += 1
-        start = min(range(start, start + min(slack, period - 1) + 1), key=lambda at: _cut_cost(piece, at))
+        start = min(range(start, start + min(slack, period - 1) + 1), key=lambda at: _handed_on(piece, at, period))
         units = tuple(
             Unit(f"repeat{first + len(stacks)}.{i}", "repeated operators", tuple(piece[start + i * period : start + (i + 1) * period]))
             for i in range(repetitions)
