@@ -6,11 +6,13 @@ Runs in rounds, one seed each; the record is written after every round, and a se
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,30 @@ from tests.drawn_check import Outcome, check, tally
 ROUND = 100
 
 
-def run_round(number: int) -> dict[str, Any]:
-    """Check one round of cases; what is wrong is kept with its case, from which alone it can be run again."""
-    outcomes: list[Outcome] = []
-    wrong: list[dict[str, str]] = []
-    seen: set[Case] = set()
+def each_case(number: int, use: Callable[[Case], None]) -> None:
+    """Draw one round of cases; a round is the same whenever it is drawn."""
 
     @seed(number)
     @settings(max_examples=ROUND, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(cases())
     def each(case: Case) -> None:
-        seen.add(case)
+        use(case)
+
+    each()
+
+
+def architecture(case: Case) -> str:
+    """Return what counts as one architecture: everything but the numbers in its weights and how it is cached."""
+    return repr(dataclasses.replace(case.spec, seed=0))
+
+
+def run_round(number: int, seen: set[str]) -> dict[str, Any]:
+    """Check one round of cases; what is wrong is kept with its case, from which alone it can be run again."""
+    outcomes: list[Outcome] = []
+    wrong: list[dict[str, str]] = []
+
+    def use(case: Case) -> None:
+        seen.add(architecture(case))
         try:
             outcomes.append(check(case))
         except Exception as error:  # recorded, whatever it is: a long run should find more than one fault
@@ -41,8 +56,8 @@ def run_round(number: int) -> dict[str, Any]:
             wrong.append({"case": repr(case), "error": f"{type(error).__name__}: {error}", "at": f"{place.name}:{place.lineno}"})
 
     start = time.perf_counter()
-    each()
-    return {**tally(outcomes), "distinct": len(seen), "wrong": wrong, "seconds": round(time.perf_counter() - start, 1)}
+    each_case(number, use)
+    return {**tally(outcomes), "wrong": wrong, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def added(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
@@ -63,9 +78,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/drawn.json"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    record = json.loads(options.out.read_text()) if options.out.exists() else {"torch": torch.__version__, "rounds": 0, "total": {}}
+    record = json.loads(options.out.read_text()) if options.out.exists() else {"rounds": 0, "architectures": 0, "total": {}}
+    record |= {"command": "python -m benchmarks.drawn", "torch": torch.__version__}
+    seen: set[str] = set()
+    for number in range(record["rounds"]):
+        each_case(number, lambda case: seen.add(architecture(case)))
     while record["rounds"] * ROUND < options.examples:
-        record["total"] = added(record["total"], run_round(record["rounds"]))
+        record["total"] = added(record["total"], run_round(record["rounds"], seen))
+        record["architectures"] = len(seen)
         record["rounds"] += 1
         temporary = options.out.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=2) + "\n")

@@ -73,18 +73,17 @@ def normed(x: Tensor, how: str) -> Tensor:
     return x
 
 
-def modulated(h: Tensor, temb: Tensor, how: str, w: dict[str, Any], j: int) -> tuple[Tensor, Tensor]:
-    """Return the modulated value and its gate."""
-    one = torch.ones((), dtype=h.dtype)
+def modulated(h: Tensor, temb: Tensor, how: str, w: dict[str, Any], j: int) -> tuple[Tensor, Tensor | None]:
+    """Return the modulated value and its gate, if it has one."""
     if how in ("scale", "decay"):
-        return h * (1 + temb.unsqueeze(1)), one
+        return h * (1 + temb.unsqueeze(1)), None
     if how == "adaln":
         scale, gate = functional.linear(functional.silu(temb), w[f"modulate{j}"]).unsqueeze(1).chunk(2, dim=-1)
         return h * (1 + scale), 1 + gate
     if how == "table":
         scale, gate = (w[f"table{j}"] + temb.unsqueeze(1)).unbind(1)
         return h * (1 + scale.unsqueeze(1)), 1 + gate.unsqueeze(1)
-    return h, one
+    return h, None
 
 
 def rotated(x: Tensor) -> Tensor:
@@ -94,9 +93,17 @@ def rotated(x: Tensor) -> Tensor:
     return result
 
 
+def together(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def apart(h: Tensor, sizes: list[int]) -> list[Tensor]:
+    return [h] if len(sizes) == 1 else list(h.split(sizes, dim=1))
+
+
 def mixed(h: Tensor, stack: Stack, w: dict[str, Any], parts: list[int]) -> Tensor:
     """Let the tokens of all streams, joined in `h`, look at one another; each part has projections of its own."""
-    qkv = torch.cat([functional.linear(p, w[f"qkv{j}"]) for j, p in enumerate(h.split(parts, dim=1))], dim=1)
+    qkv = together([functional.linear(p, w[f"qkv{j}"]) for j, p in enumerate(apart(h, parts))])
     q, k, v = qkv.unflatten(2, (3, 2, WIDTH // 2)).permute(2, 0, 3, 1, 4)
     if stack.rotary:
         q, k = rotated(q), rotated(k)
@@ -143,7 +150,7 @@ def run_block(
         temb.mul_(0.75)
     pairs = [modulated(normed(x, stack.norm), temb, stack.modulation, w, j) for j, x in enumerate(streams)]
     sizes = [x.shape[1] for x in streams]
-    h = mixed(torch.cat([h for h, _ in pairs], dim=1), stack, w, sizes)
+    h = mixed(together([h for h, _ in pairs]), stack, w, sizes)
     if stack.constant == "factor":
         h = h * (1 + index / 4)
     if stack.constant == "roll":
@@ -151,11 +158,12 @@ def run_block(
     if stack.constant == "row":
         h = h + h[:, index % 2 : index % 2 + 1]
     done = []
-    for j, (x, part, (_, gate)) in enumerate(zip(streams, h.split(sizes, dim=1), pairs, strict=True)):
+    for j, (x, part, (_, gate)) in enumerate(zip(streams, apart(h, sizes), pairs, strict=True)):
         if last and j > 0:  # the last block has no use for the other streams
             done.append(x)
             continue
-        x = added(x, functional.linear(part, w[f"out{j}"]) * gate, stack.residual, scratch)
+        part = functional.linear(part, w[f"out{j}"])
+        x = added(x, part if gate is None else part * gate, stack.residual, scratch)
         if stack.feed and not (last and len(streams) == 1):
             h = functional.gelu(functional.linear(normed(x, stack.norm), w[f"up{j}"]))
             x = added(x, functional.linear(h, w[f"down{j}"]), stack.residual, scratch)

@@ -58,7 +58,7 @@ def specs(draw: st.DrawFn) -> Spec:
     code = draw(st.sampled_from(["modules", "modules", "attributes", "wrapped", "functional"]))
     functional = code == "functional"
     streams = draw(st.sampled_from([1, 1, 2, 2, 3]))
-    count = draw(st.sampled_from([1, 1, 1, 2] if functional else [1, 1, 1, 1, 2, 2, 3]))
+    count = draw(st.sampled_from([1, 1, 1, 2] if functional else [1, 1, 1, 1, 1, 2, 2, 2, 3]))
     depths = ([3] if count > 1 else [3, 3, 4]) if functional else ([2, 2, 2, 3] if count > 1 else [2, 2, 3, 4])
     writes = draw(st.sampled_from([False, False, False, False, True]))  # a capture of writes in place costs three others
     return Spec(
