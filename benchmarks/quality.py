@@ -59,6 +59,19 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """Lay the result out as the table of `examples/tiny_video_dit/README.md`."""
+    lines = ["| threshold | warm-up | R | reuse | trigger | computed | against the full run | as many plain steps |", "|---" * 8 + "|"]
+    for kind in ("bwcache", "first_block_cache"):
+        for row in result[kind]:
+            way = row.get("reuse", "output") + (", joint" if "decide" in row else "") if kind == "bwcache" else "FirstBlockCache"
+            trigger = f"{row['trigger']:.1f}" if "trigger" in row else ""
+            cells = [row["threshold"], row.get("warmup_steps", ""), row.get("reuse_interval", ""), way, trigger, f"{row['computed']:.1f}"]
+            cells += [f"{row[f'{at}psnr']:.1f} dB / {row[f'{at}ssim']:.3f}" for at in ("", "fewer_")]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print a table, write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,15 +127,7 @@ def main() -> None:
             )
         result["first_block_cache"].append({"threshold": threshold} | summarise(rows))
 
-    print(f"{'setting':70}{'trigger':>8}{'computed':>9}{'PSNR':>7}{'SSIM':>7}   as many plain steps")
-    for kind in ("bwcache", "first_block_cache"):
-        for row in result[kind]:
-            named = ", ".join(f"{k} {row[k]}" for k in ("threshold", "warmup_steps", "reuse_interval", "reuse", "decide") if k in row)
-            trigger = f"{row['trigger']:8.1f}" if "trigger" in row else " " * 8
-            print(
-                f"{kind + ': ' + named:70}{trigger}{row['computed']:9.1f}{row['psnr']:7.1f}{row['ssim']:7.3f}"
-                f"   {row['fewer_psnr']:5.1f} dB {row['fewer_ssim']:.3f}"
-            )
+    print(markdown(result))
     if args.out:
         temporary = args.out.with_suffix(".tmp")
         temporary.write_text(json.dumps(result, indent=2) + "\n")
