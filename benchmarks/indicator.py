@@ -3,7 +3,8 @@
     python benchmarks/indicator.py --out benchmarks/results/indicator.json
 
 Runs every seed once without reuse, with the exact indicator and compact ones beside it on the same latents, and works out from
-what they measured at which step each would have triggered, for several thresholds and warm-ups.
+what they measured at which step each would have triggered, for several thresholds and warm-ups: each context by itself,
+and both together by the mean of their indicators.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import model as tiny
 import bwcache_compile as bw
 
 STEPS = 50
-STRIDES = (32, 16, 8)
+STRIDES = (32, 16)
 CASES = [(threshold, warmup) for threshold in (0.03, 0.04, 0.05, 0.065, 0.15) for warmup in (0, 4)]
 
 
@@ -55,6 +56,11 @@ def triggers_at(indicator: list[float], threshold: float, warmup: int) -> int:
     return next((step for step, value in enumerate(indicator, 1) if step >= max(1, warmup) and value < threshold), STEPS)
 
 
+def joined(runs: list[list[float]]) -> list[list[float]]:
+    """Average the two contexts of each seed, as `decide="joint"` does."""
+    return [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(runs[0::2], runs[1::2], strict=True)]
+
+
 def main() -> None:
     """Measure, print a table, write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,24 +82,30 @@ def main() -> None:
             contexts = model.report().contexts.values()
             found += [[r.indicator for r in context.steps if r.indicator is not None] for context in contexts]
     exact, compact = runs[0], dict(zip(STRIDES, runs[1:], strict=True))
-    result: dict[str, Any] = {"seeds": args.seeds, "contexts": len(exact), "hidden_states": {}, "error": {}, "triggers": []}
+    result: dict[str, Any] = {"seeds": args.seeds, "hidden_states": {}, "error": {}, "triggers": []}
     for stride, model in zip(STRIDES, together.models[1:], strict=True):
         errors = [abs(a - b) / b for mine, theirs in zip(compact[stride], exact, strict=True) for a, b in zip(mine, theirs, strict=True)]
         result["hidden_states"][stride] = model.plan.hidden_states
         result["error"][stride] = {"mean": statistics.mean(errors), "max": max(errors)}
         held = f"{model.plan.hidden_states:.2f} hidden states"
         print(f"one token in {stride}: {held}, error mean {statistics.mean(errors):.1%} max {max(errors):.1%}")
-    print(
-        f"\n{'threshold':>10}{'warm-up':>8}{'exact triggers at':>20}"
-        + "".join(f"{f'differ, 1/{s}':>14}" for s in STRIDES)
-        + f"   of {len(exact)}"
-    )
-    for threshold, warmup in CASES:
-        truth = [triggers_at(run, threshold, warmup) for run in exact]
-        differ = {s: sum(triggers_at(run, threshold, warmup) != k for run, k in zip(compact[s], truth, strict=True)) for s in STRIDES}
-        result["triggers"].append({"threshold": threshold, "warmup": warmup, "exact": [min(truth), max(truth)], "differ": differ})
-        span = f"{min(truth)} .. {max(truth)}"
-        print(f"{threshold:10}{warmup:8}{span:>20}" + "".join(f"{differ[s]:14}" for s in STRIDES))
+    print("\n| decide | threshold | warm-up | exact triggers at | " + " | ".join(f"one in {s} differs" for s in STRIDES) + " |")
+    print("|---" * (4 + len(STRIDES)) + "|")
+    for decide, merge in (("separate", lambda run: run), ("joint", joined)):
+        truth, ours = merge(exact), {stride: merge(run) for stride, run in compact.items()}
+        for threshold, warmup in CASES:
+            expected = [triggers_at(run, threshold, warmup) for run in truth]
+            differ = {s: sum(triggers_at(run, threshold, warmup) != k for run, k in zip(ours[s], expected, strict=True)) for s in STRIDES}
+            row = {"decide": decide, "threshold": threshold, "warmup": warmup, "exact": [min(expected), max(expected)], "differ": differ}
+            result["triggers"].append(row | {"of": len(expected)})
+            cells = [
+                decide,
+                threshold,
+                warmup,
+                f"{min(expected)} .. {max(expected)}",
+                *(f"{differ[s]} of {len(expected)}" for s in STRIDES),
+            ]
+            print(f"| {' | '.join(map(str, cells))} |")
     if args.out:
         temporary = args.out.with_suffix(".tmp")
         temporary.write_text(json.dumps(result, indent=2) + "\n")

@@ -57,8 +57,8 @@ def main() -> None:
     """Train, resuming from the run folder's checkpoint if there is one, and write the averaged weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder for the checkpoint and the loss log")
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--decay", type=int, default=1400, help="steps of the final linear decay")
+    parser.add_argument("--steps", type=int, default=15500)
+    parser.add_argument("--decay", type=int, default=5000, help="steps of the final linear decay")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the float16 weights are written")
