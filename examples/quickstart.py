@@ -32,7 +32,7 @@ import quality
 import bwcache_compile as bw
 
 # What `benchmarks/quality.py` supports for this model: the table is in `examples/tiny_video_dit/README.md`.
-SUPPORTED = {"threshold": 0.15, "reuse_interval": 3, "reuse": "taylor"}
+SUPPORTED = {"threshold": 0.04, "reuse_interval": 3, "reuse": "taylor", "decide": "joint"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threshold", type=float, default=SUPPORTED["threshold"], help="reuse begins below it (default %(default)s)")
     parser.add_argument("--reuse", choices=["output", "residual", "taylor"], default=SUPPORTED["reuse"])
+    parser.add_argument("--decide", choices=["separate", "joint"], default=SUPPORTED["decide"], help="whether the contexts decide together")
     parser.add_argument("--interval", type=int, default=SUPPORTED["reuse_interval"], help="steps reused between two computed ones")
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -100,7 +101,8 @@ def main() -> None:
     attributes = data.draw_attributes(args.clips, torch.Generator().manual_seed(args.seed))
     tokens, noise = data.encode(attributes), tiny.draw_noise(args.clips, args.seed)
     example = (tiny.with_coordinates(noise), torch.ones(args.clips), tokens)
-    config = bw.CacheConfig(threshold=args.threshold, reuse=args.reuse, reuse_interval=args.interval, num_steps=args.steps)
+    chosen = {"threshold": args.threshold, "reuse": args.reuse, "reuse_interval": args.interval, "decide": args.decide}
+    config = bw.CacheConfig(num_steps=args.steps, **chosen)
 
     cached = bw.transform(original, config, example_args=example, example_kwargs={"return_dict": False})
     print(f"found {len(cached.plan.blocks)} blocks in {type(original).__name__}\n{cached.plan}\n")
@@ -142,7 +144,7 @@ def main() -> None:
     quality.animation(clips, args.out / "side_by_side.gif")
     draw_indicator(report, profiler.report(), args.threshold, args.out / "indicator.png")
     result = {
-        "steps": args.steps, "threshold": args.threshold, "reuse": args.reuse, "reuse_interval": args.interval, "clips": args.clips,
+        "steps": args.steps, **chosen, "clips": args.clips,
         "speed_up": rows,
         "computed": {name: context.computed for name, context in report.contexts.items()},
         "cached": dataclasses.asdict(near), "fewer_steps": dataclasses.asdict(few), "paper_default": dataclasses.asdict(held_still),
