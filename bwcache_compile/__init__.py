@@ -1,34 +1,75 @@
-"""Block caching for diffusion transformers, done in the graph."""
+"""Block caching for diffusion transformers, done in the graph.
 
-from bwcache_compile.api import find_blocks, transform
+Names are imported when they are first asked for: what runs an exported bundle (`load`) needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import (
+    BundleError,
     CacheWarning,
     CaptureError,
     ConfigError,
+    ExportError,
     InvariantError,
     NoBlocksFoundError,
     StateError,
     UnsupportedGraphError,
 )
-from bwcache_compile.graph_text import graph_diff
-from bwcache_compile.runtime import CachedModel, CacheState, GuardedState
+
+if TYPE_CHECKING:
+    from bwcache_compile.api import export, find_blocks, transform
+    from bwcache_compile.exporters.load import load
+    from bwcache_compile.graph_text import graph_diff
+    from bwcache_compile.runtime import CachedModel, CacheState, GuardedState
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "CacheState": "runtime",
+    "CachedModel": "runtime",
+    "GuardedState": "runtime",
+    "export": "api",
+    "find_blocks": "api",
+    "graph_diff": "graph_text",
+    "load": "exporters.load",
+    "transform": "api",
+}
+
 __all__ = [
+    "BundleError",
     "CacheConfig",
     "CacheState",
     "CacheWarning",
     "CachedModel",
     "CaptureError",
     "ConfigError",
+    "ExportError",
     "GuardedState",
     "InvariantError",
     "NoBlocksFoundError",
     "StateError",
     "UnsupportedGraphError",
+    "export",
     "find_blocks",
     "graph_diff",
+    "load",
     "transform",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f'bwcache_compile.{name} needs torch: pip install "bwcache-compile[torch]".') from error
+    value = globals()[name] = getattr(module, name)
+    return value

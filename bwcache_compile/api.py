@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bwcache_compile import passes
 from bwcache_compile.capture import capture, flat_program
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import ConfigError, StateError
+from bwcache_compile.errors import ConfigError, ExportError, StateError
+from bwcache_compile.exporters.export import export_onnx
+from bwcache_compile.graph_text import format_value
 from bwcache_compile.passes import Guard
-from bwcache_compile.program import BlockSearch
+from bwcache_compile.passes.specialize import specialize
+from bwcache_compile.program import BlockSearch, CachedProgram
 from bwcache_compile.runtime import CachedModel, Toolchain
 from bwcache_compile.runtime.watch import refuse_hooks
 
@@ -119,3 +123,68 @@ def find_blocks(
     else:
         program = capture(model, example_args, example_kwargs or {})
     return passes.find_blocks(passes.run_pipeline(program, passes.TIDY_PIPELINE), names)
+
+
+def _one_program(cached: CachedModel, signature: tuple[tuple[Any, ...], dict[str, Any]] | None) -> CachedProgram:
+    """Return the program to export, its reuse graph made where the guard was in the graph.
+
+    Raises:
+        ExportError: There are several to choose from.
+    """
+    if signature is not None:
+        cached.prepare(*signature)
+        program = cached.program
+    else:
+        held = cached.cached_programs
+        if len(held) != 1:
+            shapes = ["; ".join(f"{name} {shape}" for name, shape in _shapes(program)) for program in held]
+            raise ExportError(
+                f"this model holds {len(held)} programs, and a bundle holds one. Pass signature=(args, kwargs), a call like those to come;"
+                " or transform with dynamic_shapes." + "".join(f"\n  {line}" for line in shapes)
+            )
+        program = held[0]
+    if program.reuse is None and program.planned().config.granularity == "stack":
+        program = specialize(program).program
+    return program
+
+
+def _shapes(program: CachedProgram) -> list[tuple[str, str]]:
+    nodes = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
+    return [(node.name, format_value(node.meta["val"])) for node in nodes if isinstance(node.meta.get("val"), Tensor)]
+
+
+def export(
+    cached: CachedModel,
+    directory: str | Path,
+    format: str = "onnx",
+    *,
+    signature: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    guarded: bool = False,
+    opset: int = 20,
+) -> dict[str, Any]:
+    """Write a cached model as a bundle: graphs with the cache as inputs and outputs, one weight file, and a manifest.
+
+    The bundle is run beside torch before it takes its place: same decisions, outputs and cache over several steps with
+    both branches taken. `load` opens it, in a process that needs no torch.
+
+    Args:
+        cached: What `transform` returned, captured for one signature.
+        directory: Where to write. A bundle there is replaced at the end; a failure leaves it as it was.
+        format: "onnx".
+        signature: `(args, kwargs)` of a call, where the model holds several programs or none yet.
+        guarded: Add one graph that decides by itself, with an `If`.
+        opset: ONNX operator set. 20 has attention in parts, 23 as one operator.
+
+    Returns:
+        The manifest, with the report of the check.
+
+    Raises:
+        ExportError: There is no single program, it cannot be exported, or what was written differs from torch.
+        ConfigError: `format` or `opset` is not supported.
+    """
+    if not isinstance(cached, CachedModel):
+        raise ConfigError(f"export takes what transform returned, not a {type(cached).__name__}.")
+    if format != "onnx":
+        raise ConfigError(f'format is {format!r}; this version writes "onnx".')
+    program = _one_program(cached, signature)
+    return export_onnx(program, directory, cached.call_parameters, guarded=guarded, opset=opset)

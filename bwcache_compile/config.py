@@ -157,6 +157,29 @@ class CacheConfig:
         exact = Fraction(str(self.tail))
         return exact.numerator, exact.denominator
 
+    def policy_values(self, num_steps: int | None) -> dict[str, tuple[float | int, ...]]:
+        """Return the values of the graph's policy inputs by name, in their order; a threshold is float32, all else int64.
+
+        Raises:
+            ConfigError: The policy needs the number of steps and it is not known.
+        """
+        if self.steps_mask is not None:
+            return {"mask": self.steps_mask}
+        if num_steps is None:
+            raise ConfigError(
+                "num_steps is not known, and policy='schedule' places the protected tail by it. Set CacheConfig(num_steps=...),"
+                " call cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
+            )
+        numerator, denominator = self.tail_ratio()
+        return {
+            "threshold": (float(self.threshold),),
+            "interval": (self.resolved_interval(num_steps),),
+            "tail_numerator": (numerator,),
+            "tail_denominator": (denominator,),
+            "warmup": (self.warmup_steps,),
+            "num_steps": (num_steps,),
+        }
+
     def save(self, path: str | Path) -> None:
         """Write the settings as JSON, whole or not at all."""
         temporary = Path(path).with_name(Path(path).name + ".tmp")

@@ -29,3 +29,11 @@ class InvariantError(AssertionError):
 
 class CacheWarning(UserWarning):
     """The run is correct, but the cache did not do what it is there for."""
+
+
+class ExportError(RuntimeError):
+    """A cached program could not be written for another runtime, or what was written computes something else."""
+
+
+class BundleError(RuntimeError):
+    """An exported bundle is damaged, altered, incomplete, or of a version that this one does not read."""

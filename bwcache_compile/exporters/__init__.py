@@ -1,1 +1,1 @@
-"""Writing cached programs to files for other runtimes. Nothing is here yet."""
+"""Writing cached programs to files for other runtimes, and running them there. What opens a bundle needs no torch."""

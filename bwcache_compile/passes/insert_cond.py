@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile.dataflow import eliminate_dead_code
+from bwcache_compile.inline import Flat, inline_calls
 from bwcache_compile.layout import memory_order
 from bwcache_compile.passes._arms import Arm, skippable
 from bwcache_compile.passes._edit import fake, fake_mode, inserted, new_input, slot_value
-from bwcache_compile.passes._inline import Flat, inline_calls
 from bwcache_compile.passes.insert_cache import source_of
 from bwcache_compile.passes.specialize import stand_in
 from bwcache_compile.passes.split_region import REGION

@@ -1,8 +1,8 @@
 """Running cached programs: state, contexts, reports."""
 
+from bwcache_compile.report import ContextReport, Report, StepRecord
 from bwcache_compile.runtime.cached_model import CachedModel
 from bwcache_compile.runtime.programs import Toolchain
-from bwcache_compile.runtime.report import ContextReport, Report, StepRecord
 from bwcache_compile.runtime.state import CacheState, GuardedState
 
 __all__ = ["CacheState", "CachedModel", "ContextReport", "GuardedState", "Report", "StepRecord", "Toolchain"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,12 +18,12 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram, CachePlan
+from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import UNNAMED, Context, Moment, arrive, warn_without_reuse
 from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
 from bwcache_compile.runtime.joint import agree
 from bwcache_compile.runtime.loaded import LoadedProgram, run_all
 from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
-from bwcache_compile.runtime.report import RawStep, Report
 from bwcache_compile.runtime.signature import ordered
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.wrapper import ModelWrapper
@@ -84,6 +85,17 @@ class CachedModel(ModelWrapper):
     def program(self) -> CachedProgram:
         """The program used last."""
         return self._programs.latest.program
+
+    @property
+    def call_parameters(self) -> tuple[str, ...]:
+        """Names of what the model's forward takes by position, in order."""
+        parameters = inspect.signature(self._original.forward).parameters.values()
+        return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+    @property
+    def cached_programs(self) -> tuple[CachedProgram, ...]:
+        """Every program there is, one per signature."""
+        return self._programs.all
 
     # -- calling -------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CacheWarning, StateError
+from bwcache_compile.report import ContextReport, RawStep, step_records
 from bwcache_compile.runtime.clock import Clock
 from bwcache_compile.runtime.programs import Fit
-from bwcache_compile.runtime.report import ContextReport, RawStep, step_records
 from bwcache_compile.runtime.state import CacheState
 
 UNNAMED = "default"

@@ -233,6 +233,11 @@ class ProgramCache:
         return self._last
 
     @property
+    def all(self) -> tuple[CachedProgram, ...]:
+        """Every program that is kept."""
+        return tuple(loaded.program for loaded in self._loaded.values())
+
+    @property
     def only(self) -> LoadedProgram:
         """The one program there is: compiled code cannot choose among several.
 

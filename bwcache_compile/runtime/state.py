@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import ConfigError
 from bwcache_compile.layout import in_order
 from bwcache_compile.program import CacheSlot
 from bwcache_compile.sizes import evaluated
@@ -75,14 +74,6 @@ def policy_parameters(config: CacheConfig, num_steps: int | None, device: torch.
     Raises:
         ConfigError: The policy needs the number of steps and it is not known.
     """
-    if config.steps_mask is not None:
-        return (torch.tensor(config.steps_mask, dtype=torch.int64, device=device),)
-    if num_steps is None:
-        raise ConfigError(
-            "num_steps is not known, and policy='schedule' places the protected tail by it. Set CacheConfig(num_steps=...),"
-            " call cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
-        )
-    numerator, denominator = config.tail_ratio()
-    counts = (config.resolved_interval(num_steps), numerator, denominator, config.warmup_steps, num_steps)
-    threshold = torch.tensor([config.threshold], dtype=torch.float32, device=device)
-    return (threshold, *(torch.tensor([count], dtype=torch.int64, device=device) for count in counts))
+    values = config.policy_values(num_steps)
+    dtypes = {name: torch.float32 if name == "threshold" else torch.int64 for name in values}
+    return tuple(torch.tensor(value, dtype=dtypes[name], device=device) for name, value in values.items())

@@ -1,12 +1,14 @@
-"""What a run did: steps computed and reused, and what the indicator measured."""
+"""What a run did: steps computed and reused, and what the indicator measured. Takes torch's tensors and numpy's arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class RawStep:
     step: int
     computed: bool | Tensor
     fresh: bool
-    change: Tensor | None
+    change: Tensor | Any | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ def step_records(steps: Sequence[RawStep]) -> tuple[StepRecord, ...]:
     records: list[StepRecord] = []
     last: int | None = None
     for raw in steps:
-        flags = tuple(raw.computed.tolist()) if isinstance(raw.computed, Tensor) else (raw.computed,)
+        flags = (raw.computed,) if isinstance(raw.computed, bool) else tuple(raw.computed.tolist())
         computed = any(flags)
         gap = None if raw.fresh or last is None or not computed else raw.step - last
         records.append(StepRecord(raw.step, computed, gap, raw.change if computed else None, flags if len(flags) > 1 else ()))

@@ -1,0 +1,113 @@
+"""Export the classes of the zoo and run each bundle beside torch.
+
+`python benchmarks/export_zoo.py --out benchmarks/results/export_zoo.json`; takes about half an hour.
+
+For every class, at each operator set: the pair and the guarded graph over 8 steps with both branches taken, on the
+inputs that the zoo draws for each step. Decisions must equal torch's; the error is the largest difference of an output
+relative to its largest value. What cannot be exported is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import bwcache_compile as bw
+from bwcache_compile.compare import flat_outputs
+from tests.zoo import ZOO, Entry
+
+STEPS = 8
+
+
+def as_numpy(value: Any) -> Any:
+    """Turn the tensors of an input into arrays, as a process without torch has them."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy()
+    if isinstance(value, dict):
+        return {key: as_numpy(item) for key, item in value.items()}
+    return type(value)(as_numpy(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def flat(output: Any) -> list[Any]:
+    """Return the arrays of a session's output."""
+    return list(output.values()) if isinstance(output, dict) else list(output) if isinstance(output, tuple) else [output]
+
+
+def compare(entry: Entry, cached: bw.CachedModel, session: Any) -> tuple[str, float]:
+    """Run both over all steps; return the decisions and the largest error.
+
+    Raises:
+        ValueError: The decisions differ.
+    """
+    cached.reset()
+    worst = 0.0
+    for step in range(STEPS):
+        with torch.no_grad():
+            expected = [value for value in flat_outputs(cached(**entry.inputs(step))) if isinstance(value, torch.Tensor)]
+        actual = [value for value in flat(session(**{k: as_numpy(v) for k, v in entry.inputs(step).items()})) if value is not None]
+        for want, got in zip(expected, actual, strict=True):
+            worst = max(worst, float(np.abs(got - want.numpy()).max() / want.abs().max()))
+    ours, theirs = (["#" if r.computed else "." for r in run.report().contexts["default"].steps] for run in (session, cached))
+    if ours != theirs:
+        raise ValueError(f"decisions differ: {''.join(ours)} instead of {''.join(theirs)}")
+    return "".join(ours), worst
+
+
+def run(name: str, opsets: list[int]) -> dict[str, Any]:
+    """Export one class at each operator set, and run what came out."""
+    entry = ZOO[name]
+    config = bw.CacheConfig(num_steps=STEPS, threshold=math.inf, reuse_interval=2)
+    cached = bw.transform(entry.make(), config, example_kwargs=entry.call(0))
+    row: dict[str, Any] = {"class": entry.model, "blocks": len(cached.plan.blocks)}
+    for opset in opsets:
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                manifest = bw.export(cached, Path(folder) / name, guarded=True, opset=opset)
+                found = {
+                    kind: compare(entry, cached, bw.load(Path(folder) / name, guarded=kind == "guarded")) for kind in ("pair", "guarded")
+                }
+                size = sum(file["bytes"] for file in manifest["files"].values())
+            except (bw.ExportError, bw.BundleError, bw.StateError, ValueError) as error:
+                row[f"opset {opset}"] = {"refused": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                continue
+        seconds = time.perf_counter() - began
+        errors = {kind: error for kind, (_, error) in found.items()}
+        row[f"opset {opset}"] = {"steps": found["pair"][0], "errors": errors, "seconds": round(seconds, 1), "bytes": size}
+    return row
+
+
+def main() -> None:
+    """Export what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(ZOO))
+    parser.add_argument("--opsets", type=int, nargs="+", default=[20, 23])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = {}
+    for name in args.names:
+        try:
+            rows[name] = run(name, args.opsets)
+        except ModuleNotFoundError as error:
+            rows[name] = {"class": ZOO[name].model, "skipped": f"needs {error.name}"}
+        print(name, json.dumps(rows[name]), flush=True)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps({"torch": torch.__version__.partition("+")[0], "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""A bundle: a folder with graphs, one weight file and a manifest that says all there is to know about them. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bwcache_compile.errors import BundleError, ExportError
+from bwcache_compile.exporters.external_data import external_locations
+
+FORMAT = "bwcache-bundle"
+VERSION = 1
+MANIFEST = "manifest.json"
+DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+_KEYS = ("model", "opset", "inputs", "constants", "outputs", "symbols", "conditions", "slots", "policy", "config", "graphs", "files")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """An opened bundle, every file of which was verified.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What `manifest.json` says.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def graph_file(self, kind: str) -> Path:
+        """Return the path of a graph.
+
+        Raises:
+            BundleError: The bundle has none of that kind.
+        """
+        graphs = self.manifest["graphs"]
+        if kind not in graphs:
+            raise BundleError(f"{self.folder}: the bundle holds {', '.join(graphs)}, but no {kind} graph. Export it with guarded=True.")
+        return self.folder / graphs[kind]["file"]
+
+
+def _encoded(value: Any) -> Any:
+    """Write what JSON has no number for as a string."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _encoded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(item) for item in value]
+    return value
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    for chunk in iter(lambda: file.read(2**20), b""):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Describe every file of a folder and write the manifest, which is what makes it a bundle."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in sorted(folder.iterdir())}
+    head = {"format": FORMAT, "format_version": VERSION}
+    (folder / MANIFEST).write_text(json.dumps(_encoded({**head, **content, "files": files}), indent=1, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_bundle(directory: str | Path) -> Iterator[Path]:
+    """Give a folder to write to, which takes the place of `directory` if all goes well; else nothing is left of it.
+
+    Raises:
+        ExportError: `directory` holds something that is no bundle.
+    """
+    target = Path(directory)
+    if target.exists() and not (target / MANIFEST).exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{target} exists and is no bundle; it is not overwritten. Choose another directory.")
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    folder, replaced = place / "new", place / "old"
+    folder.mkdir()
+    try:
+        yield folder
+        if target.exists():
+            os.rename(target, replaced)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, target)
+            raise
+    finally:
+        shutil.rmtree(place)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} does not exist: {folder} is no bundle.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise BundleError(f"{path} does not describe a bundle.")
+    version = manifest.get("format_version")
+    if type(version) is not int or version < 1:
+        raise BundleError(f"{path}: format_version is {version!r}, no version number.")
+    if version > VERSION:
+        raise BundleError(f"{path} is of format version {version}, and this bwcache-compile reads up to {VERSION}. Upgrade it.")
+    missing = [key for key in _KEYS if key not in manifest]
+    if missing:
+        raise BundleError(f"{path} lacks {', '.join(missing)}.")
+    return manifest
+
+
+def _check_tensors(path: Path, manifest: dict[str, Any]) -> None:
+    """Check the descriptions of inputs, outputs and slots."""
+    outputs = manifest["outputs"]
+    groups = {
+        "inputs": manifest["inputs"],
+        "outputs": outputs.get("items") if isinstance(outputs, dict) else None,
+        "slots": manifest["slots"],
+    }
+    for group, entries in groups.items():
+        if not isinstance(entries, list):
+            raise BundleError(f"{path}: {group} is no list.")
+        for entry in entries:
+            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not isinstance(entry.get("shape"), list):
+                raise BundleError(f"{path}: {group} holds {str(entry)[:80]!r}, which describes no tensor.")
+            if entry.get("dtype") not in DTYPES:
+                raise BundleError(f"{path}: {entry['name']} has the dtype {entry.get('dtype')!r}; known are {', '.join(DTYPES)}.")
+            if not all(isinstance(size, str) or (type(size) is int and size >= 0) for size in entry["shape"]):
+                raise BundleError(f"{path}: {entry['name']} has the shape {entry['shape']}.")
+
+
+def _check_file(folder: Path, name: str, entry: Any) -> None:
+    path = folder / name
+    if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
+        raise BundleError(f"{folder / MANIFEST} names {name!r}, which is outside the bundle.")
+    if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
+        raise BundleError(f"{folder / MANIFEST} does not say what {name} is.")
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{path} is missing; the bundle is incomplete.")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise BundleError(
+            f"{path} has {size} bytes instead of {entry['bytes']}; it is {'truncated' if size < entry['bytes'] else 'altered'}."
+        )
+    if file_hash(path) != entry["sha256"]:
+        raise BundleError(f"{path} is not the file that was exported: its SHA-256 differs.")
+
+
+def _check_graphs(folder: Path, manifest: dict[str, Any]) -> None:
+    files, graphs = manifest["files"], manifest["graphs"]
+    if not isinstance(graphs, dict) or not {"compute", "reuse"} <= set(graphs):
+        raise BundleError(f"{folder / MANIFEST} names no compute and reuse graph.")
+    for kind, entry in graphs.items():
+        if not isinstance(entry, dict) or entry.get("file") not in files:
+            raise BundleError(f"{folder / MANIFEST}: the {kind} graph is none of the bundle's files.")
+        for key in ("inputs", "outputs"):
+            if not isinstance(entry.get(key), list) or not all(isinstance(name, str) for name in entry[key]):
+                raise BundleError(f"{folder / MANIFEST} does not name the {key} of the {kind} graph.")
+        path = folder / entry["file"]
+        try:
+            locations = external_locations(path.read_bytes())
+        except ValueError as error:
+            raise BundleError(f"{path} is no ONNX model: {error}.") from error
+        for location in sorted(locations):
+            if location not in files:
+                raise BundleError(f"{path} reads weights from {location!r}, which is none of the bundle's files.")
+
+
+def open_bundle(directory: str | Path) -> Bundle:
+    """Read a bundle's manifest and verify every file against it. No code of the bundle runs.
+
+    Raises:
+        BundleError: A file is missing, truncated or altered, the manifest is damaged or of a newer version, or a graph
+            reads weights from outside the folder. The message names the file.
+    """
+    folder = Path(directory)
+    manifest = _read_manifest(folder)
+    if not isinstance(manifest["files"], dict):
+        raise BundleError(f"{folder / MANIFEST}: files is no table.")
+    for name, entry in manifest["files"].items():
+        _check_file(folder, name, entry)
+    _check_tensors(folder / MANIFEST, manifest)
+    _check_graphs(folder, manifest)
+    return Bundle(folder, manifest)

@@ -1,0 +1,227 @@
+"""The exporter checks itself: the reuse graph runs no cached block, and the files do what the program does, step after step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.errors import ExportError
+from bwcache_compile.exporters.bundle import Bundle
+from bwcache_compile.exporters.graphs import PlainGraph
+from bwcache_compile.exporters.onnx import OnnxGraph
+from bwcache_compile.exporters.ort_session import OrtSession
+from bwcache_compile.layout import in_order
+from bwcache_compile.program import REGION_MARK, CachedProgram
+from bwcache_compile.sizes import evaluate, evaluated
+
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2}
+"""Largest error, relative to the largest value of the tensor."""
+_STEPS = 6
+
+
+def check_structure(plain: Mapping[str, PlainGraph], written: Mapping[str, OnnxGraph]) -> dict[str, Any]:
+    """Prove that the reuse graph holds no operator and no weight of a cached block.
+
+    Operators are told apart by the marks that the split put on the region's nodes, which every graph carried along.
+
+    Raises:
+        ExportError: It holds one; or the compute graph holds none, so that the marks were lost.
+    """
+    compute, reuse = written["compute"], written["reuse"]
+    if not compute.region:
+        raise ExportError("no operator of the compute graph is marked as the cached region's: the exporter lost the marks.")
+    if reuse.region:
+        node, origin = next(iter(reuse.region.items()))
+        raise ExportError(f"the reuse graph runs {node}, which came from {origin} of a cached block.")
+    graph = plain["compute"].exported
+    names = {spec.arg.name: str(spec.target) for spec in graph.graph_signature.input_specs if spec.target is not None}
+    only_region = {
+        names[node.name]
+        for node in graph.graph.find_nodes(op="placeholder")
+        if node.name in names and node.users and all(user.meta.get("custom", {}).get(REGION_MARK) for user in node.users)
+    }
+    kept = sorted(only_region & set(reuse.model.graph.initializers))
+    if kept:
+        raise ExportError(f"the reuse graph holds {kept[0]}, a weight that only the cached blocks read.")
+    return {
+        "region_operators": len(compute.region),
+        "region_operators_in_reuse": 0,
+        "region_weights": len(only_region),
+        "unmarked_operators": {"compute": compute.unmarked, "reuse": reuse.unmarked},
+    }
+
+
+@dataclasses.dataclass
+class TorchRun:
+    """A generation of the transformed program in torch, from the graphs themselves."""
+
+    program: CachedProgram
+    config: CacheConfig
+    num_steps: int
+    sizes: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        """Start with a fresh state."""
+        plan = self.program.planned()
+        fresh = {s.name: torch.full(evaluated(s.shape, self.sizes), s.fill, dtype=s.dtype, device=plan.device) for s in plan.slots}
+        self.slots = {slot.name: in_order(fresh[slot.name], slot.order) for slot in plan.slots}
+        self.until = self.computed_at = -1
+
+    def step(self, step: int, flat: list[Any]) -> tuple[list[Any], bool, Tensor | None]:
+        """Run one step; return the outputs, whether it computed, and the indicator."""
+        program, device = self.program, self.program.planned().device
+        now = torch.tensor([step], device=device)
+        if 0 <= self.computed_at < step <= self.until:
+            assert program.reuse is not None
+            return list(program.reuse(*flat, *(self.slots[name] for name in program.reuse_slots), now)), False, None
+        values = self.config.policy_values(self.num_steps)
+        dtypes = {name: torch.float32 if name == "threshold" else torch.int64 for name in values}
+        parameters = [torch.tensor(value, dtype=dtypes[name], device=device) for name, value in values.items()]
+        returned = list(program.compute(*flat, *(self.slots[name] for name in program.compute_slots), *parameters, now))
+        users = program.signature.out_spec.num_leaves
+        self.slots = dict(zip(self.slots, returned[users : users + len(self.slots)], strict=True))
+        self.until, self.computed_at = step + int(returned[users + len(self.slots)]), step
+        return returned[:users], True, returned[-1] if program.planned().measured else None
+
+
+def captured_sizes(program: CachedProgram) -> dict[str, int]:
+    """Return the open sizes as they were when the model was captured."""
+    return {symbol.name: symbol.example for symbol in program.signature.sizes.symbols} if program.signature.sizes else {}
+
+
+def other_sizes(program: CachedProgram) -> dict[str, int] | None:
+    """Return other values of the open sizes, for which the graphs are proved too; None if none come to mind."""
+    sizes = program.signature.sizes
+    for factor in (3, 2, 4) if sizes else ():
+        known = {name: factor * value for name, value in captured_sizes(program).items()}
+        if all(evaluate(condition, known) for condition in sizes.conditions):  # type: ignore[union-attr]
+            return known
+    return None
+
+
+def _random_inputs(program: CachedProgram, step: int, known: Mapping[str, int]) -> list[Any]:
+    """Draw one step's flat inputs: floats that move a little, ones for everything else."""
+    sizes, device = program.signature.sizes, program.planned().device
+    generator = torch.Generator().manual_seed(0)
+    flat: list[Any] = []
+    for i, node in enumerate(program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]):
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            flat.append(value if not isinstance(value, torch.SymInt) else None)
+            continue
+        shape = evaluated(sizes.inputs[i], known) if sizes and isinstance(sizes.inputs[i], tuple) else tuple(value.shape)  # type: ignore[arg-type]
+        if value.dtype.is_floating_point:
+            base, drift = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+            flat.append((base + 0.02 * step * drift).to(value.dtype).to(device))
+        else:
+            flat.append(torch.ones(shape, dtype=value.dtype, device=device))
+    return flat
+
+
+def _error(actual: Any, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest value expected."""
+    want = torch.nan_to_num(expected.detach().cpu().double())
+    got = torch.nan_to_num(torch.from_numpy(actual.copy()).double())
+    if got.shape != want.shape:
+        return float("inf")
+    if not want.numel():
+        return 0.0
+    return float((got - want).abs().max() / want.abs().max().clamp(min=1e-30)) if not torch.equal(got, want) else 0.0
+
+
+def _forced(config: CacheConfig, threshold: float) -> CacheConfig:
+    """Return settings under which both branches are taken: two computed steps, two reused ones, and so on."""
+    if config.policy == "static":
+        return config
+    return dataclasses.replace(config, threshold=threshold, reuse_interval=2, tail=0.0, warmup_steps=0, num_steps=_STEPS)
+
+
+@dataclasses.dataclass
+class _Compared:
+    """Runs of a session beside torch's, and the worst that was seen."""
+
+    program: CachedProgram
+    manifest: dict[str, Any]
+    tolerance: float
+    worst: float = 0.0
+
+    def _compare(self, what: str, actual: Any, expected: Tensor) -> None:
+        error = _error(actual, expected)
+        self.worst = max(self.worst, error)
+        if not error <= self.tolerance:
+            raise ExportError(
+                f"{what} of the exported graphs differs from torch's by {error:.3g} of its largest value; {self.tolerance:g} is allowed."
+            )
+
+    def run(
+        self, session: OrtSession, config: CacheConfig, steps: int, sizes: Mapping[str, int] | None = None
+    ) -> tuple[list[bool], list[float]]:
+        """Run both side by side; return torch's decisions and indicators.
+
+        Raises:
+            ExportError: An output, a slot, the indicator or a decision differs.
+        """
+        session.cache_config = config
+        session.reset()
+        known = captured_sizes(self.program) if sizes is None else sizes
+        torch_run = TorchRun(self.program, config, config.steps or steps, known)
+        described, decisions, indicators = self.manifest["outputs"], [], []
+        for step in range(steps):
+            flat = _random_inputs(self.program, step, known)
+            named = zip(self.program.signature.inputs, flat, strict=True)
+            wanted = {entry["name"] for entry in self.manifest["inputs"]}
+            arrays = {name: value.cpu().numpy() for name, value in named if name in wanted}
+            with torch.no_grad():
+                expected, computed, change = torch_run.step(step, flat)
+            returned = session.run_flat(arrays)
+            for item in described["items"]:
+                self._compare(f"step {step}: the output {item['name']}", returned[item["name"]], expected[item["position"]])
+            record = session.report().contexts["default"].steps[-1]
+            if record.computed != computed:
+                verb = {True: "computes", False: "reuses"}
+                raise ExportError(f"step {step}: torch {verb[computed]} and the exported graphs {verb[record.computed]}.")
+            if computed and change is not None:
+                assert record.change is not None
+                self._compare(f"step {step}: the indicator", record.change, change)
+                indicators += [float(change.mean())] if step else []
+            for name, value in session.state("default").items():
+                if name in torch_run.slots:
+                    self._compare(f"step {step}: the slot {name}", value, torch_run.slots[name])
+            decisions.append(computed)
+        return decisions, indicators
+
+
+def check_runs(program: CachedProgram, folder: Path, manifest: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Run the written files beside torch over several steps, both branches taken: equal decisions, outputs and slots.
+
+    Raises:
+        ExportError: They differ; the message names the step and the output or slot.
+    """
+    dtypes = {slot.dtype for slot in program.planned().slots if slot.dtype.is_floating_point}
+    if torch.bfloat16 in dtypes:
+        return {"runs": "not run: ONNX Runtime's CPU provider has no bfloat16 matrix product; the CUDA provider and TensorRT have"}
+    tolerance = max((TOLERANCES.get(dtype, 1e-4) for dtype in dtypes if dtype != torch.float32), default=TOLERANCES[torch.float32])
+    config = program.planned().config
+    compared = _Compared(program, manifest, tolerance)
+    steps = min(len(config.steps_mask), 8) if config.steps_mask is not None else _STEPS
+    pattern, elsewhere = "", other_sizes(program)
+    for kind in kinds:
+        session = OrtSession(Bundle(folder, manifest), guarded=kind == "guarded")
+        decisions, indicators = compared.run(session, _forced(config, float("inf")), steps)
+        finite = [value for value in indicators if value > 0 and value < float("inf")]
+        if config.policy == "schedule" and finite:
+            # a threshold well away from what was measured, on either side
+            decisions, _ = compared.run(session, _forced(config, 2 * max(finite)), steps)
+            never, _ = compared.run(session, _forced(config, min(finite) / 2), 2)
+            assert all(never)
+        if elsewhere is not None:
+            compared.run(session, _forced(config, float("inf")), min(steps, 4), elsewhere)
+        pattern = "".join("#" if computed else "." for computed in decisions)
+    sizes = [captured_sizes(program), *([elsewhere] if elsewhere else [])]
+    return {"runs": list(kinds), "sizes": sizes, "steps": pattern, "tolerance": tolerance, "largest_error": compared.worst}

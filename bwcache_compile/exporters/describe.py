@@ -1,0 +1,151 @@
+"""What a manifest says about a program: its call, its state, its policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from bwcache_compile.errors import BundleError, ExportError
+from bwcache_compile.exporters.arithmetic import arithmetic
+from bwcache_compile.program import CachedProgram, CacheSlot
+from bwcache_compile.sizes import hint_shape, shape_of
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as numpy has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _places(tree: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], int]]:
+    """Yield the path and the position of every leaf of a tree whose leaves are their positions."""
+    inside: Any
+    if isinstance(tree, int):
+        yield path, tree
+        return
+    if isinstance(tree, Mapping):
+        inside = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        inside = enumerate(tree)
+    elif dataclasses.is_dataclass(tree):
+        inside = [(field.name, getattr(tree, field.name)) for field in dataclasses.fields(tree)]
+    else:
+        inside = enumerate(pytree.tree_leaves(tree))
+    for key, value in inside:
+        yield from _places(value, (*path, key if isinstance(key, int) else str(key)))
+
+
+def describe_inputs(program: CachedProgram, parameters: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the tensors that a call passes, and its constants, each with the argument that holds it and the path inside.
+
+    Args:
+        program: Past planning.
+        parameters: Names of the parameters of the model's forward.
+    """
+    spec, names = program.signature.in_spec, program.signature.inputs
+    places = sorted(_places(pytree.tree_unflatten(list(range(spec.num_leaves)), spec)), key=lambda place: place[1])
+    nodes = program.compute.graph.find_nodes(op="placeholder")[: len(names)]
+    tensors, constants = [], []
+    for (path, _), name, node in zip(places, names, nodes, strict=True):
+        outer, first, *inner = path
+        by_position = outer == 0 and isinstance(first, int) and first < len(parameters)
+        argument = parameters[int(first)] if by_position else str(first)
+        place = {"argument": argument, "path": inner}
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            described = {"dtype": dtype_name(value.dtype), "shape": list(shape_of(value)), "example": list(hint_shape(value))}
+            tensors.append({"name": name, **place, **described})
+        else:
+            constants.append({**place, "value": value if isinstance(value, (bool, int, float, str)) else None})
+    return tensors, constants
+
+
+def describe_outputs(program: CachedProgram) -> tuple[dict[str, Any], list[Node]]:
+    """Return how the model's output is put together, and the nodes that are its tensors."""
+    spec = program.signature.out_spec
+    returned: Any = program.compute.graph.output_node().args[0]
+    whole = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    places = sorted(_places(whole), key=lambda place: place[1])
+    nested = any(len(path) > 1 for path, _ in places)
+    kind = "tensor" if isinstance(whole, int) else "tuple" if nested or isinstance(whole, (tuple, list)) else "mapping"
+    taken = {*program.signature.inputs, "step", "reuse_left", "indicator"}
+    items, nodes = [], []
+    for (path, i), node in zip(places, returned[: spec.num_leaves], strict=True):
+        if not isinstance(node, Node):
+            continue
+        key = "_".join(map(str, path))
+        name = f"output_{key}" if not key or key[0].isdigit() else key
+        name = f"{name.rstrip('_')}.out" if name in taken else name.rstrip("_")
+        taken.add(name)
+        value = node.meta["val"]
+        items.append({"name": name, "key": key, "position": i, "dtype": dtype_name(value.dtype), "shape": list(shape_of(value))})
+        nodes.append(node)
+    return {"kind": kind, "length": spec.num_leaves, "items": items}, nodes
+
+
+def _describe_slot(slot: CacheSlot) -> dict[str, Any]:
+    place = {"name": slot.name, "role": slot.role, "dtype": dtype_name(slot.dtype)}
+    return {**place, "shape": list(slot.shape), "example": list(slot.example), "fill": slot.fill}
+
+
+def _policy(program: CachedProgram, num_steps: int) -> dict[str, Any]:
+    config = program.planned().config
+    parameters = [
+        {"name": name, "dtype": "float32" if name == "threshold" else "int64", "shape": [len(value)], "default": list(value)}
+        for name, value in config.policy_values(config.steps or num_steps).items()
+    ]
+    return {"kind": config.policy, "parameters": parameters}
+
+
+def describe(program: CachedProgram, parameters: tuple[str, ...], opset: int) -> dict[str, Any]:
+    """Return everything that a manifest says before any file is written.
+
+    Raises:
+        ExportError: A size is more than integer arithmetic.
+    """
+    plan, sizes = program.planned(), program.signature.sizes
+    inputs, constants = describe_inputs(program, parameters)
+    outputs, _ = describe_outputs(program)
+    symbols = []
+    for symbol in sizes.symbols if sizes else ():
+        if symbol.dimension is None:
+            continue  # an int: its inputs are refused or ignored
+        symbols.append({**dataclasses.asdict(symbol), "input": program.signature.inputs[symbol.position]})
+    conditions = list(sizes.conditions) if sizes else []
+    slots = [_describe_slot(slot) for slot in plan.slots]
+    known = {symbol["name"]: symbol["example"] for symbol in symbols}
+    for text in [*conditions, *(size for entry in [*inputs, *outputs["items"], *slots] for size in entry["shape"])]:
+        try:
+            arithmetic(text, known)
+        except BundleError as error:
+            raise ExportError(f"the size {text!r} of {program.model_name} is no integer arithmetic; export it with fixed sizes.") from error
+    return {
+        "model": program.model_name,
+        "torch": torch.__version__.partition("+")[0],
+        "opset": opset,
+        "arguments": list(parameters),
+        "inputs": inputs,
+        "constants": constants,
+        "outputs": outputs,
+        "symbols": symbols,
+        "conditions": conditions,
+        "slots": slots,
+        "policy": _policy(program, num_steps=50),
+        "config": dataclasses.asdict(plan.config),
+        "blocks": [{"name": block.name, "type": block.module_type} for block in plan.blocks],
+        "measured": [measured.block for measured in plan.measured],
+        "notes": list(plan.notes),
+    }
+
+
+def declared_shapes(content: dict[str, Any]) -> dict[str, list[int | str]]:
+    """Return the shapes of everything that goes in or out of a graph, by the name that it has there."""
+    shapes = {entry["name"]: entry["shape"] for entry in [*content["inputs"], *content["outputs"]["items"]]}
+    shapes |= {f"{way}.{slot['name']}": slot["shape"] for slot in content["slots"] for way in ("cache_in", "cache_out")}
+    shapes |= {f"policy.{entry['name']}": entry["shape"] for entry in content["policy"]["parameters"]}
+    return shapes | {"step": [1], "reuse_left": [1], "indicator": [len(content["measured"])]}

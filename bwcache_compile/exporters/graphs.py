@@ -1,0 +1,186 @@
+"""A program's graphs as exported programs of plain operators, every one of which still knows whether it belongs to the region."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, nn
+from torch._export.verifier import load_verifier
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils import _pytree as pytree
+
+from bwcache_compile.errors import ExportError
+from bwcache_compile.inline import inline_calls
+from bwcache_compile.program import REGION_MARK, CachedProgram, graph_module_copy
+
+_PREFIXES = {"cache_in_": "cache_in.", "policy_": "policy."}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainGraph:
+    """One graph on its way to a file.
+
+    Attributes:
+        kind: `compute`, `reuse` or `guarded`.
+        exported: The graph over lifted weights. Each operator's `meta["custom"]` names the node it was and says whether
+            that belongs to the region.
+        inputs: Names of its tensor inputs for the outside, in order.
+        outputs: Names of its outputs for the outside, in order.
+    """
+
+    kind: str
+    exported: ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def _one_mode(module: GraphModule) -> FakeTensorMode:
+    """Return the mode in which the graph's open sizes live, those that depend on values too; a new one where there are none."""
+    for node in module.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, FakeTensor) and any(isinstance(size, SymInt) for size in value.shape):
+                return value.fake_mode
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+def _in_one_mode(module: GraphModule, mode: FakeTensorMode) -> None:
+    """Describe every value in one mode: the exporter takes no graph of several."""
+
+    def described(value: Tensor) -> Tensor:
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+    for inner in module.modules():
+        for node in inner.graph.nodes if isinstance(inner, GraphModule) else ():
+            if "val" in node.meta:
+                node.meta["val"] = pytree.tree_map_only(Tensor, described, node.meta["val"])
+
+
+def _marked(module: GraphModule) -> None:
+    """Write on each operator what it is, in the one field that decompositions hand on."""
+    for inner in module.modules():
+        for node in inner.graph.nodes if isinstance(inner, GraphModule) else ():
+            if node.op == "call_function":
+                node.meta["custom"] = {"bwcache_node": node.name, REGION_MARK: bool(node.meta.get(REGION_MARK))}
+
+
+def _without_idle_squeezes(graph: Graph) -> None:
+    """Take away squeezes of a dimension that is not 1: torch leaves the tensor as it is, ONNX's operator fails."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not torch.ops.aten.squeeze.dim:
+            continue
+        source, dimension = node.args
+        assert isinstance(source, Node)
+        if not statically_known_true(source.meta["val"].shape[dimension] == 1):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _cut_constants(program: CachedProgram, graph: Graph) -> None:
+    """Take away the inputs that are no tensors: the graph ignores their values.
+
+    Raises:
+        ExportError: An int is an open size of its own.
+    """
+    for node in graph.find_nodes(op="placeholder"):
+        if isinstance(node.meta.get("val"), Tensor):
+            continue
+        if node.users:
+            raise ExportError(
+                f"the input {node.name} of {program.model_name} is a Python number whose value is open; a file's inputs are tensors."
+                " Fix it: transform with dynamic_shapes that leaves it out."
+            )
+        graph.erase_node(node)
+
+
+def _own(module: GraphModule) -> GraphModule:
+    """Give a graph copies of the graphs that it runs: the program's own stay as they are."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        inner = getattr(module, str(node.target))
+        if isinstance(inner, GraphModule):
+            setattr(module, str(node.target), _own(graph_module_copy(inner)))
+    return module
+
+
+def _lifted(attributes: dict[str, Any], source: Graph) -> tuple[GraphModule, list[InputSpec], dict[str, Any], dict[str, Any]]:
+    """Copy a graph with each weight as an input, weights first."""
+    graph, copies = Graph(), {}
+    specs: list[InputSpec] = []
+    parameters: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    modules: dict[str, Any] = {}
+    by_identity: dict[int, Node] = {}
+    for node in source.find_nodes(op="get_attr"):
+        name = str(node.target)
+        value = attributes[name] if name in attributes else operator.attrgetter(name)(attributes)
+        if not isinstance(value, Tensor):
+            modules[name] = value
+            continue
+        if id(value) in by_identity:
+            copies[node] = by_identity[id(value)]
+            continue
+        is_parameter = isinstance(value, nn.Parameter)
+        placeholder = graph.placeholder(("p_" if is_parameter else "c_") + name.replace(".", "_"))
+        placeholder.target = placeholder.name
+        placeholder.meta["val"] = value
+        copies[node] = by_identity[id(value)] = placeholder
+        (parameters if is_parameter else constants)[name] = value
+        kind = InputKind.PARAMETER if is_parameter else InputKind.CONSTANT_TENSOR
+        specs.append(InputSpec(kind, TensorArgument(placeholder.name), name))
+    for node in source.find_nodes(op="placeholder"):
+        copies[node] = graph.node_copy(node)
+        specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(copies[node].name), None))
+    graph.output(graph.graph_copy(source, copies))
+    module = _own(GraphModule(modules, graph))
+    _in_one_mode(module, _one_mode(module))
+    return module, specs, parameters, constants
+
+
+def _outside(name: str) -> str:
+    for prefix, replacement in _PREFIXES.items():
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return name
+
+
+def plain_graph(program: CachedProgram, kind: str, outputs: tuple[str, ...]) -> PlainGraph:
+    """Return one of a program's graphs, its calls written out, its weights lifted; nothing is traced again.
+
+    Raises:
+        ExportError: An input is a Python number whose value is open.
+    """
+    module = getattr(program, kind)
+    flat = inline_calls(module)
+    _cut_constants(program, flat.graph)
+    lifted, specs, parameters, constants = _lifted(flat.attributes, flat.graph)
+    _without_idle_squeezes(lifted.graph)
+    _marked(lifted)
+    returned = lifted.graph.output_node().args[0]
+    assert isinstance(returned, (list, tuple))
+    kept = [node for node in returned if isinstance(node, Node)]
+    lifted.graph.output_node().args = (tuple(kept),)
+    output_specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in kept]
+    users = [spec.arg.name for spec in specs if spec.kind == InputKind.USER_INPUT]
+    leaves = tuple(range(len(users)))
+    call = ModuleCallSignature(
+        inputs=[], outputs=[], in_spec=pytree.tree_structure((leaves, {})), out_spec=pytree.tree_structure(tuple(range(len(output_specs))))
+    )
+    exported = ExportedProgram(
+        root=lifted,
+        graph=lifted.graph,
+        graph_signature=ExportGraphSignature(specs, output_specs),
+        state_dict=parameters,
+        range_constraints={},
+        module_call_graph=[ModuleCallEntry("", call)],
+        constants=constants,
+        verifiers=[load_verifier("TRAINING")],  # blocks may write in place
+    )
+    return PlainGraph(kind, exported, tuple(_outside(name) for name in users), outputs)

@@ -1,0 +1,113 @@
+"""One ONNX graph that decides by itself, put together from the compute and the reuse graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+UNTIL = "reuse_until"
+"""Name of the one slot that the guard adds: the last step that reuses."""
+
+
+def _like(value: Any, name: str) -> Any:
+    import onnx_ir as ir
+
+    return ir.Value(name=name, shape=value.shape, type=value.type)
+
+
+def _arm(model: ir.Model, prefix: str, outer: dict[str, Any], weights: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Take a graph apart: its operators read `outer`'s inputs and `weights`. Returns them and its outputs by name."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    outputs = {str(value.name): value for value in graph.outputs}
+    for value in graph.inputs:
+        ir.convenience.replace_all_uses_with(value, outer[str(value.name)], replace_graph_outputs=True)
+    for name, value in list(graph.initializers.items()):
+        shared = weights.get(name)
+        if shared is None or not _same(shared.const_value, value.const_value):
+            key = name if shared is None else f"{prefix}.{name}"
+            shared = weights[key] = ir.Value(name=key, shape=value.shape, type=value.type, const_value=value.const_value)
+        ir.convenience.replace_all_uses_with(value, shared, replace_graph_outputs=True)
+    nodes = list(graph)
+    for node in graph.all_nodes():
+        node.name = f"{prefix}.{node.name}"
+        for value in node.outputs:
+            value.name = f"{prefix}.{value.name}"
+    graph.outputs.clear()
+    graph.remove(nodes)
+    return nodes, outputs
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two weights are the same bytes of the same file, or equal small constants."""
+    if hasattr(a, "offset") and hasattr(b, "offset"):
+        return (a.offset, a.length, a.dtype, tuple(a.shape)) == (b.offset, b.length, b.dtype, tuple(b.shape))
+    if hasattr(a, "offset") or hasattr(b, "offset"):
+        return False
+    return a.dtype == b.dtype and tuple(a.shape) == tuple(b.shape) and a.tobytes() == b.tobytes()
+
+
+def guarded_model(folder: Path, slots: list[str], outputs: list[str], measured: int) -> ir.Model:
+    """Return a model with one `If`: the reuse graph where the step is not past `cache_in.reuse_until`, else the compute graph.
+
+    Its inputs are the user's, every slot, the guard's own slot, the policy's and the step; its outputs the user's, every
+    slot's next value and (if anything is measured) `indicator`, which is NaN on a reused step. Weights stand outside of
+    both arms, and the prologue and the epilogue in each.
+    """
+    import onnx_ir as ir
+
+    compute, reuse = ir.load(folder / "compute.onnx"), ir.load(folder / "reuse.onnx")
+    made = {str(value.name): value for value in compute.graph.outputs}
+    read = {str(value.name): value for value in [*reuse.graph.inputs, *compute.graph.inputs]}
+    names = [name for name in read if not name.startswith(("cache_in.", "policy.")) and name != "step"]
+    outer = {name: _like(read[name], name) for name in names}
+    for slot in slots:
+        outer[f"cache_in.{slot}"] = _like(read.get(f"cache_in.{slot}", made[f"cache_out.{slot}"]), f"cache_in.{slot}")
+    outer[f"cache_in.{UNTIL}"] = _like(read["step"], f"cache_in.{UNTIL}")
+    outer |= {name: _like(value, name) for name, value in read.items() if name.startswith("policy.")}
+    outer["step"] = _like(read["step"], "step")
+
+    returned = [*outputs, *(f"cache_out.{slot}" for slot in slots), f"cache_out.{UNTIL}", *(["indicator"] if measured else [])]
+    shapes = {name: _like(made[name], name) for name in returned if name in made} | {f"cache_out.{UNTIL}": _like(read["step"], "")}
+    weights: dict[str, Any] = {}
+    arms = {}
+    for kind, model in (("reuse", reuse), ("compute", compute)):
+        nodes, results = _arm(model, kind, outer, weights)
+        if kind == "compute":
+            nodes.append(ir.node("Add", [outer["step"], results["reuse_left"]]))
+            results[f"cache_out.{UNTIL}"] = nodes[-1].outputs[0]
+        else:
+            for slot in [*slots, UNTIL]:
+                nodes.append(ir.node("Identity", [outer[f"cache_in.{slot}"]]))
+                results[f"cache_out.{slot}"] = nodes[-1].outputs[0]
+            if measured:
+                nothing = ir.tensor(np.full(measured, np.nan, dtype=np.float32))
+                nodes.append(ir.node("Constant", [], attributes={"value": nothing}))
+                results["indicator"] = nodes[-1].outputs[0]
+        for name in returned:
+            results[name].name = f"{kind}.{name}"
+            results[name].shape, results[name].type = shapes[name].shape, shapes[name].type
+        arms[kind] = ir.Graph([], [results[name] for name in returned], nodes=nodes, name=kind)
+
+    within = ir.node("LessOrEqual", [outer["step"], outer[f"cache_in.{UNTIL}"]], name="within")
+    reuses = ir.node("Squeeze", [within.outputs[0]], name="reuses")
+    within.outputs[0].name, reuses.outputs[0].name = "within", "reuses"
+    attributes = {"then_branch": arms["reuse"], "else_branch": arms["compute"]}
+    guard = ir.node("If", [reuses.outputs[0]], attributes=attributes, num_outputs=len(returned), name="guard")
+    for name, value in zip(returned, guard.outputs, strict=True):
+        value.name, value.shape, value.type = name, shapes[name].shape, shapes[name].type
+    graph = ir.Graph(
+        list(outer.values()),
+        list(guard.outputs),
+        nodes=[within, reuses, guard],
+        initializers=list(weights.values()),
+        opset_imports=dict(compute.graph.opset_imports),
+        name="guarded",
+    )
+    return ir.Model(graph, ir_version=compute.ir_version)

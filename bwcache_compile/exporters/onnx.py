@@ -1,0 +1,264 @@
+"""Plain graphs to ONNX models: stable names, no metadata, every weight once in one file beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bwcache_compile.errors import ExportError
+from bwcache_compile.exporters.graphs import PlainGraph
+from bwcache_compile.program import REGION_MARK
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+WEIGHTS = "weights.bin"
+OPSETS = range(18, 25)
+_SMALL = 1024
+"""Bytes up to which a constant stays in its graph: shapes must be there for shape inference."""
+_ALIGNMENT = 4096
+_FX_NODE = "pkg.torch.onnx.fx_node"
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxGraph:
+    """One graph as an ONNX model that still holds its weights in memory.
+
+    Attributes:
+        kind: `compute`, `reuse` or `guarded`.
+        model: The model.
+        region: Of each operator that came from the cached region: its name here, and the node it was.
+        unmarked: How many operators the exporter made without saying from what: folded constants, fused patterns.
+    """
+
+    kind: str
+    model: ir.Model
+    region: dict[str, str]
+    unmarked: int
+
+
+def _origins(program: Any) -> dict[str, dict[str, Any]]:
+    """Return what each node of the decomposed graphs says about where it came from."""
+    modules = (m for m in program.exported_program.graph_module.modules() if isinstance(m, torch.fx.GraphModule))
+    return {
+        node.name: node.meta["custom"] for module in modules for node in module.graph.nodes if REGION_MARK in node.meta.get("custom", {})
+    }
+
+
+def _find_region(model: ir.Model, origins: dict[str, dict[str, Any]]) -> tuple[dict[str, str], int]:
+    region, unmarked = {}, 0
+    for i, node in enumerate(model.graph.all_nodes()):
+        printed = str(node.metadata_props.get(_FX_NODE, ""))
+        origin = origins.get(printed.split(" ", 1)[0].removeprefix("%"))
+        unmarked += origin is None
+        if origin is not None and origin[REGION_MARK]:
+            region[node.name or f"{node.op_type}_{i}"] = origin["bwcache_node"]
+    return region, unmarked
+
+
+def _graphs(model: ir.Model) -> Iterator[Any]:
+    yield from model.graphs()
+
+
+def _strip(model: ir.Model) -> None:
+    """Take away stack traces and whatever else speaks of the machine that exported."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    for graph in _graphs(model):
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
+            value.metadata_props.clear()
+            value.doc_string = None
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            value.doc_string = None
+
+
+def _copied_output(graph: Any, value: Any) -> Any:
+    """Return a value of its own for an output that is an input, a weight or another output already."""
+    import onnx_ir as ir
+
+    node = ir.node("Identity", [value])
+    graph.append(node)
+    copy = node.outputs[0]
+    copy.shape, copy.type = value.shape, value.type
+    return copy
+
+
+def _rename(graph: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+    """Give inputs and outputs their names for the outside."""
+    taken = {*inputs, *outputs}
+    seen: set[Any] = set()
+    for i, value in enumerate(graph.outputs):
+        if value in seen or value.is_graph_input() or value.is_initializer():
+            graph.outputs[i] = _copied_output(graph, value)
+        seen.add(graph.outputs[i])
+    named = {*graph.inputs, *graph.outputs}
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value.name in taken and value not in named:
+                value.name = f"{value.name}.inner"
+    for prefix in ("__bwcache__", ""):  # twice, since the new names may be the old ones in another order
+        for value, name in zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True):
+            value.name = prefix + name
+
+
+def _may_fold(node: Any) -> bool | None:
+    """Leave weights as the model has them: a transposed copy would lose its name, and the share it has in the file."""
+    weights = (value for value in node.inputs if value is not None and value.is_initializer() and value.const_value is not None)
+    return False if any(value.const_value.nbytes > _SMALL for value in weights) else None
+
+
+def _without_bool_where(graph: Any) -> None:
+    """Choose between flags by logic: ONNX Runtime has no `Where` on bool, which `masked_fill` of a mask becomes."""
+    import onnx_ir as ir
+
+    for node in [node for node in graph.all_nodes() if node.op_type == "Where"]:
+        condition, yes, no = node.inputs
+        if yes is None or yes.dtype != ir.DataType.BOOL:
+            continue
+        negated = ir.node("Not", [condition])
+        left, right = ir.node("And", [condition, yes]), ir.node("And", [negated.outputs[0], no])
+        either = ir.node("Or", [left.outputs[0], right.outputs[0]])
+        for part, role in ((negated, "not"), (left, "yes"), (right, "no"), (either, "either")):
+            part.name = f"{node.name}_{role}"
+            part.outputs[0].name = f"{node.outputs[0].name}_{role}"
+            part.metadata_props.update(node.metadata_props)
+            part.outputs[0].dtype = ir.DataType.BOOL
+        either.outputs[0].shape = node.outputs[0].shape
+        ir.convenience.replace_nodes_and_values(
+            node.graph, node, [node], [negated, left, right, either], [node.outputs[0]], [either.outputs[0]]
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's advice to its own developers to itself."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _declare(model: ir.Model, shapes: dict[str, list[int | str]]) -> None:
+    """Write the shapes of inputs and outputs as the program knows them, and none inside where sizes are open.
+
+    While it decomposes, torch asks its solver, which answers for the size at hand: what it notes down may be too narrow.
+    """
+    import onnx_ir as ir
+
+    if any(isinstance(size, str) for shape in shapes.values() for size in shape):
+        for graph in _graphs(model):
+            for node in graph:
+                for value in node.outputs:
+                    value.shape = None
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        value.shape = ir.Shape(shapes[str(value.name)])
+
+
+def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]) -> OnnxGraph:
+    """Write one graph as an ONNX model; `shapes` are those of its inputs and outputs.
+
+    Raises:
+        ExportError: torch.onnx does not take the graph.
+    """
+    import onnxscript.optimizer
+    from onnxscript.rewriter import onnx_fusions
+
+    try:
+        with _quiet():
+            program = torch.onnx.export(plain.exported, (), dynamo=True, opset_version=opset, verbose=False, optimize=False)
+            assert program is not None
+            model: Any = program.model
+            onnxscript.optimizer.optimize_ir(model, should_fold=_may_fold)
+            onnx_fusions.fuse(model)
+    except Exception as error:  # every front end raises its own kinds
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise ExportError(f"torch.onnx does not take the {plain.kind} graph at opset {opset}: {type(cause).__name__}: {reason}") from error
+    _without_bool_where(model.graph)
+    region, unmarked = _find_region(model, _origins(program))
+    _strip(model)
+    _rename(model.graph, plain.inputs, plain.outputs)
+    _declare(model, shapes)
+    model.graph.name = plain.kind
+    return OnnxGraph(plain.kind, model, region, unmarked)
+
+
+class WeightFile:
+    """A file that holds every weight once, however many graphs read it."""
+
+    def __init__(self, path: Path) -> None:
+        """Start an empty file."""
+        self.path = path
+        self._file = path.open("wb")
+        self._places: dict[tuple[str, int], int] = {}
+
+    def place(self, data: bytes) -> int:
+        """Return where these bytes are in the file, after writing them if they are new."""
+        key = (hashlib.sha256(data).hexdigest(), len(data))
+        if key not in self._places:
+            self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+            self._places[key] = self._file.tell()
+            self._file.write(data)
+        return self._places[key]
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()
+
+
+def save(graph: OnnxGraph, path: Path, weights: WeightFile) -> None:
+    """Write a model beside its weight file, check it, and infer its shapes.
+
+    Raises:
+        ExportError: onnx's own checker objects.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    for inner in _graphs(graph.model):
+        for value in inner.initializers.values():
+            tensor = value.const_value
+            if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes <= _SMALL:
+                continue
+            data = tensor.tobytes()
+            offset = weights.place(data)
+            value.const_value = ir.ExternalTensor(
+                weights.path.name, offset, len(data), tensor.dtype, shape=tensor.shape, name=value.name or "", base_dir=str(path.parent)
+            )
+    ir.save(graph.model, path)
+    weights._file.flush()
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(f"onnx.checker objects to the {graph.kind} graph: {reason}") from error
+
+
+def guarded_graph(folder: Path, slots: list[str], outputs: list[str], measured: int) -> OnnxGraph:
+    """Return the guarded graph over the written pair; see `guarded_model`."""
+    from bwcache_compile.exporters.guard import guarded_model
+
+    return OnnxGraph("guarded", guarded_model(folder, slots, outputs, measured), {}, 0)

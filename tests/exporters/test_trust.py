@@ -1,0 +1,170 @@
+"""Bundles that are damaged, altered or made to do harm, and exports that fail: each is refused by name, nothing is left."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+import bwcache_compile as bw
+from bwcache_compile.exporters import export as exporting
+from bwcache_compile.exporters.bundle import file_hash
+from tests.models import OneStream
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = OneStream(width=32).eval()
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    bw.export(bw.transform(model, bw.CacheConfig(num_steps=8), example_args=model.example()), folder)
+    return folder
+
+
+@pytest.fixture
+def bundle(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "bundle"))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(bw.BundleError) as error:
+        bw.load(folder)
+    return str(error.value).replace(str(folder.parent), "...")
+
+
+def edit(folder: Path, change: Edit, *rehash: str) -> None:
+    """Change the manifest, and let it vouch for files that were changed too."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in rehash:
+        manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)}
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_files(bundle: Path) -> None:
+    weights = bundle / "weights.bin"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1])
+    assert refusal(bundle) == f".../bundle/weights.bin has {len(data) - 1} bytes instead of {len(data)}; it is truncated."
+    weights.write_bytes(b"\1" + data[1:])
+    assert refusal(bundle) == ".../bundle/weights.bin is not the file that was exported: its SHA-256 differs."
+    weights.unlink()
+    assert refusal(bundle) == ".../bundle/weights.bin is missing; the bundle is incomplete."
+    outside = bundle.parent / "weights"
+    outside.write_bytes(data)
+    weights.symlink_to(outside)
+    assert refusal(bundle) == ".../bundle/weights.bin is missing; the bundle is incomplete."
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda m: m.update(format_version=2), "is of format version 2, and this bwcache-compile reads up to 1. Upgrade it."),
+    (lambda m: m.update(format_version="1"), "format_version is '1', no version number."),
+    (lambda m: m.update(format="zip"), "does not describe a bundle."),
+    (lambda m: m.pop("slots"), "lacks slots."),
+    (lambda m: m["inputs"][0].update(dtype="complex64"), "x has the dtype 'complex64'; known are"),
+    (lambda m: m["slots"][0].update(shape=[-1]), "output_0 has the shape [-1]."),
+    (lambda m: m["files"].update({"../other": {"bytes": 1, "sha256": ""}}), "names '../other', which is outside the bundle."),
+    (lambda m: m["graphs"]["reuse"].update(file="/tmp/reuse.onnx"), "the reuse graph is none of the bundle's files."),
+    (lambda m: m["graphs"].pop("reuse"), "names no compute and reuse graph."),
+    (lambda m: m["config"].update(threshold=-1), "the config does not fit this version: threshold is -1"),
+    (lambda m: m["inputs"][0].update(dtype="float16"), "takes x as float, and the manifest says float16."),
+    (lambda m: m["graphs"]["reuse"]["inputs"].reverse(), "and the manifest says ['step', "),
+])  # fmt: skip
+def test_manifests(bundle: Path, change: Edit, message: str) -> None:
+    edit(bundle, change)
+    assert message in refusal(bundle)
+
+
+def test_manifests_that_are_none(bundle: Path) -> None:
+    (bundle / "manifest.json").write_text("{")
+    assert refusal(bundle).startswith(".../bundle/manifest.json cannot be read: Expecting property name")
+    (bundle / "manifest.json").unlink()
+    assert refusal(bundle) == ".../bundle/manifest.json does not exist: .../bundle is no bundle."
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "manifest.json"])
+def test_weights_from_elsewhere(bundle: Path, location: str) -> None:
+    path = bundle / "compute.onnx"
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = location
+    path.write_bytes(model.SerializeToString())
+    edit(bundle, lambda manifest: None, "compute.onnx")
+    assert refusal(bundle) == f".../bundle/compute.onnx reads weights from {location!r}, which is none of the bundle's files."
+
+
+def test_a_graph_that_is_none(bundle: Path) -> None:
+    path = bundle / "compute.onnx"
+    path.write_bytes(path.read_bytes()[:1000])
+    edit(bundle, lambda manifest: None, "compute.onnx")
+    assert refusal(bundle) == ".../bundle/compute.onnx is no ONNX model: it ends in the middle of a field."
+
+
+def test_sizes_are_arithmetic_and_nothing_else(bundle: Path) -> None:
+    edit(bundle, lambda m: m["slots"][0].update(shape=["__import__('os').getpid()"]))
+    session = bw.load(bundle)
+    with pytest.raises(bw.BundleError, match="cannot be evaluated: Call is no arithmetic on sizes"):
+        session(*(value.numpy() for value in OneStream().example()))
+
+
+def test_a_failed_export_leaves_what_was_there(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: file_hash(path) for path in bundle.iterdir()}
+    model = OneStream(width=32).eval()
+    cached = bw.transform(model, bw.CacheConfig(num_steps=8), example_args=model.example())
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "check_runs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bw.export(cached, bundle)
+    assert {path.name: file_hash(path) for path in bundle.iterdir()} == before
+    with pytest.raises(KeyboardInterrupt):
+        bw.export(cached, bundle.parent / "new")
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_no_other_folder_is_overwritten(tmp_path: Path) -> None:
+    model = OneStream().eval()
+    cached = bw.transform(model, bw.CacheConfig(num_steps=8), example_args=model.example())
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(bw.ExportError, match="exists and is no bundle; it is not overwritten"):
+        bw.export(cached, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    model = OneStream().eval()
+    example = model.example()
+    two = bw.transform(model, bw.CacheConfig(num_steps=8))
+    with pytest.raises(bw.ExportError) as none:
+        bw.export(two, tmp_path / "bundle")
+    assert str(none.value).startswith("this model holds 0 programs, and a bundle holds one. Pass signature=(args, kwargs)")
+    blocks = bw.CacheConfig(num_steps=8, granularity="block", reuse="residual")
+    guarded = bw.transform(model, blocks, guard="graph", example_args=example)
+    with pytest.raises(bw.ExportError, match="granularity='block' has as many guards as blocks, and a bundle has one"):
+        bw.export(guarded, tmp_path / "bundle")
+    joint = bw.transform(model, bw.CacheConfig(num_steps=8, decide="joint"), example_args=example)
+    with pytest.raises(bw.ExportError, match="decide='joint' is decided between contexts by the host"):
+        bw.export(joint, tmp_path / "bundle")
+    for arguments, message in (({"format": "tf"}, "format is 'tf'"), ({"opset": 9}, "opset is 9; choose one from 18 to 24")):
+        with pytest.raises(bw.ConfigError, match=message):
+            bw.export(joint, tmp_path / "bundle", **arguments)
+    with pytest.raises(bw.ConfigError, match="backend is 'tvm'"):
+        bw.load(tmp_path / "bundle", backend="tvm")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_guard_is_exported_too(tmp_path: Path) -> None:
+    model = OneStream().eval()
+    config = bw.CacheConfig(num_steps=8, threshold=math.inf)
+    cached = bw.transform(model, config, guard="graph", example_args=model.example())
+    assert bw.export(cached, tmp_path / "bundle", guarded=True)["self_check"]["steps"] == "##..#."
