@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterator
 from operator import attrgetter
@@ -18,6 +19,9 @@ _STANDARD = frozenset(vars(nn.Module())) - {"training"}
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 _OPAQUE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, *_CONSTANTS)
+
+_REGISTRY = "_diffusers_hook"
+"""Where diffusers keeps a module's hooks; a pipeline leaves it behind after a run, with or without any."""
 
 _version = attrgetter("_version")
 
@@ -37,7 +41,7 @@ def refuse_hooks(model: nn.Module) -> None:
             )
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
-        registry = getattr(module, "_diffusers_hook", None)
+        registry = getattr(module, _REGISTRY, None)
         hooks = [hook, *(getattr(registry, "hooks", None) or {}).values()]
         kinds = [type(h).__name__ for h in hooks if h is not None]
         if kinds:
@@ -58,6 +62,8 @@ def _same(old: Any, new: Any) -> bool:
         return len(old) == len(new) and all(map(_same, old, new))
     if isinstance(old, dict):
         return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
+    if isinstance(old, float):
+        return math.isclose(old, new)  # a forward that scales an adapter and scales it back leaves a rounding error behind
     return isinstance(old, _CONSTANTS) and bool(new == old)
 
 
@@ -97,7 +103,7 @@ class ModelWatch:
                 if library and key != "training" and isinstance(attributes[key], _CONSTANTS):
                     continue  # sizes, which go with the parameters; they would be half of all there is to look at
                 places.append((prefix + key, attributes, key))
-                for held in _inside(attributes[key]):
+                for held in _inside(key, attributes[key]):
                     tables.append((prefix + key, held))
                     if isinstance(held, dict):
                         places += ((f"{prefix}{key}.{inner}", held, inner) for inner in held)
@@ -158,9 +164,9 @@ class ModelWatch:
 
 def _only_empty_registry(table: Any, entries: frozenset[Any]) -> bool:
     """Whether all that is new is diffusers' registry of hooks without a hook, which a pipeline leaves behind after a run."""
-    if not isinstance(table, dict) or table.keys() - entries != {"_diffusers_hook"} or entries - table.keys():
+    if not isinstance(table, dict) or table.keys() - entries != {_REGISTRY} or entries - table.keys():
         return False
-    return not getattr(table["_diffusers_hook"], "hooks", None)
+    return not getattr(table[_REGISTRY], "hooks", None)
 
 
 def _address(parameter: Tensor) -> int:
@@ -174,9 +180,11 @@ def _kind(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return parameter.shape, parameter.dtype, parameter.device
 
 
-def _inside(value: Any) -> Iterator[Any]:
+def _inside(name: str, value: Any) -> Iterator[Any]:
     """Yield what a module's attribute holds other things in: itself, or the attributes of a plain object."""
-    if isinstance(value, (dict, list)):
+    if name == _REGISTRY:
+        yield getattr(value, "hooks", {})  # the rest is filled in as pipelines run
+    elif isinstance(value, (dict, list)):
         yield value
     elif not isinstance(value, _OPAQUE) and isinstance(getattr(value, "__dict__", None), dict):
         yield vars(value)

@@ -41,9 +41,9 @@ class Case:
     def run(self, pipe: Any, width: int, length: int, **more: Any) -> Tensor:
         """Generate latents; the noise is the same each time."""
         with torch.no_grad():
-            settings = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False} | more
+            settings = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, "height": self.widths[0]}
             generator = torch.Generator().manual_seed(0)
-            return pipe(**self.call(width, length), height=self.widths[0], width=width, generator=generator, **settings)[0]
+            return pipe(**{**self.call(width, length), **settings, **more}, width=width, generator=generator)[0]
 
 
 def _prompts(length: int, width: int) -> dict[str, Tensor]:
@@ -84,6 +84,18 @@ def _latte(model: nn.Module) -> Any:
     from diffusers import DDIMScheduler, LattePipeline
 
     return LattePipeline(None, None, None, model, DDIMScheduler())
+
+
+def _sd3(model: nn.Module) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    return StableDiffusion3Pipeline(model, FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, None, None)
+
+
+def _kandinsky5(model: nn.Module) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline
+
+    return Kandinsky5T2VPipeline(model, None, None, None, None, None, FlowMatchEulerDiscreteScheduler())
 
 
 def _pooled(name: str) -> Tensor:
@@ -149,3 +161,34 @@ CASES = {
         ("default",),
     ),
 }
+
+UNNAMED = {
+    "sd3": Case(
+        _sd3,
+        ZOO["sd3"].make,
+        lambda w, n: {
+            **_prompts(n, 16),
+            "pooled_prompt_embeds": _pooled("pooled"),
+            "negative_pooled_prompt_embeds": _pooled("nothing"),
+            "guidance_scale": 4.0,
+        },
+        (64, 48),
+        ("default",),
+    ),
+    "kandinsky5": Case(
+        _kandinsky5,
+        ZOO["kandinsky5"].make,
+        lambda w, n: {
+            **{f"{name}_qwen": value for name, value in _prompts(n, 16).items()},
+            "prompt_embeds_clip": _pooled("pooled"),
+            "negative_prompt_embeds_clip": _pooled("nothing"),
+            "prompt_cu_seqlens": torch.tensor([0, n], dtype=torch.int32),
+            "negative_prompt_cu_seqlens": torch.tensor([0, n], dtype=torch.int32),
+            "num_frames": 5,
+            "guidance_scale": 4.0,
+        },
+        (64, 96),
+        ("call_0", "call_1"),
+    ),
+}
+"""Pipelines that open no cache context: one calls once a step, with both prompts in a batch, the other twice."""

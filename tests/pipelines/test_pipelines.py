@@ -15,7 +15,6 @@ from bwcache_compile.capture import capture
 from bwcache_compile.program import CachedProgram
 from bwcache_compile.runtime import Toolchain
 from bwcache_compile.runtime.signature import call_key
-from tests.pipelines import adapters
 from tests.pipelines.cases import CASES, STEPS, Case
 
 CONFIG = bw.CacheConfig(num_steps=STEPS, threshold=float("inf"), reuse_interval=1, tail=0.0)
@@ -67,43 +66,6 @@ def test_every_run_is_a_fresh_pipelines(case: Case) -> None:
         assert torch.equal(case.run(pipe, width, prompt), fresh(width, prompt))
     assert cached.report().captures <= 3, "one at the first size, and open sizes, with or without the prompt's"
     assert cached.report().warnings == ()
-
-
-def test_adapters_come_and_go(case: Case) -> None:
-    model, (width, _), length = case.model(), case.widths, 6
-    pipe = case.pipeline(model)
-    cached = pipe.transformer = bw.transform(pipe.transformer, CONFIG)
-
-    def fresh() -> Tensor:
-        return case.run(case.pipeline(bw.transform(model, CONFIG)), width, length)
-
-    plain = case.run(pipe, width, length)
-    adapters.load(pipe.transformer)
-    loaded = case.run(pipe, width, length)
-    assert not torch.equal(loaded, plain)
-    assert torch.equal(loaded, fresh())
-    adapters.unload(pipe.transformer)
-    assert torch.equal(case.run(pipe, width, length), plain)
-    adapters.load(pipe.transformer)
-    adapters.fuse(pipe.transformer)
-    assert torch.equal(case.run(pipe, width, length), fresh())
-    assert cached.report().captures == 4
-
-
-def test_adapters_scaled_and_unfused() -> None:
-    case = CASES["wan"]
-    model, (width, _), length = case.model(), case.widths, 6
-    pipe = case.pipeline(model)
-    adapters.load(model)
-    cached = pipe.transformer = bw.transform(model, CONFIG)
-    seen = [case.run(pipe, width, length)]
-    for change in (adapters.scale, adapters.fuse, adapters.unfuse):
-        change(pipe.transformer)
-        seen.append(case.run(pipe, width, length))
-        assert torch.equal(seen[-1], case.run(case.pipeline(bw.transform(model, CONFIG)), width, length)), change.__name__
-    assert cached.report().captures == 4
-    assert not torch.equal(seen[0], seen[1])
-    torch.testing.assert_close(seen[2], seen[1], rtol=1e-4, atol=1e-4)  # the same sum in another order
 
 
 def test_two_experts_share_a_run() -> None:

@@ -122,6 +122,50 @@ def test_two_calls_a_step_are_noticed(model: OneStream) -> None:
     )
 
 
+class Conditioned(OneStream):
+    """Takes what prompts differ in beside the time: embeddings of rank 2, and their mask."""
+
+    def forward(self, x: Tensor, t: Tensor, pooled: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x + (pooled * mask).mean(), t)
+
+
+def prompts() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    drawn = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(0))
+    return (drawn[0], torch.ones(1, 6)), (drawn[1], torch.tensor([[1.0, 1, 1, 0, 0, 0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_prompts_a_step_are_noticed(dtype: torch.dtype) -> None:
+    model = Conditioned().eval()
+    cached = bw.transform(model, STATIC)
+    (pooled, mask), (other, other_mask) = prompts()
+    run(cached, *model.example(), pooled.to(dtype), mask)
+    with pytest.raises(bw.StateError, match=r"^two calls in a row have the same timestep"):
+        run(cached, *model.example(), other.to(dtype), other_mask)
+
+
+def test_the_time_is_told_from_what_else_changes() -> None:
+    model = Conditioned().eval()
+    cached = bw.transform(model, STATIC)
+    (pooled, mask), (other, _) = prompts()
+    for step in (0, 1, 2, 0, 1):
+        run(cached, *model.example(step=step), torch.lerp(pooled, other, step / 4), mask)
+    assert pattern(cached) == "#."
+
+
+def test_a_time_that_is_embedded_already_is_no_second_prompt() -> None:
+    class Embedded(OneStream):
+        def forward(self, x: Tensor, embedded: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(x, (embedded * mask).mean(1))
+
+    model = Embedded().eval()
+    cached = bw.transform(model, STATIC)
+    (embedded, _), (other, mask) = prompts()
+    for step in range(3):
+        run(cached, model.example(step=step)[0], torch.lerp(embedded, other, step / 4), mask)
+    assert pattern(cached) == "#.."
+
+
 def test_calls_per_step_gives_each_call_its_context(model: OneStream) -> None:
     cached = bw.transform(model, bw.CacheConfig(policy="static", steps_mask=(0, 1, 0), calls_per_step=2))
     for step in range(3):
