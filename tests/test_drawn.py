@@ -33,6 +33,7 @@ FOUND = {
     "rows of the stream edited in place": Case(Spec((Stack(residual="rows", depth=3),), epilogue="scale_"), "residual"),
     "memory shared by the blocks": Case(Spec((Stack(residual="scratch"),)), "taylor"),
     "the embedded time edited by each block": Case(Spec((Stack(modulation="decay"),), epilogue="adaln")),
+    "an input for each block, and an odd last block": Case(Spec((Stack(), Stack(own=True, odd="last")), streams=2)),
     "the caller's tensor edited": Case(Spec((Stack(),), prologue="input")),
 }
 

@@ -37,7 +37,9 @@ def _carried_into(units: list[Unit], flow: DataFlow, streams: set[Node]) -> list
             mine, theirs = outside_operands(first), outside_operands(other)
             carried = [a for a, b in zip(mine, theirs, strict=False) if a in streams and flow.ancestors[b] & mask]
             return carried or outer
-    return [node for node in outer if not all(node in outside_operands(unit) for unit in units[1:])] or outer
+    loose = [node for node in outer if not all(node in outside_operands(unit) for unit in units[1:])] or outer
+    handed_on = {extent(node) for node in live_outs(first, streams)}
+    return [node for node in loose if extent(node) in handed_on] or loose  # of another size: an input of this block alone
 
 
 def main_units(stacks: list[Stack], flow: DataFlow, streams: set[Node]) -> list[Unit]:
