@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import ExportError
+from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.graphs import PlainGraph
 from bwcache_compile.exporters.onnx import OnnxGraph
@@ -179,7 +179,10 @@ class _Compared:
             arrays = {name: value.cpu().numpy() for name, value in named if name in wanted}
             with torch.no_grad():
                 expected, computed, change = torch_run.step(step, flat)
-            returned = session.run_flat(arrays)
+            try:
+                returned = session.run_flat(arrays)
+            except BundleError as error:
+                raise ExportError(f"step {step}: {error}") from error
             for item in described["items"]:
                 self._compare(f"step {step}: the output {item['name']}", returned[item["name"]], expected[item["position"]])
             record = session.report().contexts["default"].steps[-1]

@@ -121,6 +121,31 @@ def _may_fold(node: Any) -> bool | None:
     return False if any(value.const_value.nbytes > _SMALL for value in weights) else None
 
 
+def _simplify(model: ir.Model) -> None:
+    """Fold constants, share what is computed twice, and drop what nobody reads.
+
+    `onnxscript.optimizer.optimize` would also rewrite by patterns, one of which takes `x + 1e-15` for `x + 0`: the linear
+    attention of Sana then divides zero by zero.
+    """
+    import onnxscript.optimizer
+    from onnx_ir.passes import common
+    from onnxscript.rewriter import onnx_fusions
+
+    common.InlinePass()(model)
+    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold)
+    for step in (
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        step(model)
+    onnx_fusions.fuse(model)
+
+
 def _without_bool_where(graph: Any) -> None:
     """Choose between flags by logic: ONNX Runtime has no `Where` on bool, which `masked_fill` of a mask becomes."""
     import onnx_ir as ir
@@ -181,16 +206,12 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]
     Raises:
         ExportError: torch.onnx does not take the graph.
     """
-    import onnxscript.optimizer
-    from onnxscript.rewriter import onnx_fusions
-
     try:
         with _quiet():
             program = torch.onnx.export(plain.exported, (), dynamo=True, opset_version=opset, verbose=False, optimize=False)
             assert program is not None
             model: Any = program.model
-            onnxscript.optimizer.optimize_ir(model, should_fold=_may_fold)
-            onnx_fusions.fuse(model)
+            _simplify(model)
     except Exception as error:  # every front end raises its own kinds
         cause: BaseException = error
         while cause.__cause__ is not None:

@@ -211,7 +211,10 @@ class OrtSession:
             else:
                 on_device = self._outputs == "ortvalue" and name not in ("reuse_left", "indicator")
                 binding.bind_output(name, self._device if on_device else "cpu")
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's errors have no common class of their own
+            raise BundleError(f"{names['file']} fails in ONNX Runtime: {str(error).splitlines()[0]}") from error
         returned = dict(zip(names["outputs"], binding.get_outputs(), strict=True))
         self._note(context, kind, returned)
         users = [item["name"] for item in self.manifest["outputs"]["items"]]

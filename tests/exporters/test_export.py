@@ -262,3 +262,22 @@ def test_a_reuse_graph_with_a_block_is_refused(exported: Exported) -> None:
         check.check_structure({"compute": plain, "reuse": plain}, {"compute": unmarked, "reuse": unmarked})
     with pytest.raises(bw.ExportError, match="a weight that only the cached blocks read"):
         check.check_structure({"compute": plain, "reuse": plain}, {"compute": written, "reuse": unmarked})
+
+
+class Awkward(OneStream):
+    """What exporters and runtimes get wrong: a tiny addend, a choice between flags, a squeeze of a dimension that is not 1."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x, t)
+        nothing = torch.relu(out - 1000).sum(-1, keepdim=True)
+        positive = (out > 0).masked_fill(out > 1, False)
+        return out.squeeze(1) * positive + nothing / (nothing + 1e-15)
+
+
+def test_what_exporters_get_wrong(tmp_path: Path) -> None:
+    model = Awkward().eval()
+    cached = bw.transform(model, CONFIG, example_args=model.example())
+    assert bw.export(cached, tmp_path / "bundle", guarded=True)["self_check"]["largest_error"] < 1e-5
+    operators = {node.op_type for node in onnx.load(tmp_path / "bundle" / "compute.onnx").graph.node}
+    assert "Squeeze" not in {node.op_type for node in onnx.load(tmp_path / "bundle" / "reuse.onnx").graph.node}
+    assert {"Div", "Or"} <= operators
