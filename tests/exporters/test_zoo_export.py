@@ -10,7 +10,14 @@ import pytest
 from benchmarks.export_zoo import run
 
 
-@pytest.mark.parametrize(("name", "opset"), [("wan", 23), ("hunyuan_video", 20), ("flux", 23), ("latte", 20), ("cogvideox", 23)])
+@pytest.mark.parametrize(
+    ("name", "opset"),
+    [
+        ("wan", 23),
+        ("latte", 20),
+        *(pytest.param(name, opset, marks=pytest.mark.slow) for name, opset in (("hunyuan_video", 20), ("flux", 23), ("cogvideox", 23))),
+    ],
+)
 def test_a_class_runs_as_in_torch(name: str, opset: int) -> None:
     result = run(name, [opset])[f"opset {opset}"]
     assert result["steps"] == "##..#..#"

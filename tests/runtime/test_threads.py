@@ -65,7 +65,8 @@ def test_a_capture_waits_until_nothing_runs() -> None:
     cached = bw.transform(model, STATIC)
     call(cached, model, 0, 0)
     inside, captured = threading.Event(), threading.Event()
-    original = cached._programs.latest.compute
+    graphs = cached._programs.latest.graphs
+    original = graphs["compute"]
     seen: list[bool] = []
 
     def slow(*operands: Any) -> Any:
@@ -73,7 +74,7 @@ def test_a_capture_waits_until_nothing_runs() -> None:
         seen.append(captured.wait(0.3))
         return original(*operands)
 
-    cached._programs.latest.compute = slow
+    graphs["compute"] = slow
     cached.reset()
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(call, cached, model, 0, 0)
@@ -99,8 +100,8 @@ def test_one_context_entered_twice_at_once_raises() -> None:
 
         return slow
 
-    loaded = cached._programs.latest
-    loaded.reuse = pausing(loaded.reuse)
+    graphs = cached._programs.latest.graphs
+    graphs["reuse"] = pausing(graphs["reuse"])
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(call, cached, model, 0, 1)
         inside.wait()
