@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import time
 import traceback
 import warnings
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
+from benchmarks.record import write_record
 from tests.drawn_cases import Case, cases
 from tests.drawn_check import Outcome, check, tally
 
@@ -87,9 +87,7 @@ def main() -> None:
         record["total"] = added(record["total"], run_round(record["rounds"], seen))
         record["architectures"] = len(seen)
         record["rounds"] += 1
-        temporary = options.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(temporary, options.out)
+        write_record(options.out, record)
         total = record["total"]
         print(f"{total['examples']} examples: {total['right']} right, {len(total['wrong'])} wrong, {total['seconds']:.0f} s", flush=True)
 

@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bwcache_compile as bw
+from benchmarks.record import write_record
 from bwcache_compile.compare import flat_outputs
 from tests.zoo import ZOO, Entry
 
@@ -105,8 +106,7 @@ def main() -> None:
             rows[name] = {"class": ZOO[name].model, "skipped": f"needs {error.name}"}
         print(name, json.dumps(rows[name]), flush=True)
         if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"torch": torch.__version__.partition("+")[0], "rows": rows}, indent=1) + "\n")
+            write_record(args.out, {"torch": torch.__version__.partition("+")[0], "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -20,12 +19,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny_video_dit"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny_video_dit"))
 
 import data
 import model as tiny
 
 import bwcache_compile as bw
+from benchmarks.record import write_record
 
 STEPS = 50
 STRIDES = (32, 16)
@@ -107,9 +108,7 @@ def main() -> None:
             ]
             print(f"| {' | '.join(map(str, cells))} |")
     if args.out:
-        temporary = args.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        temporary.replace(args.out)
+        write_record(args.out, result)
 
 
 if __name__ == "__main__":

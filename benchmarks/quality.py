@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,13 +18,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny_video_dit"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny_video_dit"))
 
 import data
 import model as tiny
 import quality
 
 import bwcache_compile as bw
+from benchmarks.record import write_record
 
 STEPS = 50
 LATE = {"threshold": 0.065, "warmup_steps": 4}
@@ -129,9 +130,7 @@ def main() -> None:
 
     print(markdown(result))
     if args.out:
-        temporary = args.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        temporary.replace(args.out)
+        write_record(args.out, result)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import bwcache_compile as bw
+from benchmarks.record import write_record
 
 
 def wan(layers: int, width: int = 512) -> nn.Module:
@@ -179,9 +182,7 @@ def main() -> None:
     memory: Any = result["memory"]
     print(f"transform holds {memory['extra_over_weights']:.3f} of the weights ({memory['weights_mib']:.0f} MiB) beyond a forward")
     if args.out:
-        temporary = args.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        temporary.replace(args.out)
+        write_record(args.out, result)
 
 
 if __name__ == "__main__":

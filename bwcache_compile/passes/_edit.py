@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bwcache_compile.layout import in_order
-from bwcache_compile.program import OURS, CachedProgram, CachePlan, CacheSlot
+from bwcache_compile.program import OURS, CachedProgram, CacheSlot
 from bwcache_compile.sizes import Size, Symbol, evaluate, evaluated, names_in, size_of
 
 CACHE = f"{OURS}cache"
@@ -182,11 +182,6 @@ def size_node(program: CachedProgram, size: Size) -> Node | int:
         node = _arithmetic(graph, lambda *values: evaluate(size, dict(zip(names, values, strict=True))), operands)
     node.meta[_ROLE] = role
     return node
-
-
-def slots_by_role(plan: CachePlan, role: str) -> list[CacheSlot]:
-    """Return the plan's slots of one role, in plan order."""
-    return [slot for slot in plan.slots if slot.role == role]
 
 
 def as_graph(function: Callable[..., Any], examples: Sequence[Tensor | SymInt], mode: FakeTensorMode | None = None) -> GraphModule:

@@ -16,7 +16,7 @@ from bwcache_compile.inline import Flat, inline_calls
 from bwcache_compile.layout import memory_order
 from bwcache_compile.passes._arms import Arm, skippable
 from bwcache_compile.passes._edit import fake, fake_mode, inserted, new_input, slot_value
-from bwcache_compile.passes.insert_cache import source_of
+from bwcache_compile.passes.insert_cache import clock, source_of
 from bwcache_compile.passes.specialize import stand_in
 from bwcache_compile.passes.split_region import REGION
 from bwcache_compile.program import OURS, CachedProgram, CachePlan, PassResult, Region
@@ -127,11 +127,8 @@ def _insert(parts: _Parts) -> dict[str, Node]:
     graph, region = parts.flat.graph, parts.region
     computing, reusing, results = _arms(parts)
     outside = list(dict.fromkeys([*computing.operands, *reusing.operands]))
-    marker = graph.output_node()
-    for node in graph.nodes:  # right behind the region: before whoever reads its outputs
-        if node in parts.flat.parts[f"{REGION}{region.tag}"]:
-            marker = node.next
-    with graph.inserting_before(marker):
+    # right behind the region: before whoever reads its outputs
+    with graph.inserting_before(parts.flat.parts[f"{REGION}{region.tag}"][-1].next):
         flag = fake((), torch.bool, parts.plan.device)
         step = _append(graph, aten.reshape.default, parts.step, [], name="now", value=fake((), torch.int64, parts.plan.device))
         until = parts.slots[region.slot("reuse_until")]
@@ -146,8 +143,9 @@ def _insert(parts: _Parts) -> dict[str, Node]:
         values = tuple(pair[0].meta["val"] for pair in results.values())
         call = _append(graph, cond, reuses, *arms, operands, name=f"guard{region.tag}", value=values)
         found = {name: _append(graph, operator.getitem, call, i, name=name, value=values[i]) for i, name in enumerate(results)}
+    inside = set(computing.copied)
     for i, node in enumerate(parts.outputs):
-        node.replace_all_uses_with(found[f"region{region.tag}_{i}"], delete_user_cb=lambda user: user not in computing.copied)
+        node.replace_all_uses_with(found[f"region{region.tag}_{i}"], delete_user_cb=lambda user: user not in inside)
         for key, value in parts.flat.places.items():
             if value is node:
                 parts.flat.places[key] = found[f"region{region.tag}_{i}"]
@@ -160,20 +158,19 @@ def _insert(parts: _Parts) -> dict[str, Node]:
 
 
 def _parts(program: CachedProgram, flat: Flat, region: Region, slots: dict[str, Node], returned: dict[str, Node]) -> _Parts:
-    plan, compute = program.planned(), program.compute.graph
+    compute = program.compute.graph
     call = inserted(compute, f"region{region.tag}")
-    step = flat.places[inserted(compute, "step")]
     names = [*(slot.name for slot in region.slots), region.slot("reuse_left"), region.slot("change")]
     return _Parts(
-        plan=plan,
+        plan=program.planned(),
         flat=flat,
         region=region,
         slots=slots,
         following={name: returned[name] for name in names if name in returned},
         outputs=[flat.places[inserted(compute, f"region{region.tag}_{i}")] for i in range(len(region.outputs))],
         sources=[flat.places[source_of(call, region, i)] for i in range(len(region.outputs))] if region.sources else [],
-        step=step,
-        time=next((node for node in flat.graph.find_nodes(op="placeholder") if node.name == plan.time_input), step),
+        step=flat.places[inserted(compute, "step")],
+        time=flat.places[clock(program)],
     )
 
 

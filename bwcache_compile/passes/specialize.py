@@ -13,7 +13,7 @@ from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow, eliminate_dead_code
 from bwcache_compile.layout import Order, in_order
 from bwcache_compile.passes._edit import call_traced, inserted, new_input, slot_value
-from bwcache_compile.passes.insert_cache import as_time, source_of
+from bwcache_compile.passes.insert_cache import as_time, clock, source_of
 from bwcache_compile.program import CachedProgram, CachePlan, PassResult, Region
 
 
@@ -87,7 +87,7 @@ def specialize(program: CachedProgram) -> PassResult:
     graph.output(tuple(returned[:user_outputs]))
     module = GraphModule(source, graph, "Reuse")
     (region,) = plan.regions
-    time = next((node for node in graph.find_nodes(op="placeholder") if node.name == plan.time_input), copies[step])
+    time = copies[clock(program)]
     for i in range(len(region.outputs)):
         node = inserted(graph, f"region_{i}")
         continued = source_of(inserted(graph, "region"), region, i) if region.sources else None

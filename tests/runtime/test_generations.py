@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import bwcache_compile as bw
 from tests.models import OneStream
-
-STATIC = bw.CacheConfig(policy="static", steps_mask=(0, 1, 1, 0, 1, 0))
-
-
-@pytest.fixture
-def model() -> OneStream:
-    return OneStream().eval()
-
-
-@torch.no_grad()
-def run(module: nn.Module, *inputs: Any) -> Any:
-    return module(*inputs)
-
-
-def generation(cached: bw.CachedModel, model: OneStream, steps: int = 6, name: str | None = None, shift: int = 0) -> list[Tensor]:
-    outputs = []
-    for step in range(steps):
-        if name is None:
-            outputs.append(run(cached, *model.example(step=step + shift)))
-        else:
-            with cached.cache_context(name):
-                outputs.append(run(cached, *model.example(step=step + shift)))
-    return outputs
-
-
-def pattern(cached: bw.CachedModel, name: str = "default") -> str:
-    return "".join("#" if record.computed else "." for record in cached.report().contexts[name].steps)
+from tests.runtime.helpers import STATIC, generation, pattern, run
 
 
 def test_a_generation_begins_when_the_steps_are_through(model: OneStream) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,21 +18,13 @@ import bwcache_compile as bw
 from tests.models import Interleaved, OneStream, Tiny, TwoStream, noise
 from tests.passes.helpers import folded
 from tests.reference import BlockOracle, Oracle
+from tests.runtime.helpers import pattern
 from tests.zoo import ZOO, Entry
 
 SCHEDULE = {"num_steps": 8, "threshold": math.inf, "reuse_interval": 2}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def pattern(cached: bw.CachedModel, name: str) -> str:
-    return str(cached.report()).split(f"{name}: ")[1].splitlines()[0].split()[-1]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.mark.parametrize("reuse", ["output", "taylor"])

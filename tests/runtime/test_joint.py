@@ -11,6 +11,7 @@ from torch import Tensor
 import bwcache_compile as bw
 from tests.models import OneStream
 from tests.reference import Oracle
+from tests.runtime.helpers import pattern
 
 CONFIG = bw.CacheConfig.paper(num_steps=12, threshold=0.08, reuse_interval=2, warmup_steps=1, decide="joint")
 
@@ -20,10 +21,6 @@ def inputs(model: OneStream, name: str, step: int) -> tuple[Tensor, Tensor]:
     x, t = model.example(step=step)
     pace = {"cond": 0.5, "uncond": 0.8}[name]
     return x + sum(pace**i for i in range(step)), t
-
-
-def pattern(cached: bw.CachedModel, name: str) -> str:
-    return "".join("#" if record.computed else "." for record in cached.report().contexts[name].steps)
 
 
 @torch.no_grad()

@@ -18,25 +18,16 @@ from torch import Tensor, nn
 import bwcache_compile as bw
 from bwcache_compile.runtime import programs
 from tests.models import OneStream
+from tests.runtime.helpers import run
 from tests.zoo import ZOO
 
 COMPUTE = bw.CacheConfig(num_steps=8, threshold=0)
 REUSE = bw.CacheConfig(policy="static", steps_mask=(0, 1, 1, 1, 1, 1, 1, 1))
 
 
-@pytest.fixture
-def model() -> OneStream:
-    return OneStream().eval()
-
-
 @pytest.fixture(scope="module")
 def wan() -> nn.Module:
     return ZOO["wan"].make()
-
-
-@torch.no_grad()
-def run(module: nn.Module, *inputs: Any) -> Any:
-    return module(*inputs)
 
 
 @torch.no_grad()

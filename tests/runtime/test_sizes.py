@@ -17,6 +17,7 @@ from bwcache_compile.capture import capture
 from bwcache_compile.program import CachedProgram
 from bwcache_compile.runtime import Toolchain, programs
 from tests.models import InPlace, Interleaved, OneStream, TwoStream, noise
+from tests.runtime.helpers import run
 
 OFF = bw.CacheConfig(threshold=0, num_steps=4)
 STATIC = bw.CacheConfig(policy="static", steps_mask=(0, 1, 1, 0, 1, 0))
@@ -29,11 +30,6 @@ def one(batch: int, tokens: int, step: int = 0) -> tuple[Tensor, Tensor]:
 def two(batch: int, tokens: int, words: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     x, t = one(batch, tokens, step)
     return x, noise("text", 0, batch, words, 5), t
-
-
-@torch.no_grad()
-def run(module: nn.Module, *inputs: Any) -> Any:
-    return module(*inputs)
 
 
 def check(cached: bw.CachedModel, model: nn.Module, *inputs: Any) -> None:
