@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +45,13 @@ def architecture(case: Case) -> str:
     return repr(dataclasses.replace(case.spec, seed=0))
 
 
-def run_round(number: int, seen: set[str]) -> dict[str, Any]:
+def run_round(number: int) -> tuple[dict[str, Any], set[str]]:
     """Check one round of cases; what is wrong is kept with its case, from which alone it can be run again."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     outcomes: list[Outcome] = []
     wrong: list[dict[str, str]] = []
+    seen: set[str] = set()
 
     def use(case: Case) -> None:
         seen.add(architecture(case))
@@ -57,7 +63,7 @@ def run_round(number: int, seen: set[str]) -> dict[str, Any]:
 
     start = time.perf_counter()
     each_case(number, use)
-    return {**tally(outcomes), "wrong": wrong, "seconds": round(time.perf_counter() - start, 1)}
+    return {**tally(outcomes), "wrong": wrong, "seconds": round(time.perf_counter() - start, 1)}, seen
 
 
 def added(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
@@ -75,21 +81,27 @@ def main() -> None:
     """Run the rounds that the record lacks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, default=1, help="processes, one round each at a time")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/drawn.json"))
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
     record = json.loads(options.out.read_text()) if options.out.exists() else {"rounds": 0, "architectures": 0, "total": {}}
     record |= {"command": "python -m benchmarks.drawn", "torch": torch.__version__}
     seen: set[str] = set()
     for number in range(record["rounds"]):
         each_case(number, lambda case: seen.add(architecture(case)))
-    while record["rounds"] * ROUND < options.examples:
-        record["total"] = added(record["total"], run_round(record["rounds"], seen))
-        record["architectures"] = len(seen)
-        record["rounds"] += 1
-        write_record(options.out, record)
-        total = record["total"]
-        print(f"{total['examples']} examples: {total['right']} right, {len(total['wrong'])} wrong, {total['seconds']:.0f} s", flush=True)
+    missing = range(record["rounds"], math.ceil(options.examples / ROUND))
+    # a fresh process now and then: what the compiler keeps of thousands of models is of no use to the next
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), max_tasks_per_child=10) as pool:
+        for part, drawn in pool.map(run_round, missing):
+            seen |= drawn
+            record["total"] = added(record["total"], part)
+            record["architectures"] = len(seen)
+            record["rounds"] += 1
+            write_record(options.out, record)
+            total = record["total"]
+            print(
+                f"{total['examples']} examples: {total['right']} right, {len(total['wrong'])} wrong, {total['seconds']:.0f} s", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ def apart(h: Tensor, sizes: list[int]) -> list[Tensor]:
 def mixed(h: Tensor, stack: Stack, w: dict[str, Any], parts: list[int]) -> Tensor:
     """Let the tokens of all streams, joined in `h`, look at one another; each part has projections of its own."""
     qkv = together([functional.linear(p, w[f"qkv{j}"]) for j, p in enumerate(apart(h, parts))])
+    if stack.norm == "none":  # nothing else keeps the products below from overflowing after a few blocks
+        qkv = torch.tanh(qkv)
     q, k, v = qkv.unflatten(2, (3, 2, WIDTH // 2)).permute(2, 0, 3, 1, 4)
     if stack.rotary:
         q, k = rotated(q), rotated(k)

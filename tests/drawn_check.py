@@ -183,6 +183,7 @@ def check(case: Case) -> Outcome:
     except NAMED_ERRORS as error:
         return Outcome(refusal(error), fallback)
     eager = [run(model, given) for given in inputs]
+    assert all(leaf.isfinite().all() for output, _ in eager for leaf in pytree.tree_leaves(output)), "the drawn model itself overflows"
     for step in range(3):
         expected, left = eager[step]
         actual, given = run(cached, inputs[step])
