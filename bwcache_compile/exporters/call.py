@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from bwcache_compile.errors import StateError
 from bwcache_compile.exporters.arithmetic import arithmetic
@@ -50,19 +49,39 @@ class Call:
         return tuple(arithmetic(size, self.symbols) for size in shape)
 
 
-def _value(given: Any, name: str, dtype: str) -> Any:
-    """Return an input as an OrtValue; arrays that lie on the same device are not copied."""
-    import onnxruntime as ort
+class Runner(Protocol):
+    """A runtime that holds a bundle's graphs. Values are tensors of its own kind, on its own device."""
 
-    if isinstance(given, ort.OrtValue):
-        return given
-    if isinstance(given, (int, float, bool, list, tuple, np.generic)):
-        given = np.asarray(given, dtype=dtype)
-    if isinstance(given, np.ndarray):
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(given))
-    if hasattr(given, "__dlpack__"):
-        return ort.OrtValue.from_dlpack(given.contiguous() if hasattr(given, "contiguous") else given)
-    raise StateError(f"{name} is a {type(given).__name__}; pass a numpy array, an OrtValue or something with DLPack.")
+    takes_buffers: bool
+    """Whether a run can write into tensors that the session hands it."""
+
+    def value(self, given: Any, name: str, dtype: str) -> Any:
+        """Return an input as a value; what lies on the device is not copied. Raises StateError for what is no tensor."""
+
+    def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
+        """Return a value's dtype, as the manifest names it, and its shape."""
+
+    def full(self, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
+        """Return a new value that holds one number everywhere."""
+
+    def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
+        """Return a new value that holds these numbers."""
+
+    def bytes(self, value: Any) -> int:
+        """Return the size of a value."""
+
+    def host(self, value: Any) -> Any:
+        """Copy a value to the host."""
+
+    def given_back(self, value: Any) -> Any:
+        """Return an output in the form that the caller gets it."""
+
+    def run(self, graph: str, inputs: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a graph; inputs and outputs go by its names. What `buffers` has is written there, if the runtime takes buffers.
+
+        Raises:
+            BundleError: The runtime failed.
+        """
 
 
 def _inside(given: Any, path: list[int | str], argument: str) -> Any:
@@ -72,11 +91,6 @@ def _inside(given: Any, path: list[int | str], argument: str) -> Any:
     except (KeyError, IndexError, TypeError) as error:
         raise StateError(f"{argument} holds nothing at {'.'.join(map(str, path))}.") from error
     return given
-
-
-def _dtype(value: Any) -> str:
-    name = str(value.data_type()).removeprefix("tensor(").removesuffix(")")
-    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def _symbols(manifest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
@@ -102,7 +116,7 @@ def _symbols(manifest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> di
     return symbols
 
 
-def bound(manifest: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def bound(manifest: dict[str, Any], runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Match a call's arguments to the graphs' inputs.
 
     Raises:
@@ -129,20 +143,23 @@ def bound(manifest: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if unknown:
         raise StateError(f"{', '.join(unknown)} is not among what the bundle takes: {', '.join(sorted(expected))}.")
     found = {e["name"]: _inside(given[e["argument"]], e["path"], e["argument"]) for e in manifest["inputs"]}
-    return flat_call(manifest, found)
+    return flat_call(manifest, runner, found)
 
 
-def flat_call(manifest: dict[str, Any], given: dict[str, Any]) -> Call:
+def flat_call(manifest: dict[str, Any], runner: Runner, given: Mapping[str, Any]) -> Call:
     """Check and convert inputs that go by the graphs' own names.
 
     Raises:
-        StateError: An input is of another dtype or shape than the bundle's.
+        StateError: An input is missing, or of another dtype or shape than the bundle's.
     """
     values, shapes = {}, {}
     for entry in manifest["inputs"]:
         name = entry["name"]
-        value = _value(given[name], name, entry["dtype"])
-        if _dtype(value) != entry["dtype"]:
-            raise StateError(f"{name} is {_dtype(value)}, and the bundle takes {entry['dtype']}.")
-        values[name], shapes[name] = value, tuple(value.shape())
+        if name not in given:
+            raise StateError(f"{name} is missing; the bundle takes {', '.join(e['name'] for e in manifest['inputs'])}.")
+        value = runner.value(given[name], name, entry["dtype"])
+        dtype, shape = runner.kind(value)
+        if dtype != entry["dtype"]:
+            raise StateError(f"{name} is {dtype}, and the bundle takes {entry['dtype']}.")
+        values[name], shapes[name] = value, shape
     return Call(values, shapes, _symbols(manifest, shapes))

@@ -14,8 +14,9 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.graphs import PlainGraph
+from bwcache_compile.exporters.load import ort_session
 from bwcache_compile.exporters.onnx import OnnxGraph
-from bwcache_compile.exporters.ort_session import OrtSession
+from bwcache_compile.exporters.session import Session
 from bwcache_compile.layout import in_order
 from bwcache_compile.program import REGION_MARK, CachedProgram
 from bwcache_compile.sizes import evaluate, evaluated
@@ -160,7 +161,7 @@ class _Compared:
             )
 
     def run(
-        self, session: OrtSession, config: CacheConfig, steps: int, sizes: Mapping[str, int] | None = None
+        self, session: Session, config: CacheConfig, steps: int, sizes: Mapping[str, int] | None = None
     ) -> tuple[list[bool], list[float]]:
         """Run both side by side; return torch's decisions and indicators.
 
@@ -215,7 +216,7 @@ def check_runs(program: CachedProgram, folder: Path, manifest: dict[str, Any], k
     steps = min(len(config.steps_mask), 8) if config.steps_mask is not None else _STEPS
     pattern, elsewhere = "", other_sizes(program)
     for kind in kinds:
-        session = OrtSession(Bundle(folder, manifest), guarded=kind == "guarded")
+        session = ort_session(Bundle(folder, manifest), guarded=kind == "guarded")
         decisions, indicators = compared.run(session, _forced(config, float("inf")), steps)
         finite = [value for value in indicators if value > 0 and value < float("inf")]
         if config.policy == "schedule" and finite:

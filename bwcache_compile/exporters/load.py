@@ -1,4 +1,4 @@
-"""Opening a bundle. Needs numpy and the runtime that is to run it, no torch."""
+"""Opening a bundle. Needs the runtime that is to run it and no other."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from bwcache_compile.errors import ConfigError
-from bwcache_compile.exporters.bundle import open_bundle
-from bwcache_compile.exporters.ort_session import OrtSession
+from bwcache_compile.exporters.bundle import Bundle, open_bundle
+from bwcache_compile.exporters.session import Session
+
+
+def ort_session(bundle: Bundle, *, guarded: bool = False, outputs: str = "numpy", **settings: Any) -> Session:
+    """Open a bundle's graphs in ONNX Runtime; see `load`."""
+    from bwcache_compile.exporters.ort_runner import OrtRunner
+
+    kinds = ("guarded",) if guarded else ("compute", "reuse")
+    return Session(bundle, OrtRunner(bundle, kinds, outputs=outputs, **settings), guarded=guarded)
 
 
 def load(
@@ -19,7 +27,7 @@ def load(
     providers: Sequence[Any] | None = None,
     options: Any = None,
     outputs: str = "numpy",
-) -> OrtSession:
+) -> Session:
     """Open an exported bundle as a session that is called like the model.
 
     Every file is verified against the manifest first, and no code of the bundle runs.
@@ -38,4 +46,4 @@ def load(
     """
     if backend != "onnxruntime":
         raise ConfigError(f'backend is {backend!r}; this version runs bundles with "onnxruntime".')
-    return OrtSession(open_bundle(directory), guarded=guarded, providers=providers, options=options, outputs=outputs)
+    return ort_session(open_bundle(directory), guarded=guarded, providers=providers, options=options, outputs=outputs)

@@ -75,7 +75,7 @@ def test_files(bundle: Path) -> None:
     (lambda m: m["graphs"]["reuse"].update(file="/reuse.onnx"), "the reuse graph is none of the bundle's files."),
     (lambda m: m["graphs"].pop("reuse"), "names no compute and reuse graph."),
     (lambda m: m["config"].update(threshold=-1), "the config does not fit this version: threshold is -1"),
-    (lambda m: m["inputs"][0].update(dtype="float16"), "takes x as float, and the manifest says float16."),
+    (lambda m: m["inputs"][0].update(dtype="float16"), "takes x as float32, and the manifest says float16."),
     (lambda m: m["graphs"]["reuse"]["inputs"].reverse(), "and the manifest says ['step', "),
 ])  # fmt: skip
 def test_manifests(bundle: Path, change: Edit, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Running a bundle with ONNX Runtime: called like the model, step after step. Needs numpy and onnxruntime, no torch."""
+"""A bundle as a model: called step after step, whatever runtime holds its graphs. Needs no torch, no numpy and no onnxruntime."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import contextlib
 import contextvars
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ConfigError, StateError
 from bwcache_compile.exporters.bundle import Bundle
-from bwcache_compile.exporters.call import Call, Output, bound, flat_call
+from bwcache_compile.exporters.call import Call, Output, Runner, bound, flat_call
 from bwcache_compile.report import ContextReport, RawStep, Report, step_records
 
 _MAY_CHANGE = {"threshold", "reuse_interval", "tail", "warmup_steps", "num_steps"}
@@ -29,7 +27,7 @@ class _Moment:
 
 
 class _Context:
-    """One stream of calls: its state on the device, in two sets of buffers that take turns."""
+    """One stream of calls: its state, where the runtime takes buffers in two sets that take turns."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -37,6 +35,7 @@ class _Context:
         self.shapes: dict[str, tuple[int, ...]] | None = None
         self.state: dict[str, Any] = {}
         self.spare: dict[str, Any] = {}
+        self.state_bytes = 0
         self.step = 0
         self.computed_at = -1
         self.reuse_until = -1
@@ -44,8 +43,7 @@ class _Context:
         self.events: list[str] = []
 
     def report(self) -> ContextReport:
-        held = sum(value.tensor_size_in_bytes() for value in self.state.values())
-        return ContextReport(self.name, step_records(self.records), tuple(self.events), held)
+        return ContextReport(self.name, step_records(self.records), tuple(self.events), self.state_bytes)
 
 
 def _config(bundle: Bundle) -> CacheConfig:
@@ -56,79 +54,52 @@ def _config(bundle: Bundle) -> CacheConfig:
         raise BundleError(f"{bundle.folder / 'manifest.json'}: the config does not fit this version: {error}.") from error
 
 
-class OrtSession:
+class Session:
     """A bundle as a model: `session(**inputs)` computes or reuses, and keeps one state per context on the device.
 
-    Made by `bwcache_compile.load`. The two buffers of every slot take turns, so that no cache is copied, and none comes
-    to the host unless the session runs there.
+    Made by `bwcache_compile.load`. A step that fails leaves its context as it was: the next call takes its place.
     """
 
-    def __init__(
-        self, bundle: Bundle, *, guarded: bool = False, providers: Sequence[Any] | None = None, options: Any = None, outputs: str = "numpy"
-    ) -> None:
-        """Open the graphs; see `load` for the arguments."""
-        import onnxruntime as ort
-
-        if outputs not in ("numpy", "ortvalue"):
-            raise ConfigError(f'outputs is {outputs!r}; choose "numpy" or "ortvalue".')
+    def __init__(self, bundle: Bundle, runner: Runner, *, guarded: bool = False) -> None:
+        """Run a bundle's graphs, the pair or the one that decides by itself."""
         self.manifest = bundle.manifest
         self.cache_config = _config(bundle)
-        self.guarded, self._outputs = guarded, outputs
-        providers = list(providers or ["CPUExecutionProvider"])
-        first = providers[0] if isinstance(providers[0], str) else providers[0][0]
-        missing = [first] if first not in ort.get_available_providers() else []
-        if missing:
-            raise ConfigError(f"{first} is not in this onnxruntime; it has {', '.join(ort.get_available_providers())}.")
-        self._device = "cuda" if first == "CUDAExecutionProvider" else "cpu"
-        self._sessions = {}
-        for kind in ("guarded",) if guarded else ("compute", "reuse"):
-            path = bundle.graph_file(kind)
-            try:
-                self._sessions[kind] = ort.InferenceSession(str(path), options, providers=providers)
-            except Exception as error:  # onnxruntime's errors have no common class of their own
-                raise BundleError(f"{path} does not run on {first}: {str(error).splitlines()[0]}") from error
-            self._check(kind)
+        self.guarded, self._runner = guarded, runner
         self._contexts: dict[str, _Context] = {}
         self._lock = threading.Lock()
         self._moment: contextvars.ContextVar[_Moment | None] = contextvars.ContextVar("bwcache_moment", default=None)
         self._calls = 0
 
-    def _check(self, kind: str) -> None:
-        """Compare a graph with what the manifest says of it."""
-        entry, session = self.manifest["graphs"][kind], self._sessions[kind]
-        for what, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
-            if [value.name for value in found] != entry[what]:
-                raise BundleError(f"{entry['file']} has the {what} {[v.name for v in found]}, and the manifest says {entry[what]}.")
-        known = {entry["name"]: entry["dtype"] for entry in self.manifest["inputs"]}
-        known |= {f"cache_in.{slot['name']}": slot["dtype"] for slot in self.manifest["slots"]}
-        for value in session.get_inputs():
-            dtype = value.type.removeprefix("tensor(").removesuffix(")")
-            expected = {"float32": "float", "float64": "double"}.get(known.get(value.name, ""), known.get(value.name))
-            if expected is not None and dtype != expected:
-                raise BundleError(f"{entry['file']} takes {value.name} as {dtype}, and the manifest says {expected}.")
-
     # -- calling -------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one denoising step. Takes what the model takes, as numpy arrays, OrtValues or anything with DLPack.
+        """Run one denoising step. Takes what the model takes, as arrays or tensors; see `load` for the kinds.
 
         Returns:
-            What the model returns, as numpy arrays (or OrtValues on the device, with `outputs="ortvalue"`).
+            What the model returns: numpy arrays (OrtValues with `outputs="ortvalue"`), or with `backend="torch"` tensors.
 
         Raises:
             StateError: The inputs do not fit the bundle, or the context is in use.
             ConfigError: The policy needs the number of steps and it is not known.
+            BundleError: The runtime failed.
         """
-        values = self._step(bound(self.manifest, args, kwargs))
+        values = self._step(bound(self.manifest, self._runner, args, kwargs))
         return Output.put_together(self.manifest["outputs"], values)
 
     def run_flat(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Run one step on inputs by the names that the graphs have for them; returns outputs by name."""
-        return self._step(flat_call(self.manifest, inputs))
+        return self._step(flat_call(self.manifest, self._runner, inputs))
 
     def state(self, context: str) -> dict[str, Any]:
-        """Copy a context's cache to the host, by slot."""
-        return {name: value.numpy() for name, value in self._contexts[context].state.items()}
+        """Copy a context's cache to the host, by slot.
+
+        Raises:
+            StateError: No call was in that context.
+        """
+        held = self._contexts.get(context)
+        if held is None:
+            raise StateError(f"no call was in a context {context!r}; there are: {', '.join(self._contexts) or 'none'}.")
+        return {name: self._runner.host(value) for name, value in held.state.items()}
 
     def _step(self, call: Call) -> dict[str, Any]:
         moment = self._moment.get() or self._unnamed()
@@ -153,86 +124,63 @@ class OrtSession:
 
     def _arrive(self, context: _Context, moment: _Moment, call: Call, num_steps: int | None) -> None:
         """Bring a context to the step of this call: a new generation, or the next step."""
-        step = context.step if moment.step_index is None else moment.step_index
+        given = moment.step_index
+        step = context.step if given is None else given
         over = num_steps is not None and step >= num_steps
-        if over and moment.step_index is not None:
-            raise StateError(f"step_index {step} is outside the {num_steps} steps of a generation (0 .. {int(num_steps or 0) - 1}).")
+        if given is not None and (over or given < 0):
+            last = "" if num_steps is None else f" (0 .. {num_steps - 1})"
+            raise StateError(f"step_index {given} is outside the {num_steps or 'unknown number of'} steps of a generation{last}.")
         changed = context.shapes is not None and context.shapes != call.shapes
         if context.shapes is None or over or step < context.step or changed:
             context.events = [f"the inputs changed before step {context.step}: a new generation began"] if changed and not over else []
             context.records = []
-            context.step = context.step if context.shapes is None else 0
             self._start(context, call)
-            step = moment.step_index or 0
+            step = given or 0
         context.step = step
 
     def _start(self, context: _Context, call: Call) -> None:
+        runner = self._runner
         slots = [(slot["name"], slot["dtype"], call.sizes_of(slot["shape"]), float(slot["fill"])) for slot in self.manifest["slots"]]
         if self.guarded:
             slots.append((_UNTIL, "int64", (1,), -1.0))
-        same = {name: tuple(value.shape()) for name, value in context.spare.items()} == {name: shape for name, _, shape, _ in slots}
-        context.state = {name: self._full(shape, dtype, fill) for name, dtype, shape, fill in slots}
-        if not same:
-            context.spare = {name: self._full(shape, dtype, 0) for name, dtype, shape, _ in slots}
+        context.state = {name: runner.full(shape, dtype, fill) for name, dtype, shape, fill in slots}
+        context.state_bytes = sum(runner.bytes(value) for value in context.state.values())
+        same = {name: runner.kind(value)[1] for name, value in context.spare.items()} == {name: shape for name, _, shape, _ in slots}
+        if runner.takes_buffers and not same:
+            context.spare = {name: runner.full(shape, dtype, 0) for name, dtype, shape, _ in slots}
         context.shapes, context.computed_at, context.reuse_until = call.shapes, -1, -1
-
-    def _full(self, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
-        import onnxruntime as ort
-
-        if dtype == "bfloat16":  # numpy has none; what is kept in it starts as zeros
-            zeros = np.zeros(shape, dtype=np.uint16)
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, 16)
-        return ort.OrtValue.ortvalue_from_numpy(np.full(shape, fill, dtype=dtype), self._device, 0)
 
     def _parameters(self, num_steps: int | None) -> dict[str, Any]:
         values = self.cache_config.policy_values(num_steps)
-        dtypes = {name: np.float32 if name == "threshold" else np.int64 for name in values}
-        return {f"policy.{name}": np.array(value, dtype=dtypes[name]) for name, value in values.items()}
+        dtypes = {name: "float32" if name == "threshold" else "int64" for name in values}
+        return {f"policy.{name}": self._runner.vector(value, dtypes[name]) for name, value in values.items()}
 
     def _run(self, context: _Context, call: Call, num_steps: int | None) -> dict[str, Any]:
-        step = context.step
+        step, runner = context.step, self._runner
         reuses = not self.guarded and 0 <= context.computed_at < step <= context.reuse_until
         kind = "guarded" if self.guarded else "reuse" if reuses else "compute"
-        names = self.manifest["graphs"][kind]
-        session, scalars = self._sessions[kind], {"step": np.array([step], dtype=np.int64)}
+        inputs = {**call.values, **{f"cache_in.{name}": value for name, value in context.state.items()}}
+        inputs["step"] = runner.vector([step], "int64")
         if kind != "reuse":
-            scalars |= self._parameters(num_steps)
-        binding = session.io_binding()
-        for name in names["inputs"]:
-            if name in scalars:
-                binding.bind_cpu_input(name, scalars[name])
-            elif name.startswith("cache_in."):
-                binding.bind_ortvalue_input(name, context.state[name.removeprefix("cache_in.")])
-            else:
-                binding.bind_ortvalue_input(name, call.values[name])
-        for name in names["outputs"]:
-            if name.startswith("cache_out."):
-                binding.bind_ortvalue_output(name, context.spare[name.removeprefix("cache_out.")])
-            else:
-                on_device = self._outputs == "ortvalue" and name not in ("reuse_left", "indicator")
-                binding.bind_output(name, self._device if on_device else "cpu")
-        try:
-            session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's errors have no common class of their own
-            raise BundleError(f"{names['file']} fails in ONNX Runtime: {str(error).splitlines()[0]}") from error
-        returned = dict(zip(names["outputs"], binding.get_outputs(), strict=True))
+            inputs |= self._parameters(num_steps)
+        returned = runner.run(kind, inputs, {f"cache_out.{name}": value for name, value in context.spare.items()})
         self._note(context, kind, returned)
-        users = [item["name"] for item in self.manifest["outputs"]["items"]]
-        return {name: returned[name] if self._outputs == "ortvalue" else returned[name].numpy() for name in users}
+        return {item["name"]: runner.given_back(returned[item["name"]]) for item in self.manifest["outputs"]["items"]}
 
     def _note(self, context: _Context, kind: str, returned: dict[str, Any]) -> None:
         """Move a context to the next step, and take down what this one did."""
-        step, fresh = context.step, context.computed_at < 0
-        change = returned["indicator"].numpy() if "indicator" in returned else None
+        step, fresh, runner = context.step, context.computed_at < 0, self._runner
+        change = runner.host(returned["indicator"]) if "indicator" in returned else None
         computed = kind == "compute"
         if kind != "reuse":
-            context.state, context.spare = context.spare, context.state
+            before, context.state = context.state, {name: returned[f"cache_out.{name}"] for name in context.state}
+            context.spare = before if runner.takes_buffers else {}
         if kind == "compute":
-            context.reuse_until = step + int(returned["reuse_left"].numpy()[0])
+            context.reuse_until = step + int(runner.host(returned["reuse_left"])[0])
         if kind == "guarded":
             computed = step > context.reuse_until
             if computed:  # eight bytes; the caches stay where they are
-                context.reuse_until = int(context.state[_UNTIL].numpy()[0])
+                context.reuse_until = int(runner.host(context.state[_UNTIL])[0])
         if computed:
             context.computed_at = step
         context.records.append(RawStep(step, computed, fresh, change))
@@ -274,5 +222,7 @@ class OrtSession:
 
     def report(self) -> Report:
         """Return what each context did in its current generation."""
-        contexts = {name: context.report() for name, context in self._contexts.items()}
+        with self._lock:
+            held = list(self._contexts.items())
+        contexts = {name: context.report() for name, context in held}
         return Report(contexts, tuple(self.manifest["measured"]))

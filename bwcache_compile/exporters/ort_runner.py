@@ -1,0 +1,132 @@
+"""A bundle's graphs in ONNX Runtime. Needs numpy and onnxruntime, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bwcache_compile.errors import BundleError, ConfigError, StateError
+from bwcache_compile.exporters.bundle import Bundle
+
+_ON_HOST = ("reuse_left", "indicator")
+_NAMES = {"float": "float32", "double": "float64"}
+
+
+def _dtype(onnx_type: str) -> str:
+    name = onnx_type.removeprefix("tensor(").removesuffix(")")
+    return _NAMES.get(name, name)
+
+
+class OrtRunner:
+    """ONNX Runtime: state in `OrtValue`s on the sessions' device, written in place by IOBinding."""
+
+    takes_buffers = True
+
+    def __init__(
+        self, bundle: Bundle, kinds: Sequence[str], *, outputs: str, providers: Sequence[Any] | None = None, options: Any = None
+    ) -> None:
+        """Open the graphs of these kinds; see `load` for the other arguments."""
+        import onnxruntime as ort
+
+        if outputs not in ("numpy", "ortvalue"):
+            raise ConfigError(f'outputs is {outputs!r}; choose "numpy" or "ortvalue".')
+        self._manifest, self._outputs = bundle.manifest, outputs
+        providers = list(providers or ["CPUExecutionProvider"])
+        first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        if first not in ort.get_available_providers():
+            raise ConfigError(f"{first} is not in this onnxruntime; it has {', '.join(ort.get_available_providers())}.")
+        self._device = "cuda" if first == "CUDAExecutionProvider" else "cpu"
+        self._sessions = {}
+        for kind in kinds:
+            path = bundle.graph_file(kind)
+            try:
+                self._sessions[kind] = ort.InferenceSession(str(path), options, providers=providers)
+            except Exception as error:  # onnxruntime's errors have no common class of their own
+                raise BundleError(f"{path} does not run on {first}: {str(error).splitlines()[0]}") from error
+            self._check(kind)
+
+    def _check(self, kind: str) -> None:
+        """Compare a graph with what the manifest says of it."""
+        entry, session = self._manifest["graphs"][kind], self._sessions[kind]
+        for what, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+            if [value.name for value in found] != entry[what]:
+                raise BundleError(f"{entry['file']} has the {what} {[v.name for v in found]}, and the manifest says {entry[what]}.")
+        known = {entry["name"]: entry["dtype"] for entry in self._manifest["inputs"]}
+        known |= {f"cache_in.{slot['name']}": slot["dtype"] for slot in self._manifest["slots"]}
+        for value in session.get_inputs():
+            expected = known.get(value.name, _dtype(value.type))
+            if _dtype(value.type) != expected:
+                raise BundleError(f"{entry['file']} takes {value.name} as {_dtype(value.type)}, and the manifest says {expected}.")
+
+    def value(self, given: Any, name: str, dtype: str) -> Any:
+        """Return an input as an OrtValue; arrays that lie on the same device are not copied."""
+        import onnxruntime as ort
+
+        if isinstance(given, ort.OrtValue):
+            return given
+        try:
+            if isinstance(given, (int, float, bool, list, tuple, np.generic)):
+                given = np.asarray(given, dtype=dtype)
+            if isinstance(given, np.ndarray):
+                return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(given))
+            if hasattr(given, "__dlpack__"):
+                return ort.OrtValue.from_dlpack(given.contiguous() if hasattr(given, "contiguous") else given)
+        except Exception as error:  # numpy's, onnxruntime's, or those of whatever was passed
+            raise StateError(f"{name} cannot be read as {dtype}: {str(error).splitlines()[0]}") from error
+        raise StateError(f"{name} is a {type(given).__name__}; pass a numpy array, an OrtValue or something with DLPack.")
+
+    def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
+        """Return the dtype and the shape of an OrtValue."""
+        return _dtype(str(value.data_type())), tuple(value.shape())
+
+    def full(self, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
+        """Return a new OrtValue on the sessions' device."""
+        import onnxruntime as ort
+
+        if dtype == "bfloat16":  # numpy has none; what is kept in it starts as zeros
+            zeros = np.zeros(shape, dtype=np.uint16)
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, 16)
+        return ort.OrtValue.ortvalue_from_numpy(np.full(shape, fill, dtype=dtype), self._device, 0)
+
+    def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
+        """Return a new OrtValue on the host: onnxruntime copies what a graph reads elsewhere."""
+        import onnxruntime as ort
+
+        return ort.OrtValue.ortvalue_from_numpy(np.array(numbers, dtype=dtype))
+
+    def bytes(self, value: Any) -> int:
+        """Return the size of an OrtValue."""
+        return int(value.tensor_size_in_bytes())
+
+    def host(self, value: Any) -> Any:
+        """Copy an OrtValue to a numpy array."""
+        return value.numpy()
+
+    def given_back(self, value: Any) -> Any:
+        """Return an output as a numpy array, or as it is with `outputs="ortvalue"`."""
+        return value if self._outputs == "ortvalue" else value.numpy()
+
+    def run(self, graph: str, inputs: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a graph with every input and output bound; none is copied that lies on the device.
+
+        Raises:
+            BundleError: onnxruntime failed.
+        """
+        names, session = self._manifest["graphs"][graph], self._sessions[graph]
+        try:
+            binding = session.io_binding()
+            for name in names["inputs"]:
+                binding.bind_ortvalue_input(name, inputs[name])
+            for name in names["outputs"]:
+                if name in buffers:
+                    binding.bind_ortvalue_output(name, buffers[name])
+                else:
+                    on_device = self._outputs == "ortvalue" and name not in _ON_HOST
+                    binding.bind_output(name, self._device if on_device else "cpu")
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's errors have no common class of their own
+            raise BundleError(f"{names['file']} fails in ONNX Runtime: {str(error).splitlines()[0]}") from error
+        # a buffer's own OrtValue keeps its memory alive; the one that the binding returns does not
+        return {**dict(zip(names["outputs"], binding.get_outputs(), strict=True)), **buffers}
