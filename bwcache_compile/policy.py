@@ -32,7 +32,7 @@ def sampled_tokens(count: int | SymInt, stride: int, block: int, device: torch.d
     strata = torch.arange(largest(1, count // stride), device=device)
     width = smallest(stride, count)
     mixed = (strata + 7919 * block + 1) * 2654435761 % 2**32  # Knuth's multiplicative hash
-    return strata * stride + (mixed * width >> 32)
+    return strata * stride + mixed * width // 2**32  # no shift: TensorRT has none
 
 
 def relative_change(features: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
