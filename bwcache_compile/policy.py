@@ -32,7 +32,16 @@ def sampled_tokens(count: int | SymInt, stride: int, block: int, device: torch.d
     strata = torch.arange(largest(1, count // stride), device=device)
     width = smallest(stride, count)
     mixed = (strata + 7919 * block + 1) * 2654435761 % 2**32  # Knuth's multiplicative hash
-    return strata * stride + mixed * width // 2**32  # no shift: TensorRT has none
+    return strata * stride + quotient(mixed * width, 2**32)
+
+
+def quotient(a: Tensor, b: int | Tensor) -> Tensor:
+    """Divide int64 numbers, rounded down, where a >= 0, b > 0 and the result is below 2**20.
+
+    Without shifts and integer divisions, which runtimes take apart in their own ways or do not know; the half makes
+    up for a division that is not rounded exactly.
+    """
+    return ((a - a % b).to(torch.float32) / b + 0.5).to(torch.int64)
 
 
 def relative_change(features: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
@@ -84,11 +93,11 @@ def schedule(
     """
     indicator = change.mean().reshape(1)
     finite = torch.isfinite(indicator)
-    fires = (trigger < 0) & (step >= warmup.clamp(min=1)) & finite & (indicator < threshold)
+    fires = (trigger < 0) & (step > 0) & (step >= warmup) & finite & (indicator < threshold)
     trigger = torch.where(fires, step, trigger)
     period = interval + 1
     refresh = step + period - torch.remainder(step - trigger, period)
-    tail = num_steps - torch.div(tail_numerator * trigger, tail_denominator, rounding_mode="floor")
+    tail = num_steps - quotient(tail_numerator * trigger, tail_denominator)
     stop = torch.minimum(refresh, torch.maximum(tail, step + 1))
     active = (trigger >= 0) & finite
     return trigger, torch.where(active, stop - step - 1, torch.zeros_like(step))
