@@ -74,9 +74,27 @@ def _digest(file: Any) -> str:
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Describe every file of a folder and write the manifest, which is what makes it a bundle."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in sorted(folder.iterdir())}
+    files = {path.name: _described(path) for path in sorted(folder.iterdir())}
     head = {"format": FORMAT, "format_version": VERSION}
-    (folder / MANIFEST).write_text(json.dumps(_encoded({**head, **content, "files": files}), indent=1, allow_nan=False) + "\n")
+    (folder / MANIFEST).write_text(_json({**head, **content, "files": files}))
+
+
+def add_files(bundle: Bundle, texts: dict[str, str], content: dict[str, Any]) -> None:
+    """Put text files into a bundle, and take them down in its manifest with `content`."""
+    for name, text in texts.items():
+        (bundle.folder / name).write_text(text)
+    files = bundle.manifest["files"] | {name: _described(bundle.folder / name) for name in texts}
+    written = bundle.folder / f".{MANIFEST}.new"
+    written.write_text(_json({**bundle.manifest, **content, "files": files}))
+    os.replace(written, bundle.folder / MANIFEST)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(_encoded(content), indent=1, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager

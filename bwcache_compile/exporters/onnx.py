@@ -54,13 +54,21 @@ def _origins(program: Any) -> dict[str, dict[str, Any]]:
 
 
 def _find_region(model: ir.Model, origins: dict[str, dict[str, Any]]) -> tuple[dict[str, str], int]:
+    """Tell which operators are the region's, and put the module that each came from before its name: `blocks.0.attn/MatMul_3`.
+
+    What a fusion made takes the module of what it reads. Names are what a runtime's messages, profiles and viewers show.
+    """
     region, unmarked = {}, 0
+    modules: dict[Any, str] = {}
     for i, node in enumerate(model.graph.all_nodes()):
         printed = str(node.metadata_props.get(_FX_NODE, ""))
         origin = origins.get(printed.split(" ", 1)[0].removeprefix("%"))
         unmarked += origin is None
+        nearest = next((modules[value.producer()] for value in node.inputs if value is not None and value.producer() in modules), "")
+        modules[node] = nearest if origin is None else origin["bwcache_module"]
+        node.name = f"{modules[node]}/{node.name or f'{node.op_type}_{i}'}".removeprefix("/")
         if origin is not None and origin[REGION_MARK]:
-            region[node.name or f"{node.op_type}_{i}"] = origin["bwcache_node"]
+            region[node.name] = origin["bwcache_node"]
     return region, unmarked
 
 
