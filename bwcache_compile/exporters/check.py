@@ -47,7 +47,7 @@ def check_structure(plain: Mapping[str, PlainGraph], written: Mapping[str, OnnxG
         for node in graph.graph.find_nodes(op="placeholder")
         if node.name in names and node.users and all(user.meta.get("custom", {}).get(REGION_MARK) for user in node.users)
     }
-    kept = sorted(only_region & set(reuse.model.graph.initializers))
+    kept = sorted(only_region & {name.removesuffix(".T") for name in reuse.model.graph.initializers})
     if kept:
         raise ExportError(f"the reuse graph holds {kept[0]}, a weight that only the cached blocks read.")
     return {
@@ -207,6 +207,8 @@ def check_runs(program: CachedProgram, folder: Path, manifest: dict[str, Any], k
     Raises:
         ExportError: They differ; the message names the step and the output or slot.
     """
+    import onnxruntime as ort
+
     dtypes = {slot.dtype for slot in program.planned().slots if slot.dtype.is_floating_point}
     if torch.bfloat16 in dtypes:
         return {"runs": "not run: ONNX Runtime's CPU provider has no bfloat16 matrix product; the CUDA provider and TensorRT have"}
@@ -215,8 +217,10 @@ def check_runs(program: CachedProgram, folder: Path, manifest: dict[str, Any], k
     compared = _Compared(program, manifest, tolerance)
     steps = min(len(config.steps_mask), 8) if config.steps_mask is not None else _STEPS
     pattern, elsewhere = "", other_sizes(program)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay in the file, mapped: no copy beside torch's
     for kind in kinds:
-        session = ort_session(Bundle(folder, manifest), guarded=kind == "guarded")
+        session = ort_session(Bundle(folder, manifest), guarded=kind == "guarded", options=options)
         decisions, indicators = compared.run(session, _forced(config, float("inf")), steps)
         finite = [value for value in indicators if value > 0 and value < float("inf")]
         if config.policy == "schedule" and finite:
@@ -227,5 +231,6 @@ def check_runs(program: CachedProgram, folder: Path, manifest: dict[str, Any], k
         if elsewhere is not None:
             compared.run(session, _forced(config, float("inf")), min(steps, 4), elsewhere)
         pattern = "".join("#" if computed else "." for computed in decisions)
+        del session  # before the next is opened: each holds all the weights
     sizes = [captured_sizes(program), *([elsewhere] if elsewhere else [])]
     return {"runs": list(kinds), "sizes": sizes, "steps": pattern, "tolerance": tolerance, "largest_error": compared.worst}

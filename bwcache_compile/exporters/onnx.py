@@ -176,6 +176,28 @@ def _without_bool_where(graph: Any) -> None:
         )
 
 
+def _store_transposed(model: ir.Model) -> None:
+    """Store each weight that is only read transposed as it is read, under the name `weight.T`.
+
+    onnxruntime would do so when it opens the model, and hold both copies meanwhile; in an `If` it keeps both.
+    """
+    import onnx_ir as ir
+
+    for value in list(model.graph.initializers.values()):
+        raw: Any = getattr(value.const_value, "raw", None)
+        users: list[Any] = [use.node for use in value.uses()]
+        if not isinstance(raw, torch.Tensor) or raw.nbytes <= _SMALL or [node.op_type for node in users] != ["Transpose"]:
+            continue
+        (node,) = users
+        order = node.attributes.get_ints("perm", tuple(reversed(range(raw.dim()))))
+        stored = ir.tensor_adapters.TorchTensor(raw.permute(*order), f"{value.name}.T")
+        transposed = ir.Value(name=stored.name, shape=ir.Shape(stored.shape), type=value.type, const_value=stored)
+        model.graph.register_initializer(transposed)
+        ir.convenience.replace_all_uses_with(node.outputs[0], transposed, replace_graph_outputs=True)
+        node.graph.remove(node, safe=True)
+        del model.graph.initializers[str(value.name)]
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's advice to its own developers to itself."""
@@ -220,6 +242,7 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]
             assert program is not None
             model: Any = program.model
             _simplify(model)
+            _store_transposed(model)
     except Exception as error:  # every front end raises its own kinds
         cause: BaseException = error
         while cause.__cause__ is not None:
