@@ -13,7 +13,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -91,8 +90,8 @@ def main() -> None:
         each_case(number, lambda case: seen.add(architecture(case)))
     missing = range(record["rounds"], math.ceil(options.examples / ROUND))
     # a fresh process now and then: what the compiler keeps of thousands of models is of no use to the next
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), max_tasks_per_child=10) as pool:
-        for part, drawn in pool.map(run_round, missing):
+    with get_context("spawn").Pool(options.workers, maxtasksperchild=10) as pool:
+        for part, drawn in pool.imap(run_round, missing):
             seen |= drawn
             record["total"] = added(record["total"], part)
             record["architectures"] = len(seen)

@@ -7,7 +7,7 @@ A model is a prologue, a list of items over named values (blocks, and glue betwe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -100,7 +100,8 @@ class Drawn(nn.Module):
 
             def run(s: State, block: Any = block, i: int = i) -> None:
                 (s[key],) = block([s[key]], s["temb"], None, None, None)
-                s[f"hint{i}"] = s[key]
+                if key == "hint":
+                    s[f"hint{i}"] = s[key]
 
             items.append(Item(run, path))
         return items
@@ -218,7 +219,7 @@ class Drawn(nn.Module):
         others = {name: s[name].mean(1) for name in self.streams[1:]}
         return {"tensor": out, "tuple": (out, *others.values()), "dict": {"sample": out, **others}}[spec.returns]
 
-    def run_items(self, s: State, items: range) -> None:
+    def run_items(self, s: State, items: Iterable[int]) -> None:
         """Run some items."""
         for number in items:
             self.items[number].run(s)

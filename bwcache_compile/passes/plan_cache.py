@@ -96,14 +96,23 @@ def _time_input(program: CachedProgram) -> str | None:
     return found[0].name if len(found) == 1 and found[0].meta["val"].dtype == torch.float32 else None
 
 
-def _sources(program: CachedProgram, inputs: list[Node], outputs: list[Node], first: Block, config: CacheConfig) -> dict[str, str]:
-    """Prove which region input each region output continues; what is only added on the way does not enter the first block."""
+def _first_of(output: Node, blocks: tuple[Block, ...], nodes: dict[str, Node]) -> Node:
+    """Return what the first block on an output's residual path hands on; the output itself, where no block does."""
+    live_outs = (nodes[name] for block in blocks for name in block.live_outs)
+    return next((node for node in live_outs if node is output or continued(output, {node})), output)
+
+
+def _sources(
+    program: CachedProgram, inputs: list[Node], outputs: list[Node], blocks: tuple[Block, ...], config: CacheConfig
+) -> dict[str, str]:
+    """Prove which region input each region output continues; what is only added on the way did not enter the first block."""
+    graph = program.compute.graph
+    nodes = {node.name: node for node in graph.nodes}
     sources: dict[str, str] = {}
     advice = "" if config.granularity == "stack" else "granularity='stack' with "
     for output in outputs:
-        proved = [i for i in continued(output, set(inputs)) if same_places(program.compute.graph, output, i)]
-        if len(proved) > 1:
-            proved = [i for i in proved if any(user.name in first.nodes for user in i.users)]
+        entered = continued(_first_of(output, blocks, nodes), set(inputs))
+        proved = [i for i in entered if same_places(graph, output, i)]
         if len(proved) != 1:
             shapes = ", ".join(f"{i.name} {format_value(i.meta.get('val'))}" for i in inputs)
             raise ConfigError(
@@ -178,7 +187,7 @@ def _make_region(
         nodes=tuple(n.name for n in nodes),
         inputs=tuple(n.name for n in inputs),
         outputs=tuple(n.name for n in outputs),
-        sources=_sources(program, inputs, outputs, blocks[0], config) if config.reuse == "residual" else {},
+        sources=_sources(program, inputs, outputs, blocks, config) if config.reuse == "residual" else {},
         measured=measured,
     )
     return dataclasses.replace(region, slots=_slots(program, config, region, {node.name: node for node in flow.nodes}))
