@@ -70,8 +70,8 @@ def _marked(module: GraphModule) -> None:
         for node in inner.graph.nodes if isinstance(inner, GraphModule) else ():
             if node.op == "call_function":
                 calls = list((node.meta.get("nn_module_stack") or {}).values())
-                module = str(calls[-1][0]) if calls else ""
-                node.meta["custom"] = {"bwcache_node": node.name, "bwcache_module": module, REGION_MARK: bool(node.meta.get(REGION_MARK))}
+                origin = str(calls[-1][0]) if calls else ""
+                node.meta["custom"] = {"bwcache_node": node.name, "bwcache_module": origin, REGION_MARK: bool(node.meta.get(REGION_MARK))}
 
 
 def _without_idle_squeezes(graph: Graph) -> None:

@@ -1,0 +1,316 @@
+"""Engines of a bundle's graphs: what they are built from, building them, opening them. Only building and opening need TensorRT."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bwcache_compile.errors import BundleError, ConfigError, ExportError
+from bwcache_compile.exporters.arithmetic import arithmetic
+from bwcache_compile.exporters.bundle import Bundle, add_files, file_hash, open_bundle
+from bwcache_compile.exporters.session import Session
+from bwcache_compile.exporters.tensorrt_operators import LIST_VERSION, unlisted_operators
+
+RECORD = "engines.json"
+Range = tuple[int, int, int]
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+"""Of each input with an open size: its smallest, usual and largest shape."""
+
+_SCRIPT = '''\
+"""Build this bundle's engines: `python build_engines.py ENGINES`. Needs TensorRT and bwcache-compile, no torch."""
+
+import sys
+from pathlib import Path
+
+from bwcache_compile.exporters.tensorrt import build
+
+build(Path(__file__).parent, sys.argv[1], progress=lambda *now: print(*now))
+'''
+
+
+def _import() -> Any:
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise ExportError(f'engines need NVIDIA TensorRT: pip install "bwcache-compile[tensorrt]" ({error}).') from error
+    return tensorrt
+
+
+# -- profiles ----------------------------------------------------------------------------------------------------
+
+
+def _holding(manifest: Mapping[str, Any], values: Mapping[str, int]) -> str:
+    """Return the first condition of the graphs that these sizes break; empty if none."""
+    return next((condition for condition in manifest["conditions"] if not arithmetic(condition, values)), "")
+
+
+def _default(manifest: Mapping[str, Any], name: str, known: Mapping[str, int]) -> Range:
+    """Return from half to twice the captured size, as far as the graphs hold there."""
+    example = known[name]
+
+    def fitting(sizes: range) -> int:
+        return next((size for size in sizes if not _holding(manifest, {**known, name: size})), example)
+
+    return fitting(range(max(1, example // 2), example)), example, fitting(range(2 * example, example, -1))
+
+
+def _symbols(manifest: Mapping[str, Any], sizes: Mapping[str, Range]) -> dict[str, Range]:
+    """Return the range of every symbol.
+
+    Raises:
+        ConfigError: A size is unknown or out of order, or the graphs do not hold there.
+    """
+    known = {symbol["name"]: symbol["example"] for symbol in manifest["symbols"]}
+    places = {f"{symbol['input']}[{symbol['dimension']}]": symbol for symbol in manifest["symbols"]}
+    unknown = sorted(set(sizes) - set(places))
+    if unknown:
+        raise ConfigError(f"{', '.join(unknown)} is no open size of this bundle; there are: {', '.join(places) or 'none'}.")
+    ranges: dict[str, Range] = {}
+    for place, symbol in places.items():
+        low, usual, high = sizes.get(place, (0, 0, 0))
+        if place in sizes and not 0 < low <= usual <= high:
+            raise ConfigError(f"{place} is {sizes[place]}; give the smallest, the usual and the largest size.")
+        name, offset, factor = symbol["name"], symbol["offset"], symbol["factor"]
+        given = ((low - offset) // factor, (usual - offset) // factor, (high - offset) // factor)
+        ranges[name] = given if place in sizes else _default(manifest, name, known)
+    for i, word in enumerate(("smallest", "usual", "largest")):
+        at = {name: sizes_of[i] for name, sizes_of in ranges.items()}
+        broken = _holding(manifest, at)
+        if broken:
+            raise ConfigError(f"the graphs hold where {broken}, and the {word} sizes are {', '.join(f'{k} = {v}' for k, v in at.items())}.")
+    return ranges
+
+
+def profile(manifest: Mapping[str, Any], kind: str, sizes: Mapping[str, Range] | None = None) -> Shapes:
+    """Return the shapes between which a graph's inputs may vary, the cache's included; empty where all sizes are fixed.
+
+    Args:
+        manifest: Of a bundle.
+        kind: `compute`, `reuse` or `guarded`.
+        sizes: Of an open size, by the input and dimension that it is read from (`"x[1]"`): smallest, usual, largest. One
+            that is not named goes from half to twice what was captured.
+
+    Raises:
+        ConfigError: A size is unknown or out of order, or the graphs do not hold there.
+    """
+    ranges = _symbols(manifest, sizes or {})
+    declared = {entry["name"]: entry["shape"] for entry in manifest["inputs"]}
+    declared |= {f"cache_in.{slot['name']}": slot["shape"] for slot in manifest["slots"]}
+    corners = [dict(zip(ranges, corner, strict=True)) for corner in itertools.product(*((r[0], r[2]) for r in ranges.values()))]
+    usual = {name: r[1] for name, r in ranges.items()}
+    shapes: Shapes = {}
+    for name in manifest["graphs"][kind]["inputs"]:
+        shape = declared.get(name, [])
+        if any(isinstance(size, str) for size in shape):
+            found = [[arithmetic(size, corner) for corner in corners] for size in shape]
+            shapes[name] = (tuple(map(min, found)), tuple(arithmetic(size, usual) for size in shape), tuple(map(max, found)))
+    return shapes
+
+
+# -- what a builder needs ----------------------------------------------------------------------------------------
+
+
+def _trtexec(manifest: Mapping[str, Any], sizes: Mapping[str, Range] | None) -> Iterator[str]:
+    """Write the lines that build what `build_engines.py` builds, but for STRICT_NANS, which trtexec has no switch for."""
+    yield "#!/bin/sh\n# sh trtexec.sh ENGINES: one engine per graph.\nset -e\n: ${1:?the folder for the engines}\n"
+    yield 'mkdir -p "$1"\nout=$(cd "$1" && pwd)\ncd "$(dirname "$0")"\n'
+    for kind, graph in manifest["graphs"].items():
+        shapes = profile(manifest, kind, sizes)
+        parts = [f'trtexec --onnx={graph["file"]} --saveEngine="$out/{kind}.engine" --timingCacheFile="$out/timing.cache"']
+        parts.append("--noTF32 --skipInference")
+        for i, switch in enumerate(("--minShapes", "--optShapes", "--maxShapes") if shapes else ()):
+            listed = ",".join(f"{name}:{'x'.join(map(str, ends[i]))}" for name, ends in shapes.items())
+            parts.append(f"{switch}={shlex.quote(listed)}")
+        yield " \\\n  ".join(parts) + "\n"
+
+
+def prepare(bundle: str | Path, sizes: Mapping[str, Range] | None = None) -> list[str]:
+    """Put `build_engines.py` and `trtexec.sh` into a bundle, and compare its operators with TensorRT's list. No TensorRT runs.
+
+    The manifest then says under `tensorrt` for which sizes engines are to be built, and which operators are not listed.
+
+    Args:
+        bundle: What `export` wrote.
+        sizes: See `profile`.
+
+    Returns:
+        A line for each operator that is not listed, with the module of the model that it came from.
+
+    Raises:
+        ConfigError: See `profile`.
+    """
+    opened = open_bundle(bundle)
+    unlisted = [str(found) for found in unlisted_operators(opened)]
+    texts = {"build_engines.py": _SCRIPT, "trtexec.sh": "".join(_trtexec(opened.manifest, sizes))}
+    listed = {name: list(ends) for name, ends in (sizes or {}).items()}
+    add_files(opened, texts, {"tensorrt": {"list": LIST_VERSION, "unlisted": unlisted, "sizes": listed}})
+    return unlisted
+
+
+# -- building ----------------------------------------------------------------------------------------------------
+
+
+def _monitor(trt: Any, report: Callable[[str, int, int], Any]) -> Any:
+    """Return a progress monitor that reports each phase's name, the step and how many there are; `False` breaks off."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return report(phase_name, step, self.steps.get(phase_name, 0)) is not False
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _parsed(trt: Any, builder: Any, logger: Any, path: Path) -> Any:
+    # typed as exported: float16, bfloat16 and float8 are what the graph says (TensorRT 11 knows nothing else)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        lines = "".join(f"\n  {error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
+        raise ExportError(f"TensorRT does not take {path.name}:{lines}")
+    return network, parser
+
+
+def _configured(trt: Any, builder: Any, flags: Sequence[str], tf32: bool, workspace: int | None, timing: Path) -> Any:
+    config = builder.create_builder_config()
+    # the policy takes a change that is NaN or infinite for "changed": nothing may be simplified as if there were none
+    for flag in ("STRICT_NANS", *flags):
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    if not tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if not config.set_timing_cache(config.create_timing_cache(timing.read_bytes() if timing.exists() else b""), False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)  # the old one is another device's
+    return config
+
+
+def build(
+    bundle: str | Path,
+    directory: str | Path,
+    *,
+    kinds: Sequence[str] | None = None,
+    profiles: Sequence[Mapping[str, Range]] | None = None,
+    version_compatible: bool = False,
+    stripped: bool = False,
+    tf32: bool = False,
+    workspace: int | None = None,
+    progress: Callable[[str, int, int], Any] | None = None,
+) -> dict[str, Any]:
+    """Build an engine of each graph of a bundle with NVIDIA TensorRT, for the GPU at hand.
+
+    Args:
+        bundle: What `export` wrote.
+        directory: Gets `<kind>.engine`, `timing.cache`, which later builds use, and `engines.json`.
+        kinds: Graphs to build; all by default.
+        profiles: Sizes to build for, one optimisation profile each; see `profile`. By default what `prepare` was told.
+        version_compatible: Build for later TensorRT versions too. Such engines carry code that `load` must be allowed to run.
+        stripped: Leave the weights out; `load` puts them back from the bundle.
+        tf32: Let matrix products of float32 round to TensorFloat-32, which torch does not by default.
+        workspace: Bytes that the engines may use while they run; TensorRT's own limit by default.
+        progress: Called with a phase's name, the step and the number of steps; breaks off where it returns False.
+
+    Returns:
+        What `engines.json` says.
+
+    Raises:
+        ExportError: TensorRT is not installed, or does not take a graph. The message names the nodes.
+        ConfigError: See `profile`.
+    """
+    trt, opened = _import(), open_bundle(bundle)
+    manifest = opened.manifest
+    if profiles is None:
+        profiles = [{name: tuple(ends) for name, ends in manifest.get("tensorrt", {}).get("sizes", {}).items()}]
+    shapes = {kind: [profile(manifest, kind, sizes) for sizes in profiles] for kind in kinds or manifest["graphs"]}
+    flags = (*(("VERSION_COMPATIBLE",) if version_compatible else ()), *(("STRIP_PLAN", "REFIT_IDENTICAL") if stripped else ()))
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    logger = trt.Logger(trt.Logger.WARNING)
+    engines = {}
+    for kind, choices in shapes.items():
+        source, written = opened.graph_file(kind), target / f"{kind}.engine"
+        builder = trt.Builder(logger)
+        network, parser = _parsed(trt, builder, logger, source)
+        config = _configured(trt, builder, flags, tf32, workspace, target / "timing.cache")
+        if progress is not None:
+            config.progress_monitor = _monitor(trt, progress)
+        for choice in choices if any(choices) else ():
+            ends = builder.create_optimization_profile()
+            for name, (low, usual, high) in choice.items():
+                ends.set_shape(name, low, usual, high)
+            if config.add_optimization_profile(ends) < 0:
+                raise ExportError(f"TensorRT does not take the profile {choice} for {source.name}.")
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise ExportError(f"TensorRT built no engine of {source.name}; its log says why.")
+        del parser  # it holds the weights that the network refers to, until here
+        unfinished = target / f".{kind}.engine"
+        unfinished.write_bytes(plan)
+        os.replace(unfinished, written)
+        (target / "timing.cache").write_bytes(config.get_timing_cache().serialize())
+        source_hash = manifest["files"][source.name]["sha256"]
+        engines[kind] = {"sha256": file_hash(written), "graph_sha256": source_hash, "profiles": choices}
+    record = {"tensorrt": trt.__version__, "version_compatible": version_compatible, "stripped": stripped, "engines": engines}
+    (target / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+# -- opening -----------------------------------------------------------------------------------------------------
+
+
+def _record(bundle: Bundle, folder: Path, kinds: Sequence[str]) -> dict[str, Any]:
+    """Read what was built, and verify that these are the engines of this bundle.
+
+    Raises:
+        BundleError: They are not, or one is missing or altered.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        for kind in kinds:
+            path, entry = folder / f"{kind}.engine", record["engines"][kind]
+            if file_hash(path) != entry["sha256"]:
+                raise BundleError(f"{path} is not the engine that was built: its SHA-256 differs.")
+            if bundle.manifest["files"][bundle.graph_file(kind).name]["sha256"] != entry["graph_sha256"]:
+                raise BundleError(f"{path} was built from another {kind} graph than the one in {bundle.folder}. Build it again.")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{folder} holds no {', '.join(kinds)} engines that can be read: {error!r}.") from error
+    return record
+
+
+def load(bundle: str | Path, engines: str | Path, *, guarded: bool = False, allow_code: bool = False, device: str = "cuda") -> Session:
+    """Open a bundle's engines as a session that is called like the model, with torch tensors on the device.
+
+    Engine files are programs for the GPU: open those that you built, or whose builder you trust.
+
+    Args:
+        bundle: What `export` wrote.
+        engines: What `build` wrote.
+        guarded: Run the one engine that decides by itself instead of the pair.
+        allow_code: Let version-compatible engines run the host code that they carry.
+        device: A CUDA device.
+
+    Raises:
+        BundleError: The engines are not this bundle's, or TensorRT does not open them.
+        ExportError: TensorRT is not installed.
+    """
+    from bwcache_compile.exporters.tensorrt_runner import TensorRTRunner
+
+    opened, kinds = open_bundle(bundle), ("guarded",) if guarded else ("compute", "reuse")
+    record = _record(opened, Path(engines), kinds)
+    runner = TensorRTRunner(_import(), opened, Path(engines), record, kinds, allow_code=allow_code, device=device)
+    return Session(opened, runner, guarded=guarded)

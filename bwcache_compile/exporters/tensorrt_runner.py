@@ -1,0 +1,160 @@
+"""A bundle's graphs as TensorRT engines, over torch's tensors. Needs torch and TensorRT's runtime."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bwcache_compile.errors import BundleError, StateError
+from bwcache_compile.exporters.bundle import Bundle
+
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+
+
+class TensorRTRunner:
+    """TensorRT: state in contiguous tensors on the device, written in place by the engines.
+
+    `run` waits for nothing: with buffers for every output, and `step` and the policy's parameters on the device, it can be
+    captured in a CUDA graph (`torch.cuda.graph`), one for each pair of buffers that take turns.
+    """
+
+    takes_buffers = True
+
+    def __init__(
+        self, trt: Any, bundle: Bundle, folder: Path, record: Mapping[str, Any], kinds: Sequence[str], *, allow_code: bool, device: str
+    ) -> None:
+        """Open the engines of these kinds; see `tensorrt.load`."""
+        self._manifest, self._device = bundle.manifest, torch.device(device)
+        self._profiles = {kind: record["engines"][kind]["profiles"] for kind in kinds}
+        logger = trt.Logger(trt.Logger.WARNING)
+        runtime = trt.Runtime(logger)
+        if record["version_compatible"]:
+            if not allow_code:
+                raise BundleError(f"{folder} holds version-compatible engines, which carry code. Pass allow_code=True if you trust them.")
+            runtime.engine_host_code_allowed = True
+        self._alive = [logger, runtime]  # engines refer to both
+        self._contexts, self._locks, self._reads = {}, {kind: threading.Lock() for kind in kinds}, {}
+        for kind in kinds:
+            engine = runtime.deserialize_cuda_engine((folder / f"{kind}.engine").read_bytes())
+            if engine is None:
+                raise BundleError(f"{folder / f'{kind}.engine'} does not open in TensorRT {trt.__version__}; build it again there.")
+            if record["stripped"]:
+                refitter = trt.Refitter(engine, logger)
+                parser = trt.OnnxParserRefitter(refitter, logger)
+                if not parser.refit_from_file(str(bundle.graph_file(kind))) or not refitter.refit_cuda_engine():
+                    raise BundleError(f"{bundle.graph_file(kind)} does not hold the weights that {kind}.engine lacks.")
+            self._reads[kind] = self._check(trt, kind, engine)
+            self._contexts[kind] = engine.create_execution_context()
+
+    def _check(self, trt: Any, kind: str, engine: Any) -> list[str]:
+        """Compare an engine with what the manifest says of its graph; returns the inputs that it has.
+
+        Raises:
+            BundleError: It has other tensors, or reads them as other dtypes.
+        """
+        entry = self._manifest["graphs"][kind]
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        outputs = [name for name in names if name not in inputs]
+        if not set(inputs) <= set(entry["inputs"]) or set(outputs) != set(entry["outputs"]):
+            raise BundleError(f"{kind}.engine has the inputs {inputs} and outputs {outputs}, and the manifest says otherwise.")
+        for name in names:
+            found = engine.get_tensor_dtype(name).name
+            if _DTYPES.get(found, found.lower()) != self._dtype(name):
+                raise BundleError(f"{kind}.engine has {name} as {found}, and the manifest says {self._dtype(name)}.")
+        return inputs
+
+    def _dtype(self, name: str) -> str:
+        manifest = self._manifest
+        known = {entry["name"]: entry["dtype"] for entry in [*manifest["inputs"], *manifest["outputs"]["items"]]}
+        known |= {f"{way}.{slot['name']}": slot["dtype"] for slot in manifest["slots"] for way in ("cache_in", "cache_out")}
+        known |= {f"policy.{entry['name']}": entry["dtype"] for entry in manifest["policy"]["parameters"]}
+        return str(known.get(name, "float32" if name == "indicator" else "int64"))
+
+    def value(self, given: Any, name: str, dtype: str) -> Any:
+        """Return an input as a contiguous tensor on the device, where it is not copied if it is one."""
+        try:
+            if isinstance(given, (int, float, bool, list, tuple)):
+                given = torch.tensor(given, dtype=getattr(torch, dtype))
+            elif not isinstance(given, Tensor):
+                given = torch.from_dlpack(given)
+        except Exception as error:  # torch's, or those of whatever was passed
+            raise StateError(f"{name} is a {type(given).__name__}; pass a tensor or something with DLPack: {error}.") from error
+        return given.detach().to(self._device).contiguous()
+
+    def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
+        """Return the dtype and the shape of a tensor."""
+        return str(value.dtype).removeprefix("torch."), tuple(value.shape)
+
+    def full(self, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
+        """Return a new tensor on the device."""
+        return torch.full(shape, fill, dtype=getattr(torch, dtype), device=self._device)
+
+    def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
+        """Return a new tensor on the device."""
+        return torch.tensor(numbers, dtype=getattr(torch, dtype), device=self._device)
+
+    def bytes(self, value: Any) -> int:
+        """Return the size of a tensor."""
+        return int(value.nbytes)
+
+    def host(self, value: Any) -> Any:
+        """Copy a tensor to the host."""
+        return value.cpu()
+
+    def given_back(self, value: Any) -> Any:
+        """Return an output as it is, on the device."""
+        return value
+
+    def _choose(self, kind: str, inputs: Mapping[str, Any], stream: int) -> None:
+        """Select the first optimisation profile that these shapes fit.
+
+        Raises:
+            StateError: None does.
+        """
+
+        def fits(profile: Mapping[str, Any]) -> bool:
+            ends = ((inputs[name].shape, low, high) for name, (low, _, high) in profile.items())
+            return all(a <= size <= b for shape, low, high in ends for size, a, b in zip(shape, low, high, strict=True))
+
+        chosen = next((i for i, profile in enumerate(self._profiles[kind]) if fits(profile)), None)
+        if chosen is None:
+            users = [name for name in self._profiles[kind][0] if not name.startswith("cache_in.")]
+            found = ", ".join(f"{name} {list(inputs[name].shape)}" for name in users)
+            taken = "; or ".join(", ".join(f"{name} {p[name][0]} to {p[name][2]}" for name in users) for p in self._profiles[kind])
+            raise StateError(f"{kind}.engine was built for {taken}, and here is {found}. Build it with another profile.")
+        context = self._contexts[kind]
+        if context.active_optimization_profile != chosen:
+            context.set_optimization_profile_async(chosen, stream)
+
+    def run(self, graph: str, inputs: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:
+        """Enqueue an engine on torch's current stream. Its outputs go to `buffers`, or to new tensors where there is none.
+
+        Raises:
+            StateError: The engine was not built for these sizes.
+            BundleError: TensorRT failed.
+        """
+        context = self._contexts[graph]
+        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+        returned = {}
+        with self._locks[graph]:
+            self._choose(graph, inputs, stream)
+            for name in self._reads[graph]:
+                if not context.set_input_shape(name, tuple(inputs[name].shape)):
+                    raise BundleError(f"{graph}.engine does not take {name} as {list(inputs[name].shape)}.")
+                context.set_tensor_address(name, inputs[name].data_ptr())
+            for name in self._manifest["graphs"][graph]["outputs"]:
+                value = buffers.get(name)
+                if value is None:
+                    shape = tuple(context.get_tensor_shape(name))
+                    value = torch.empty(shape, dtype=getattr(torch, self._dtype(name)), device=self._device)
+                context.set_tensor_address(name, value.data_ptr())
+                returned[name] = value
+            if not context.execute_async_v3(stream):
+                raise BundleError(f"{graph}.engine fails in TensorRT; its log says why.")
+        return returned
