@@ -14,7 +14,8 @@ from bwcache_compile import passes
 from bwcache_compile.capture import capture, flat_program
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError, StateError
-from bwcache_compile.exporters.export import export_onnx
+from bwcache_compile.exporters.bundle import FORMATS
+from bwcache_compile.exporters.export import export_onnx, export_torch
 from bwcache_compile.graph_text import format_value
 from bwcache_compile.passes import Guard
 from bwcache_compile.passes.specialize import specialize
@@ -170,10 +171,11 @@ def export(
     Args:
         cached: What `transform` returned, captured for one signature.
         directory: Where to write. A bundle there is replaced at the end; a failure leaves it as it was.
-        format: "onnx".
+        format: "onnx"; "pt2" for exported programs of torch, which `load(..., backend="torch")` runs bit for bit as torch
+            does; "aoti" for the same compiled by AOTInductor for this kind of machine, which needs a C++ compiler.
         signature: `(args, kwargs)` of a call, where the model holds several programs or none yet.
-        guarded: Add one graph that decides by itself, with an `If`.
-        opset: ONNX operator set. 20 has attention in parts, 23 as one operator.
+        guarded: Add one graph that decides by itself, with an `If`. ONNX only.
+        opset: ONNX operator set, for that format. 20 has attention in parts, 23 as one operator.
 
     Returns:
         The manifest, with the report of the check.
@@ -184,7 +186,11 @@ def export(
     """
     if not isinstance(cached, CachedModel):
         raise ConfigError(f"export takes what transform returned, not a {type(cached).__name__}.")
-    if format != "onnx":
-        raise ConfigError(f'format is {format!r}; this version writes "onnx".')
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}; choose one of {', '.join(FORMATS)}.")
+    if guarded and format != "onnx":
+        raise ConfigError(f'guarded=True writes one more ONNX graph; format is {format!r}. Leave it out, or choose format="onnx".')
     program = _one_program(cached, signature)
+    if format != "onnx":
+        return export_torch(program, directory, cached.call_parameters, compiled=format == "aoti")
     return export_onnx(program, directory, cached.call_parameters, guarded=guarded, opset=opset)

@@ -37,3 +37,8 @@ class ExportError(RuntimeError):
 
 class BundleError(RuntimeError):
     """An exported bundle is damaged, altered, incomplete, or of a version that this one does not read."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,22 @@ FORMAT = "bwcache-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
-_KEYS = ("model", "opset", "inputs", "constants", "outputs", "symbols", "conditions", "slots", "policy", "config", "graphs", "files")
+FORMATS = ("onnx", "pt2", "aoti")
+_KEYS = (
+    "model",
+    "graph_format",
+    "opset",
+    "inputs",
+    "constants",
+    "outputs",
+    "symbols",
+    "conditions",
+    "slots",
+    "policy",
+    "config",
+    "graphs",
+    "files",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +158,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     missing = [key for key in _KEYS if key not in manifest]
     if missing:
         raise BundleError(f"{path} lacks {', '.join(missing)}.")
+    if manifest["graph_format"] not in FORMATS:
+        raise BundleError(f"{path}: graph_format is {manifest['graph_format']!r}; known are {', '.join(FORMATS)}.")
     return manifest
 
 
@@ -184,23 +201,44 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
 
 
 def _check_graphs(folder: Path, manifest: dict[str, Any]) -> None:
-    files, graphs = manifest["files"], manifest["graphs"]
+    path, files, graphs = folder / MANIFEST, manifest["files"], manifest["graphs"]
+    onnx = manifest["graph_format"] == "onnx"
     if not isinstance(graphs, dict) or not {"compute", "reuse"} <= set(graphs):
-        raise BundleError(f"{folder / MANIFEST} names no compute and reuse graph.")
+        raise BundleError(f"{path} names no compute and reuse graph.")
     for kind, entry in graphs.items():
         if not isinstance(entry, dict) or entry.get("file") not in files:
-            raise BundleError(f"{folder / MANIFEST}: the {kind} graph is none of the bundle's files.")
-        for key in ("inputs", "outputs"):
+            raise BundleError(f"{path}: the {kind} graph is none of the bundle's files.")
+        for key in ("inputs", "outputs", *(() if onnx else ("weights",))):
             if not isinstance(entry.get(key), list) or not all(isinstance(name, str) for name in entry[key]):
-                raise BundleError(f"{folder / MANIFEST} does not name the {key} of the {kind} graph.")
-        path = folder / entry["file"]
-        try:
-            locations = external_locations(path.read_bytes())
-        except ValueError as error:
-            raise BundleError(f"{path} is no ONNX model: {error}.") from error
-        for location in sorted(locations):
-            if location not in files:
-                raise BundleError(f"{path} reads weights from {location!r}, which is none of the bundle's files.")
+                raise BundleError(f"{path} does not name the {key} of the {kind} graph.")
+        if onnx:
+            _check_locations(folder / entry["file"], files)
+    if not onnx:
+        _check_layout(path, manifest)
+
+
+def _check_locations(path: Path, files: dict[str, Any]) -> None:
+    """Check that an ONNX model reads weights from the bundle's files alone."""
+    try:
+        locations = external_locations(path.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{path} is no ONNX model: {error}.") from error
+    for location in sorted(locations):
+        if location not in files:
+            raise BundleError(f"{path} reads weights from {location!r}, which is none of the bundle's files.")
+
+
+def _check_layout(path: Path, manifest: dict[str, Any]) -> None:
+    """Check what only torch's formats say: the device, the weights, and how tensors lie in memory."""
+    weights, device = manifest.get("weights"), manifest.get("device")
+    if not isinstance(device, str):
+        raise BundleError(f"{path} names no device.")
+    if not isinstance(weights, dict) or weights.get("file") not in manifest["files"] or not isinstance(weights.get("tensors"), dict):
+        raise BundleError(f"{path} does not say where the weights are.")
+    for entry in [*manifest["inputs"], *manifest["slots"]]:
+        order, rank = entry.get("order"), len(entry["shape"])
+        if not isinstance(order, list) or len(order) != rank or not all(order.count(dimension) == 1 for dimension in range(rank)):
+            raise BundleError(f"{path} does not say how {entry['name']} lies in memory.")
 
 
 def open_bundle(directory: str | Path) -> Bundle:

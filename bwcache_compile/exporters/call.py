@@ -61,8 +61,8 @@ class Runner(Protocol):
     def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
         """Return a value's dtype, as the manifest names it, and its shape."""
 
-    def full(self, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
-        """Return a new value that holds one number everywhere."""
+    def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
+        """Return a new value for a slot that holds one number everywhere."""
 
     def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
         """Return a new value that holds these numbers."""

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
-from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.graphs import PlainGraph
-from bwcache_compile.exporters.load import ort_session
-from bwcache_compile.exporters.onnx import OnnxGraph
 from bwcache_compile.exporters.session import Session
-from bwcache_compile.layout import in_order
+from bwcache_compile.layout import in_order, slot_order
 from bwcache_compile.program import REGION_MARK, CachedProgram
 from bwcache_compile.sizes import evaluate, evaluated
 
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-2}
-"""Largest error, relative to the largest value of the tensor."""
+_TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _STEPS = 6
 
 
-def check_structure(plain: Mapping[str, PlainGraph], written: Mapping[str, OnnxGraph]) -> dict[str, Any]:
+def slot_dtypes(program: CachedProgram) -> set[torch.dtype]:
+    """Return the floating dtypes of what is cached."""
+    return {slot.dtype for slot in program.planned().slots if slot.dtype.is_floating_point}
+
+
+def tolerance_of(program: CachedProgram) -> float:
+    """Return the largest error that other kernels may make, relative to the largest value of the tensor."""
+    return max(_TOLERANCES.get(dtype, 1e-4) for dtype in slot_dtypes(program) | {torch.float32})
+
+
+class Written(Protocol):
+    """A graph as it was written: what it holds of the region (name here, and the node it was), and which weights."""
+
+    @property
+    def region(self) -> dict[str, str]: ...  # noqa: D102
+    @property
+    def unmarked(self) -> int: ...  # noqa: D102
+    @property
+    def weights(self) -> set[str]: ...  # noqa: D102
+
+
+def check_structure(plain: Mapping[str, PlainGraph], written: Mapping[str, Written]) -> dict[str, Any]:
     """Prove that the reuse graph holds no operator and no weight of a cached block.
 
     Operators are told apart by the marks that the split put on the region's nodes, which every graph carried along.
@@ -47,7 +63,7 @@ def check_structure(plain: Mapping[str, PlainGraph], written: Mapping[str, OnnxG
         for node in graph.graph.find_nodes(op="placeholder")
         if node.name in names and node.users and all(user.meta.get("custom", {}).get(REGION_MARK) for user in node.users)
     }
-    kept = sorted(only_region & {name.removesuffix(".T") for name in reuse.model.graph.initializers})
+    kept = sorted(only_region & reuse.weights)
     if kept:
         raise ExportError(f"the reuse graph holds {kept[0]}, a weight that only the cached blocks read.")
     return {
@@ -96,12 +112,11 @@ def captured_sizes(program: CachedProgram) -> dict[str, int]:
     return {symbol.name: symbol.example for symbol in program.signature.sizes.symbols} if program.signature.sizes else {}
 
 
-def other_sizes(program: CachedProgram) -> dict[str, int] | None:
+def other_sizes(program: CachedProgram, conditions: list[str]) -> dict[str, int] | None:
     """Return other values of the open sizes, for which the graphs are proved too; None if none come to mind."""
-    sizes = program.signature.sizes
-    for factor in (3, 2, 4) if sizes else ():
+    for factor in (3, 2, 4) if program.signature.sizes else ():
         known = {name: factor * value for name, value in captured_sizes(program).items()}
-        if all(evaluate(condition, known) for condition in sizes.conditions):  # type: ignore[union-attr]
+        if all(evaluate(condition, known) for condition in conditions):
             return known
     return None
 
@@ -119,7 +134,8 @@ def _random_inputs(program: CachedProgram, step: int, known: Mapping[str, int]) 
         shape = evaluated(sizes.inputs[i], known) if sizes and isinstance(sizes.inputs[i], tuple) else tuple(value.shape)  # type: ignore[arg-type]
         if value.dtype.is_floating_point:
             base, drift = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
-            flat.append((base + 0.02 * step * drift).to(value.dtype).to(device))
+            drawn = (base + 0.02 * step * drift).to(value.dtype).to(device)
+            flat.append(in_order(drawn, slot_order(value)))
         else:
             flat.append(torch.ones(shape, dtype=value.dtype, device=device))
     return flat
@@ -128,8 +144,9 @@ def _random_inputs(program: CachedProgram, step: int, known: Mapping[str, int]) 
 def _error(actual: Any, expected: Tensor) -> float:
     """Return the largest difference, relative to the largest value expected."""
     want = torch.nan_to_num(expected.detach().cpu().double())
-    got = torch.nan_to_num(torch.from_numpy(actual.copy()).double())
-    if got.shape != want.shape:
+    returned = actual.cpu() if isinstance(actual, Tensor) else torch.from_numpy(actual.copy())
+    got = torch.nan_to_num(returned.double())
+    if (got.shape, returned.dtype) != (want.shape, expected.dtype):
         return float("inf")
     if not want.numel():
         return 0.0
@@ -150,6 +167,7 @@ class _Compared:
     program: CachedProgram
     manifest: dict[str, Any]
     tolerance: float
+    handed: Callable[[Tensor], Any]
     worst: float = 0.0
 
     def _compare(self, what: str, actual: Any, expected: Tensor) -> None:
@@ -177,11 +195,11 @@ class _Compared:
             flat = _random_inputs(self.program, step, known)
             named = zip(self.program.signature.inputs, flat, strict=True)
             wanted = {entry["name"] for entry in self.manifest["inputs"]}
-            arrays = {name: value.cpu().numpy() for name, value in named if name in wanted}
+            given = {name: self.handed(value) for name, value in named if name in wanted}
             with torch.no_grad():
                 expected, computed, change = torch_run.step(step, flat)
             try:
-                returned = session.run_flat(arrays)
+                returned = session.run_flat(given)
             except BundleError as error:
                 raise ExportError(f"step {step}: {error}") from error
             for item in described["items"]:
@@ -201,26 +219,31 @@ class _Compared:
         return decisions, indicators
 
 
-def check_runs(program: CachedProgram, folder: Path, manifest: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
+def check_runs(
+    program: CachedProgram,
+    manifest: dict[str, Any],
+    sessions: Mapping[str, Callable[[], Session]],
+    tolerance: float,
+    handed: Callable[[Tensor], Any],
+) -> dict[str, Any]:
     """Run the written files beside torch over several steps, both branches taken: equal decisions, outputs and slots.
+
+    Args:
+        program: What was exported.
+        manifest: What is said of it.
+        sessions: Opens the files; by the name that the report gives them.
+        tolerance: Largest error, relative to the largest value of a tensor; 0 asks for the same bits.
+        handed: Turns one of torch's tensors into what the sessions take.
 
     Raises:
         ExportError: They differ; the message names the step and the output or slot.
     """
-    import onnxruntime as ort
-
-    dtypes = {slot.dtype for slot in program.planned().slots if slot.dtype.is_floating_point}
-    if torch.bfloat16 in dtypes:
-        return {"runs": "not run: ONNX Runtime's CPU provider has no bfloat16 matrix product; the CUDA provider and TensorRT have"}
-    tolerance = max((TOLERANCES.get(dtype, 1e-4) for dtype in dtypes if dtype != torch.float32), default=TOLERANCES[torch.float32])
     config = program.planned().config
-    compared = _Compared(program, manifest, tolerance)
+    compared = _Compared(program, manifest, tolerance, handed)
     steps = min(len(config.steps_mask), 8) if config.steps_mask is not None else _STEPS
-    pattern, elsewhere = "", other_sizes(program)
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay in the file, mapped: no copy beside torch's
-    for kind in kinds:
-        session = ort_session(Bundle(folder, manifest), guarded=kind == "guarded", options=options)
+    pattern, elsewhere = "", other_sizes(program, manifest["conditions"])
+    for opened in sessions.values():
+        session = opened()
         decisions, indicators = compared.run(session, _forced(config, float("inf")), steps)
         finite = [value for value in indicators if value > 0 and value < float("inf")]
         if config.policy == "schedule" and finite:
@@ -233,4 +256,4 @@ def check_runs(program: CachedProgram, folder: Path, manifest: dict[str, Any], k
         pattern = "".join("#" if computed else "." for computed in decisions)
         del session  # before the next is opened: each holds all the weights
     sizes = [captured_sizes(program), *([elsewhere] if elsewhere else [])]
-    return {"runs": list(kinds), "sizes": sizes, "steps": pattern, "tolerance": tolerance, "largest_error": compared.worst}
+    return {"runs": list(sessions), "sizes": sizes, "steps": pattern, "tolerance": tolerance, "largest_error": compared.worst}

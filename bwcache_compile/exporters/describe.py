@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.arithmetic import arithmetic
+from bwcache_compile.layout import slot_order
 from bwcache_compile.program import CachedProgram, CacheSlot
 from bwcache_compile.sizes import hint_shape, shape_of
 
@@ -102,7 +103,7 @@ def _policy(program: CachedProgram, num_steps: int) -> dict[str, Any]:
     return {"kind": config.policy, "parameters": parameters}
 
 
-def describe(program: CachedProgram, parameters: tuple[str, ...], opset: int) -> dict[str, Any]:
+def describe(program: CachedProgram, parameters: tuple[str, ...]) -> dict[str, Any]:
     """Return everything that a manifest says before any file is written.
 
     Raises:
@@ -127,7 +128,6 @@ def describe(program: CachedProgram, parameters: tuple[str, ...], opset: int) ->
     return {
         "model": program.model_name,
         "torch": torch.__version__.partition("+")[0],
-        "opset": opset,
         "arguments": list(parameters),
         "inputs": inputs,
         "constants": constants,
@@ -141,6 +141,17 @@ def describe(program: CachedProgram, parameters: tuple[str, ...], opset: int) ->
         "measured": [measured.block for measured in plan.measured],
         "notes": list(plan.notes),
     }
+
+
+def add_layout(content: dict[str, Any], program: CachedProgram) -> None:
+    """Say on which device the graphs run, and how each input and slot lies in memory: compiled code depends on it."""
+    plan = program.planned()
+    content["device"] = str(plan.device)
+    nodes = {node.name: node for node in program.compute.graph.find_nodes(op="placeholder")}
+    for entry in content["inputs"]:
+        entry["order"] = list(slot_order(nodes[entry["name"]].meta["val"]))
+    for entry, slot in zip(content["slots"], plan.slots, strict=True):
+        entry["order"] = list(slot.order)
 
 
 def declared_shapes(content: dict[str, Any]) -> dict[str, list[int | str]]:

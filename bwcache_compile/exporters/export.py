@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from bwcache_compile.errors import ConfigError, ExportError
-from bwcache_compile.exporters.bundle import new_bundle, open_bundle, write_manifest
-from bwcache_compile.exporters.check import check_runs, check_structure
-from bwcache_compile.exporters.describe import declared_shapes, describe, describe_outputs
+from bwcache_compile.exporters.bundle import Bundle, new_bundle, open_bundle, write_manifest
+from bwcache_compile.exporters.check import check_runs, check_structure, slot_dtypes, tolerance_of
+from bwcache_compile.exporters.describe import add_layout, declared_shapes, describe, describe_outputs
 from bwcache_compile.exporters.graphs import PlainGraph, plain_graph
+from bwcache_compile.exporters.load import ort_session, torch_session
+from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
 from bwcache_compile.program import CachedProgram
 
 
@@ -38,9 +41,7 @@ def _refuse(program: CachedProgram) -> None:
     for node in program.compute.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dtype.is_complex:
-            raise ExportError(
-                f"the input {node.name} is {value.dtype}, and ONNX graphs take no complex inputs. Pass real and imaginary parts."
-            )
+            raise ExportError(f"the input {node.name} is {value.dtype}, and bundles take no complex inputs. Pass real and imaginary parts.")
 
 
 def _output_names(program: CachedProgram, kind: str) -> tuple[str, ...]:
@@ -77,13 +78,12 @@ def export_onnx(
     if opset not in writer.OPSETS:
         raise ConfigError(f"opset is {opset!r}; choose one from {writer.OPSETS.start} to {writer.OPSETS.stop - 1}.")
     _refuse(program)
-    content = describe(program, parameters, opset)
+    content = {"graph_format": "onnx", "opset": opset, **describe(program, parameters)}
     shapes = declared_shapes(content)
     plain: dict[str, PlainGraph] = {}
     with new_bundle(directory) as folder:
-        weights = writer.WeightFile(folder / writer.WEIGHTS)
         written, graphs = {}, {}
-        try:
+        with WeightFile(folder / WEIGHTS) as weights:
             for kind in ("compute", "reuse"):
                 plain[kind] = plain_graph(program, kind, _output_names(program, kind))
                 written[kind] = writer.onnx_graph(plain[kind], opset, shapes)
@@ -93,15 +93,66 @@ def export_onnx(
                 slots, outputs = [slot["name"] for slot in content["slots"]], [item["name"] for item in content["outputs"]["items"]]
                 written["guarded"] = writer.guarded_graph(folder, slots, outputs, len(content["measured"]))
                 writer.save(written["guarded"], folder / "guarded.onnx", weights)
-        finally:
-            weights.close()
         for kind, graph in written.items():
             values = (graph.model.graph.inputs, graph.model.graph.outputs)
             inputs, returned = ([str(value.name) for value in group] for group in values)
             graphs[kind] = {"file": f"{kind}.onnx", "inputs": inputs, "outputs": returned}
         content["graphs"] = graphs
-        kinds = ("pair", *(("guarded",) if guarded else ()))
-        with torch.no_grad():
-            content["self_check"] = {**report, **check_runs(program, folder, content, kinds)}
+        content["self_check"] = {**report, **_check_onnx(program, Bundle(folder, content), guarded)}
+        write_manifest(folder, content)
+        return open_bundle(folder).manifest
+
+
+def _check_onnx(program: CachedProgram, bundle: Bundle, guarded: bool) -> dict[str, Any]:
+    if torch.bfloat16 in slot_dtypes(program):
+        return {"runs": "not run: ONNX Runtime's CPU provider has no bfloat16 matrix product; the CUDA provider and TensorRT have"}
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay in the file, mapped: no copy beside torch's
+    kinds = ("pair", *(("guarded",) if guarded else ()))
+    sessions = {kind: functools.partial(ort_session, bundle, guarded=kind == "guarded", options=options) for kind in kinds}
+    return check_runs(program, bundle.manifest, sessions, tolerance_of(program), lambda tensor: tensor.cpu().numpy())
+
+
+def export_torch(program: CachedProgram, directory: str | Path, parameters: tuple[str, ...], *, compiled: bool) -> dict[str, Any]:
+    """Write a program as a bundle of torch's own files, and check it against torch before it takes its place.
+
+    Args:
+        program: With both graphs, `compute` and `reuse`.
+        directory: A bundle there is replaced at the end; anything else is left alone.
+        parameters: Names of the parameters of the model's forward, in order.
+        compiled: Write packages that AOTInductor compiled for this machine, instead of exported programs.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ExportError: The program cannot be exported, or what was written computes something else.
+    """
+    from bwcache_compile.exporters import pt2 as writer
+
+    _refuse(program)
+    content = {"graph_format": "aoti" if compiled else "pt2", "opset": None, **describe(program, parameters)}
+    add_layout(content, program)
+    with new_bundle(directory) as folder:
+        plain, written, graphs = {}, {}, {}
+        conditions: list[str] = []
+        with WeightFile(folder / WEIGHTS) as weights:
+            for kind in ("compute", "reuse"):
+                plain[kind] = plain_graph(program, kind, _output_names(program, kind))
+                path = folder / f"{kind}.pt2"
+                graph = written[kind] = writer.save(writer.torch_graph(plain[kind]), path)
+                if compiled:
+                    conditions += writer.compile_package(graph, path)
+                read = [weights.add(name, tensor) for name, tensor in graph.tensors.items()]
+                names = {"weights": read, "inputs": list(plain[kind].inputs), "outputs": list(plain[kind].outputs)}
+                graphs[kind] = {"file": path.name, **names}
+        report = check_structure(plain, written)
+        content |= {"graphs": graphs, "weights": {"file": WEIGHTS, "tensors": weights.described}}
+        content["conditions"] = list(dict.fromkeys([*content["conditions"], *conditions]))
+        tolerance = tolerance_of(program) if compiled else 0.0
+        sessions = {"pair": functools.partial(torch_session, Bundle(folder, content))}
+        content["self_check"] = {**report, **check_runs(program, content, sessions, tolerance, lambda tensor: tensor)}
         write_manifest(folder, content)
         return open_bundle(folder).manifest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -13,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bwcache_compile.errors import ExportError
+from bwcache_compile.errors import ExportError, first_line
 from bwcache_compile.exporters.graphs import PlainGraph
+from bwcache_compile.exporters.weights import WeightFile
 from bwcache_compile.program import REGION_MARK
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-WEIGHTS = "weights.bin"
 OPSETS = range(18, 25)
 _SMALL = 1024
 """Bytes up to which a constant stays in its graph: shapes must be there for shape inference."""
-_ALIGNMENT = 4096
 _FX_NODE = "pkg.torch.onnx.fx_node"
 
 
@@ -43,6 +41,11 @@ class OnnxGraph:
     model: ir.Model
     region: dict[str, str]
     unmarked: int
+
+    @property
+    def weights(self) -> set[str]:
+        """Names of the weights that it reads."""
+        return {name.removesuffix(".T") for name in self.model.graph.initializers}
 
 
 def _origins(program: Any) -> dict[str, dict[str, Any]]:
@@ -247,8 +250,8 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise ExportError(f"torch.onnx does not take the {plain.kind} graph at opset {opset}: {type(cause).__name__}: {reason}") from error
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
+        raise ExportError(f"torch.onnx does not take the {plain.kind} graph at opset {opset}: {reason}") from error
     _without_bool_where(model.graph)
     region, unmarked = _find_region(model, _origins(program))
     _strip(model)
@@ -256,29 +259,6 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]
     _declare(model, shapes)
     model.graph.name = plain.kind
     return OnnxGraph(plain.kind, model, region, unmarked)
-
-
-class WeightFile:
-    """A file that holds every weight once, however many graphs read it."""
-
-    def __init__(self, path: Path) -> None:
-        """Start an empty file."""
-        self.path = path
-        self._file = path.open("wb")
-        self._places: dict[tuple[str, int], int] = {}
-
-    def place(self, data: bytes) -> int:
-        """Return where these bytes are in the file, after writing them if they are new."""
-        key = (hashlib.sha256(data).hexdigest(), len(data))
-        if key not in self._places:
-            self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
-            self._places[key] = self._file.tell()
-            self._file.write(data)
-        return self._places[key]
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._file.close()
 
 
 def save(graph: OnnxGraph, path: Path, weights: WeightFile) -> None:
@@ -301,12 +281,11 @@ def save(graph: OnnxGraph, path: Path, weights: WeightFile) -> None:
                 weights.path.name, offset, len(data), tensor.dtype, shape=tensor.shape, name=value.name or "", base_dir=str(path.parent)
             )
     ir.save(graph.model, path)
-    weights._file.flush()
+    weights.flush()
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ExportError(f"onnx.checker objects to the {graph.kind} graph: {reason}") from error
+        raise ExportError(f"onnx.checker objects to the {graph.kind} graph: {first_line(error)}") from error
 
 
 def guarded_graph(folder: Path, slots: list[str], outputs: list[str], measured: int) -> OnnxGraph:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bwcache_compile.errors import BundleError, ConfigError, StateError
+from bwcache_compile.errors import BundleError, ConfigError, StateError, first_line
 from bwcache_compile.exporters.bundle import Bundle
 
 _ON_HOST = ("reuse_left", "indicator")
@@ -44,7 +44,7 @@ class OrtRunner:
             try:
                 self._sessions[kind] = ort.InferenceSession(str(path), options, providers=providers)
             except Exception as error:  # onnxruntime's errors have no common class of their own
-                raise BundleError(f"{path} does not run on {first}: {str(error).splitlines()[0]}") from error
+                raise BundleError(f"{path} does not run on {first}: {first_line(error)}") from error
             self._check(kind)
 
     def _check(self, kind: str) -> None:
@@ -74,14 +74,14 @@ class OrtRunner:
             if hasattr(given, "__dlpack__"):
                 return ort.OrtValue.from_dlpack(given.contiguous() if hasattr(given, "contiguous") else given)
         except Exception as error:  # numpy's, onnxruntime's, or those of whatever was passed
-            raise StateError(f"{name} cannot be read as {dtype}: {str(error).splitlines()[0]}") from error
+            raise StateError(f"{name} cannot be read as {dtype}: {first_line(error)}") from error
         raise StateError(f"{name} is a {type(given).__name__}; pass a numpy array, an OrtValue or something with DLPack.")
 
     def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
         """Return the dtype and the shape of an OrtValue."""
         return _dtype(str(value.data_type())), tuple(value.shape())
 
-    def full(self, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
+    def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
         """Return a new OrtValue on the sessions' device."""
         import onnxruntime as ort
 
@@ -127,6 +127,6 @@ class OrtRunner:
                     binding.bind_output(name, self._device if on_device else "cpu")
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no common class of their own
-            raise BundleError(f"{names['file']} fails in ONNX Runtime: {str(error).splitlines()[0]}") from error
+            raise BundleError(f"{names['file']} fails in ONNX Runtime: {first_line(error)}") from error
         # a buffer's own OrtValue keeps its memory alive; the one that the binding returns does not
         return {**dict(zip(names["outputs"], binding.get_outputs(), strict=True)), **buffers}

@@ -143,11 +143,11 @@ class Session:
         slots = [(slot["name"], slot["dtype"], call.sizes_of(slot["shape"]), float(slot["fill"])) for slot in self.manifest["slots"]]
         if self.guarded:
             slots.append((_UNTIL, "int64", (1,), -1.0))
-        context.state = {name: runner.full(shape, dtype, fill) for name, dtype, shape, fill in slots}
+        context.state = {name: runner.full(name, shape, dtype, fill) for name, dtype, shape, fill in slots}
         context.state_bytes = sum(runner.bytes(value) for value in context.state.values())
         same = {name: runner.kind(value)[1] for name, value in context.spare.items()} == {name: shape for name, _, shape, _ in slots}
         if runner.takes_buffers and not same:
-            context.spare = {name: runner.full(shape, dtype, 0) for name, dtype, shape, _ in slots}
+            context.spare = {name: runner.full(name, shape, dtype, 0) for name, dtype, shape, _ in slots}
         context.shapes, context.computed_at, context.reuse_until = call.shapes, -1, -1
 
     def _parameters(self, num_steps: int | None) -> dict[str, Any]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -15,9 +12,8 @@ import pytest
 import bwcache_compile as bw
 from bwcache_compile.exporters import export as exporting
 from bwcache_compile.exporters.bundle import file_hash
+from tests.exporters.helpers import Edit, edit, refusal
 from tests.models import OneStream
-
-Edit = Callable[[dict[str, Any]], None]
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +27,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bundle(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "bundle"))
-
-
-def refusal(folder: Path) -> str:
-    with pytest.raises(bw.BundleError) as error:
-        bw.load(folder)
-    return str(error.value).replace(str(folder.parent), "...")
-
-
-def edit(folder: Path, change: Edit, *rehash: str) -> None:
-    """Change the manifest, and let it vouch for files that were changed too."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for name in rehash:
-        manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)}
-    change(manifest)
-    path.write_text(json.dumps(manifest))
 
 
 def test_files(bundle: Path) -> None:

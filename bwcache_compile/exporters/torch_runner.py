@@ -1,0 +1,123 @@
+"""A bundle's graphs in torch: exported programs run operator by operator, or packages that AOTInductor compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bwcache_compile.errors import BundleError, StateError, first_line
+from bwcache_compile.exporters.bundle import Bundle
+from bwcache_compile.exporters.weights import read_weights
+from bwcache_compile.layout import in_order
+
+Graph = Callable[..., Sequence[Tensor]]
+
+
+def _exported(path: Path) -> tuple[Graph, int]:
+    program = torch.export.load(path)
+    return program.graph_module, len(program.graph.find_nodes(op="placeholder"))
+
+
+def _compiled(path: Path) -> tuple[Graph, int]:
+    package = torch._inductor.aoti_load_package(str(path))
+    return package, pytree.treespec_loads(package.loader.get_call_spec()[0]).num_leaves
+
+
+_OPEN = {"pt2": _exported, "aoti": _compiled}
+
+
+class TorchRunner:
+    """torch: state in tensors on the device that the graphs were exported for. Both graphs read one copy of the weights."""
+
+    takes_buffers = False
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Open both graphs. This unpickles what they contain, or runs their machine code: the caller has asked for it."""
+        self._manifest = manifest = bundle.manifest
+        self._orders = {entry["name"]: tuple(entry["order"]) for entry in [*manifest["inputs"], *manifest["slots"]]}
+        try:
+            self._device = torch.device(manifest["device"])
+            torch.empty(0, device=self._device)
+        except (RuntimeError, AssertionError) as error:
+            raise BundleError(f"{bundle.folder} was exported for {manifest['device']}, which is not here: {first_line(error)}") from error
+        mapped = read_weights(bundle.folder / manifest["weights"]["file"], manifest["weights"]["tensors"])
+        weights = {name: tensor.to(self._device) for name, tensor in mapped.items()}
+        self._graphs: dict[str, tuple[Graph, list[Tensor]]] = {}
+        for kind, entry in manifest["graphs"].items():
+            path = bundle.graph_file(kind)
+            missing = [name for name in entry["weights"] if name not in weights]
+            if missing:
+                raise BundleError(f"{path} reads {missing[0]}, which is none of the bundle's weights.")
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    graph, inputs = _OPEN[manifest["graph_format"]](path)
+            except Exception as error:  # what it unpickles or runs may raise anything
+                versions = f"written with torch {manifest['torch']}, this is {torch.__version__}"
+                raise BundleError(f"{path} does not open in torch ({versions}): {type(error).__name__}: {first_line(error)}") from error
+            expected = len(entry["weights"]) + len(entry["inputs"])
+            if inputs != expected:
+                raise BundleError(f"{path} has {inputs} inputs, and the manifest says {expected}.")
+            self._graphs[kind] = graph, [weights[name] for name in entry["weights"]]
+
+    def value(self, given: Any, name: str, dtype: str) -> Any:
+        """Return an input as a tensor on the device, lying as the graphs were captured; it is not copied if it does."""
+        try:
+            if isinstance(given, (int, float, bool, list, tuple)):
+                given = torch.tensor(given, dtype=getattr(torch, dtype))
+            elif not isinstance(given, Tensor) and hasattr(given, "__array__"):
+                given = torch.tensor(given)
+            elif not isinstance(given, Tensor) and hasattr(given, "__dlpack__"):
+                given = torch.from_dlpack(given)
+        except Exception as error:  # torch's, or those of whatever was passed
+            raise StateError(f"{name} cannot be read as {dtype}: {first_line(error)}") from error
+        if not isinstance(given, Tensor):
+            raise StateError(f"{name} is a {type(given).__name__}; pass a tensor, a numpy array or something with DLPack.")
+        tensor, order = given.detach().to(self._device), self._orders[name]
+        return in_order(tensor, order) if tensor.dim() == len(order) else tensor
+
+    def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
+        """Return the dtype and the shape of a tensor."""
+        return str(value.dtype).removeprefix("torch."), tuple(value.shape)
+
+    def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
+        """Return a new tensor on the device, lying as the graphs return it."""
+        return in_order(torch.full(shape, fill, dtype=getattr(torch, dtype), device=self._device), self._orders[slot])
+
+    def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
+        """Return a new tensor on the device."""
+        return torch.tensor(numbers, dtype=getattr(torch, dtype), device=self._device)
+
+    def bytes(self, value: Any) -> int:
+        """Return the size of a tensor."""
+        return int(value.nbytes)
+
+    def host(self, value: Any) -> Any:
+        """Copy a tensor to the host."""
+        return value.cpu()
+
+    def given_back(self, value: Any) -> Any:
+        """Return an output as it is."""
+        return value
+
+    def run(self, graph: str, inputs: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a graph; what is cast is written in it, so an autocast around the call changes nothing.
+
+        Raises:
+            BundleError: torch failed.
+        """
+        entry = self._manifest["graphs"][graph]
+        run, weights = self._graphs[graph]
+        try:
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                returned = run(*weights, *(inputs[name] for name in entry["inputs"]))
+            return dict(zip(entry["outputs"], returned, strict=True))
+        except Exception as error:  # operators raise what they like
+            raise BundleError(f"{entry['file']} fails in torch: {type(error).__name__}: {first_line(error)}") from error

@@ -1,0 +1,97 @@
+"""One file that holds every weight once, however many graphs read it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bwcache_compile.errors import BundleError
+from bwcache_compile.layout import in_order, slot_order
+
+WEIGHTS = "weights.bin"
+_ALIGNMENT = 4096
+
+
+class WeightFile:
+    """A file that holds every weight once, however many graphs read it.
+
+    Attributes:
+        path: Where it is.
+        described: What was added, by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Start an empty file."""
+        self.path = path
+        self._file = path.open("wb")
+        self._places: dict[tuple[str, int], int] = {}
+        self._named: dict[str, Tensor] = {}
+        self.described: dict[str, dict[str, Any]] = {}
+
+    def __enter__(self) -> WeightFile:
+        """Keep it open for writing."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Finish the file."""
+        self._file.close()
+
+    def place(self, data: bytes) -> int:
+        """Return where these bytes are in the file, after writing them if they are new."""
+        key = (hashlib.sha256(data).hexdigest(), len(data))
+        if key not in self._places:
+            self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+            self._places[key] = self._file.tell()
+            self._file.write(data)
+        return self._places[key]
+
+    def flush(self) -> None:
+        """Let others read what was written so far."""
+        self._file.flush()
+
+    def add(self, name: str, tensor: Tensor) -> str:
+        """Write a tensor and describe it for `read_weights`; return its name, which is another where two tensors have the same."""
+        while name in self._named and self._named[name] is not tensor:
+            name += "_"
+        if name not in self._named:
+            self._named[name] = tensor
+            order = slot_order(tensor)
+            dense = in_order(tensor.detach(), order).permute(order).cpu()
+            offset = self.place(ctypes.string_at(dense.data_ptr(), dense.nbytes) if dense.numel() else b"")
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self.described[name] = {"dtype": dtype, "shape": list(tensor.shape), "order": list(order), "offset": offset}
+        return name
+
+
+def _read(data: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    shape, order, dtype = entry["shape"], entry["order"], getattr(torch, entry["dtype"])
+    dense = [shape[dimension] for dimension in order]
+    end = entry["offset"] + math.prod(shape) * dtype.itemsize
+    if sorted(order) != list(range(len(shape))) or not 0 <= entry["offset"] <= end <= data.numel():
+        raise ValueError(f"it would lie at {entry['offset']} .. {end} of {data.numel()} bytes")
+    flat = data[entry["offset"] : end].view(dtype) if end > entry["offset"] else torch.empty(0, dtype=dtype)
+    return flat.view(dense).permute([order.index(dimension) for dimension in range(len(shape))])
+
+
+def read_weights(path: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Map a weight file into memory: tensors by name, lying as those that were added. None is copied.
+
+    Raises:
+        BundleError: A description does not fit the file.
+    """
+    size, tensors = path.stat().st_size, {}
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+    for name, entry in described.items():
+        try:
+            tensors[name] = _read(data, entry)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise BundleError(f"{path.parent / 'manifest.json'}: the weight {name} does not fit {path.name}: {error}.") from error
+    return tensors

@@ -1,0 +1,150 @@
+"""What goes wrong while a session runs: each failure has a name and says what to do, and the context goes on as if it had not been."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+import bwcache_compile as bw
+from tests.exporters.helpers import edit
+from tests.models import OneStream
+
+OPEN: dict[str, dict[str, Any]] = {"onnx": {}, "pt2": {"backend": "torch", "allow_code": True}}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One bundle of each kind."""
+    model = OneStream(depth=2).eval()
+    cached = bw.transform(model, bw.CacheConfig(num_steps=8, threshold=math.inf, reuse_interval=2), example_args=model.example())
+    folder = tmp_path_factory.mktemp("bundles")
+    for format in OPEN:
+        bw.export(cached, folder / format, format=format)
+    return folder
+
+
+def reasons(session: Any, *calls: Any) -> str:
+    """Return why each call is refused."""
+    found = []
+    for call in calls:
+        with pytest.raises((bw.BundleError, bw.ConfigError, bw.StateError)) as error:
+            call(session)
+        found.append(f"{type(error.value).__name__}: {error.value}")
+    return "\n".join(found)
+
+
+def arrays(step: int = 0) -> tuple[Any, ...]:
+    return tuple(value.numpy() for value in OneStream().example(step=step))
+
+
+@pytest.mark.parametrize("format", OPEN)
+def test_what_both_refuse(bundles: Path, format: str) -> None:
+    session = bw.load(bundles / format, **OPEN[format])
+    x, t = arrays()
+    with session.cache_context("cond", step_index=8):
+        outside = reasons(session, lambda s: s(x, t))
+    with session.cache_context("cond", step_index=-1):
+        outside += "\n" + reasons(session, lambda s: s(x, t))
+    shown = reasons(
+        session,
+        lambda s: s(x),
+        lambda s: s(x, t, t),
+        lambda s: s(x, t=t, x=x),
+        lambda s: s(x, t, mask=t),
+        lambda s: s(x[:, :5], t),
+        lambda s: s(x.astype("float64"), t),
+        lambda s: s(x, "now"),
+        lambda s: s.run_flat({"x": x}),
+        lambda s: s.state("uncond"),
+        lambda s: s.configure(reuse="residual"),
+    )
+    assert_expected_inline(
+        f"{outside}\n{shown}".replace("a tensor, a numpy array", "...").replace("a numpy array, an OrtValue", "..."),
+        """\
+StateError: step_index 8 is outside the 8 steps of a generation (0 .. 7).
+StateError: step_index -1 is outside the 8 steps of a generation (0 .. 7).
+StateError: t is missing; the bundle takes t, x.
+StateError: 3 positional arguments, and the model takes x, t.
+StateError: x is given twice, by position and by name.
+StateError: mask is not among what the bundle takes: t, x.
+StateError: x has the shape [1, 5, 4], and the bundle takes [1, 6, 4].
+StateError: x is float64, and the bundle takes float32.
+StateError: t is a str; pass ... or something with DLPack.
+StateError: t is missing; the bundle takes x, t.
+StateError: no call was in a context 'uncond'; there are: cond.
+ConfigError: reuse is built into the graphs; export again. What may change is num_steps, reuse_interval, tail, threshold, warmup_steps.""",
+    )
+
+
+def fails(bundle: Path, **arguments: Any) -> str:
+    """Let the manifest promise sizes that the graphs were not made for: the runtime itself fails."""
+    edit(bundle, lambda manifest: manifest["inputs"][0].update(shape=[1, 6, 5]))
+    session = bw.load(bundle, **arguments)
+    x, t = arrays()
+    return reasons(session, lambda s: s(x.repeat(2, axis=2)[..., :5], t)).replace(": ", ":\n  ")
+
+
+def test_a_failure_inside_onnxruntime(bundles: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles / "onnx", tmp_path / "bundle"))
+    assert_expected_inline(
+        fails(bundle),
+        """\
+BundleError:
+  compute.onnx fails in ONNX Runtime:
+  Error in execution:
+  Got invalid dimensions for input:
+  x for the following indices""",
+    )
+
+
+def test_a_failure_inside_torch(bundles: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundles / "pt2", tmp_path / "bundle"))
+    assert_expected_inline(
+        fails(bundle, **OPEN["pt2"]),
+        """\
+BundleError:
+  compute.pt2 fails in torch:
+  RuntimeError:
+  mat1 and mat2 shapes cannot be multiplied (6x5 and 4x8)""",
+    )
+
+
+@pytest.mark.parametrize("format", OPEN)
+def test_a_failed_step_is_taken_again(bundles: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first step, at a reused one and at a computed one: afterwards the run is what it would have been."""
+    session, expected = (bw.load(bundles / format, **OPEN[format]) for _ in range(2))
+    for step in range(8):
+        if step in (0, 3, 4):
+            with monkeypatch.context() as patch:
+                patch.setattr(session._runner, "run", _broken)
+                assert reasons(session, lambda s, step=step: s(*arrays(step))) == "BundleError: the device is gone"
+        actual, wanted = session(*arrays(step)), expected(*arrays(step))
+        assert torch.equal(torch.as_tensor(actual), torch.as_tensor(wanted))
+    assert str(session.report()) == str(expected.report()) == "default: 4 computed, 4 reused  ##..#..#"
+
+
+def _broken(*_: Any) -> dict[str, Any]:
+    raise bw.BundleError("the device is gone")
+
+
+def test_a_runtime_that_is_not_there(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = []
+    for module, format in (("onnxruntime", "onnx"), ("torch", "pt2")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(bw.ConfigError) as error:
+                bw.load(bundles / format, **OPEN[format])
+        messages.append(str(error.value))
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+backend="onnxruntime" needs onnxruntime: pip install "bwcache-compile[ort]".
+backend="torch" needs torch: pip install "bwcache-compile[torch]".""",
+    )

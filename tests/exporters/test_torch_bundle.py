@@ -1,0 +1,254 @@
+"""Bundles that torch runs: exported programs, bit for bit, and packages of AOTInductor."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+import bwcache_compile as bw
+from bwcache_compile.exporters import check, pt2
+from bwcache_compile.exporters import export as exporting
+from bwcache_compile.exporters.graphs import plain_graph
+from bwcache_compile.exporters.session import Session
+from bwcache_compile.exporters.weights import WeightFile, read_weights
+from bwcache_compile.layout import memory_order
+from tests.models import OneStream, TwoStream, noise
+
+CONFIG = bw.CacheConfig(num_steps=8, threshold=math.inf, reuse_interval=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    cached: bw.CachedModel
+    folder: Path
+    manifest: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """One export for all tests, every size open."""
+    model = OneStream(width=32).eval()
+    cached = bw.transform(model, CONFIG, example_args=(noise("x", 0, 2, 6, 4), torch.ones(2)), dynamic_shapes="auto")
+    folder = tmp_path_factory.mktemp("bundles") / "one_stream"
+    return Exported(cached, folder, bw.export(cached, folder, format="pt2"))
+
+
+def opened(folder: Path) -> Session:
+    return bw.load(folder, backend="torch", allow_code=True)
+
+
+def check_beside_torch(cached: bw.CachedModel, session: Session, sizes: tuple[int, int], tolerance: float) -> None:
+    """Two contexts in turn; a tolerance of 0 asks for the same bits."""
+    batch, tokens = sizes
+    cached.reset()
+    session.reset()
+    for step in range(8):
+        for name in ("cond", "uncond"):
+            x, t = noise(f"x{name}", step, batch, tokens, 4), torch.full((batch,), 1 - step / 8)
+            with torch.no_grad(), cached.cache_context(name), session.cache_context(name):
+                expected, actual = cached(x, t), session(x, t=t)
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert str(session.report()) == str(cached.report())
+    assert session.report().contexts["cond"].state_bytes == cached.report().contexts["cond"].state_bytes
+
+
+@pytest.mark.parametrize("sizes", [(2, 6), (3, 6), (2, 11), (4, 40)])
+def test_a_program_is_torch_bit_for_bit(exported: Exported, sizes: tuple[int, int]) -> None:
+    """Exported at one size, run at four."""
+    check_beside_torch(exported.cached, opened(exported.folder), sizes, tolerance=0)
+
+
+def test_the_report_of_the_check(exported: Exported) -> None:
+    report = dict(exported.manifest["self_check"])
+    assert report.pop("region_operators") > 10
+    assert_expected_inline(
+        "\n".join(f"{key}: {value}" for key, value in report.items()),
+        """\
+region_operators_in_reuse: 0
+region_weights: 12
+unmarked_operators: {'compute': 0, 'reuse': 0}
+runs: ['pair']
+sizes: [{'s13': 2, 's27': 6}, {'s13': 6, 's27': 18}]
+steps: ##..#.
+tolerance: 0.0
+largest_error: 0.0""",
+    )
+
+
+def test_the_files(exported: Exported) -> None:
+    """Weights are inputs of the programs and lie in one file once; nothing tells of the machine."""
+    graphs, table = exported.manifest["graphs"], exported.manifest["weights"]["tensors"]
+    for kind, graph in graphs.items():
+        program = torch.export.load(exported.folder / graph["file"])
+        assert program.state_dict == {}
+        assert len(program.graph_signature.user_inputs) == len(graph["weights"]) + len(graph["inputs"])
+        marks = [node.meta["custom"]["bwcache_region"] for node in program.graph.nodes if node.op == "call_function"]
+        assert any(marks) == (kind == "compute")
+        assert all(str(Path.cwd()).encode() not in (exported.folder / file).read_bytes() for file in exported.manifest["files"])
+    assert graphs["reuse"]["weights"] == ["head.weight", "head.bias"]
+    assert set(graphs["compute"]["weights"]) == set(table) == {name for name, _ in exported.cached.named_parameters()}
+    places = sorted((entry["offset"], math.prod(entry["shape"]) * 4) for entry in table.values())
+    assert all(offset + size <= following for (offset, size), (following, _) in itertools.pairwise(places))
+    assert (exported.folder / "weights.bin").stat().st_size == sum(places[-1])
+
+
+def test_both_graphs_read_one_copy(exported: Exported) -> None:
+    graphs: Any = opened(exported.folder)._runner._graphs  # type: ignore[attr-defined]
+    (_, compute), (_, reuse) = graphs["compute"], graphs["reuse"]
+    assert {tensor.data_ptr() for tensor in reuse} < {tensor.data_ptr() for tensor in compute}
+
+
+def test_what_a_session_takes(exported: Exported) -> None:
+    session = opened(exported.folder)
+    x, t = noise("x", 0, 2, 6, 4), torch.ones(2)
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    outputs = []
+    for value in (x, x.numpy(), turned, x.tolist(), x.clone().requires_grad_()):
+        session.reset()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs.append(session(value, t))
+    assert all(torch.equal(output, outputs[0]) and not output.requires_grad for output in outputs)
+    messages = []
+    for args in ((x[0], t), (x.double(), t), (x, "now"), (x, [[1.0], [2.0, 3.0]]), (x,)):
+        with pytest.raises(bw.StateError) as refusal:
+            session(*args)
+        messages.append(str(refusal.value))
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+x has the shape [6, 4], and the bundle takes [s13, s27, 4].
+x is float64, and the bundle takes float32.
+t is a str; pass a tensor, a numpy array or something with DLPack.
+t cannot be read as float32: expected sequence of length 1 at dim 1 (got 2)
+t is missing; the bundle takes t, x.""",
+    )
+
+
+def test_no_other_runtime_is_needed(exported: Exported) -> None:
+    """Nothing but torch is needed to open and run such a bundle."""
+    code = (
+        "import sys, torch, bwcache_compile as bw\n"
+        f"session = bw.load({str(exported.folder)!r}, backend='torch', allow_code=True)\n"
+        "for step in range(4):\n    session(torch.full((2, 6, 4), 0.5 + 0.01 * step), torch.ones(2))\n"
+        "print(session.report(), [name for name in ('onnx', 'onnxruntime', 'onnxscript') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(bw.__file__).parents[1])
+    assert done.stdout.strip() == "default: 2 computed, 2 reused  ##.. []"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("config", [
+    bw.CacheConfig(policy="static", steps_mask=(0, 1, 0, 1, 1)),
+    bw.CacheConfig(num_steps=8, reuse="taylor"),
+    bw.CacheConfig(num_steps=8, reuse="residual", indicator_tokens="all"),
+], ids=["static", "taylor", "residual"])  # fmt: skip
+def test_every_way_of_reuse(config: bw.CacheConfig, tmp_path: Path) -> None:
+    model = (OneStream if config.reuse == "residual" else TwoStream)().eval()
+    cached = bw.transform(model, config, example_args=model.example())
+    report = bw.export(cached, tmp_path / "bundle", format="pt2")["self_check"]
+    assert report["steps"] == {"static": "#.#..", "schedule": "##..#."}[config.policy]
+    assert report["largest_error"] == 0
+
+
+def test_bfloat16_in_another_layout(tmp_path: Path) -> None:
+    """The state and the weights come back lying as they did, and no runtime is short of a kernel."""
+    model = OneStream().eval().to(torch.bfloat16)
+    model.patch.weight.data = model.patch.weight.data.t().contiguous().t()
+    x, t = (value.to(torch.bfloat16) for value in model.example(batch=2))
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    cached = bw.transform(model, CONFIG, example_args=(turned, t))
+    manifest = bw.export(cached, tmp_path / "bundle", format="pt2")
+    assert manifest["self_check"]["largest_error"] == 0
+    assert manifest["inputs"][0]["order"] == [0, 2, 1]
+    assert manifest["weights"]["tensors"]["patch.weight"]["order"] == [1, 0]
+    session = opened(tmp_path / "bundle")
+    assert torch.equal(session(x, t), cached(turned, t))
+
+
+def test_weights_come_back_as_they_were(tmp_path: Path) -> None:
+    base = torch.arange(24).float()
+    tensors = {
+        "plain": base.view(4, 6),
+        "turned": base.view(4, 6).t(),
+        "gaps": base.view(4, 6)[:, ::2],
+        "one": torch.tensor(3),
+        "none": torch.empty(0, 3),
+        "flags": base > 3,
+        "complex": torch.complex(base, base),
+        "half": base.bfloat16(),
+        "last": base.view(1, 2, 3, 4).to(memory_format=torch.channels_last),
+    }
+    with WeightFile(tmp_path / "weights.bin") as weights:
+        assert [weights.add(name, tensor) for name, tensor in tensors.items()] == list(tensors)
+        assert weights.add("plain", tensors["plain"]) == "plain"
+        assert weights.add("plain", base) == "plain_"
+        weights.add("same", base.clone())
+    back = read_weights(tmp_path / "weights.bin", weights.described)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(back[name], tensor, rtol=0, atol=0)
+        assert memory_order(tensor) in (memory_order(back[name]), None)
+    assert weights.described["same"]["offset"] == weights.described["plain"]["offset"]
+    assert back["same"].data_ptr() == back["plain"].data_ptr()
+
+
+def test_a_reuse_graph_with_a_block_is_refused(exported: Exported) -> None:
+    """The check's own check: the compute graph in the place of the reuse graph."""
+    outputs = tuple(exported.manifest["graphs"]["compute"]["outputs"])
+    plain = plain_graph(exported.cached.program, "compute", outputs)
+    graph = pt2.torch_graph(plain)
+    with pytest.raises(bw.ExportError, match=r"the reuse graph runs \S+, which came from \S+ of a cached block"):
+        check.check_structure({"compute": plain, "reuse": plain}, {"compute": graph, "reuse": graph})
+
+
+def test_files_that_compute_something_else_are_refused(exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One weight is off by its last bit."""
+
+    def spoilt(bundle: Any) -> Session:
+        session = real(bundle)
+        (weight,) = [tensor for tensor in session._runner._graphs["reuse"][1] if tensor.shape == (4,)]  # type: ignore[attr-defined]
+        weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+        return session
+
+    real = exporting.torch_session
+    monkeypatch.setattr(exporting, "torch_session", spoilt)
+    with pytest.raises(bw.ExportError, match=r"step 0: the output output of the exported graphs differs from torch's by \S+ of its"):
+        bw.export(exported.cached, tmp_path / "bundle", format="pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_is_torch(tmp_path: Path) -> None:
+    """Compiled at one size, run at others; sizes that the compiler ruled out are refused instead of computed wrongly."""
+    model = OneStream(depth=2).eval()
+    cached = bw.transform(model, CONFIG, example_args=(noise("x", 0, 2, 40, 4), torch.ones(2)), dynamic_shapes="auto")
+    manifest = bw.export(cached, tmp_path / "bundle", format="aoti")
+    assert manifest["self_check"]["largest_error"] < 1e-5
+    assert manifest["self_check"]["tolerance"] == 1e-4
+    assert manifest["self_check"]["sizes"] == [{"s13": 2, "s27": 40}, {"s13": 6, "s27": 120}]
+    session = opened(tmp_path / "bundle")
+    for sizes in ((2, 40), (3, 50)):
+        check_beside_torch(cached, session, sizes, tolerance=1e-5)
+    turned = noise("x", 0, 2, 40, 4).transpose(1, 2).contiguous().transpose(1, 2)  # compiled code takes strides for granted
+    session.reset()
+    torch.testing.assert_close(session(turned, torch.ones(2)), cached(turned, torch.ones(2)), rtol=1e-5, atol=1e-5)
+    with pytest.raises(bw.StateError) as refusal:
+        session(torch.zeros(2, 6, 4), torch.ones(2))
+    assert_expected_inline(
+        "\n".join([*manifest["conditions"], str(refusal.value)]),
+        """\
+s13 >= 2
+s27 >= 2
+max(1, (s13*s27) // 32) != 1
+max(1, (s13*s27) // 32) >= 2
+max(1, (s13*s27) // 32) == max(1, (s13*s27) // 32)
+8*max(1, (s13*s27) // 32) <= 4096
+the graphs hold where max(1, (s13*s27) // 32) != 1, and here s13 is 2, s27 is 6.""",
+    )

@@ -1,0 +1,150 @@
+"""Bundles of torch's own files: they can run code, so they are opened only where that is asked for; damage is named."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import textwrap
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from expecttest import assert_expected_inline
+
+import bwcache_compile as bw
+from bwcache_compile.exporters import export as exporting
+from bwcache_compile.exporters.bundle import file_hash
+from tests.exporters.helpers import Edit, edit, refusal
+from tests.models import OneStream
+
+TORCH: dict[str, Any] = {"backend": "torch", "allow_code": True}
+
+
+@pytest.fixture(scope="module")
+def cached() -> bw.CachedModel:
+    model = OneStream(depth=2).eval()
+    return bw.transform(model, bw.CacheConfig(num_steps=8), example_args=model.example())
+
+
+@pytest.fixture(scope="module")
+def original(cached: bw.CachedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    bw.export(cached, folder, format="pt2")
+    return folder
+
+
+@pytest.fixture
+def bundle(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "bundle"))
+
+
+def test_code_is_asked_for(bundle: Path) -> None:
+    messages = [refusal(bundle, backend="torch")]
+    edit(bundle, lambda manifest: manifest.update(graph_format="aoti"))
+    messages.append(refusal(bundle, backend="torch"))
+    for arguments in ({}, {"backend": "torch", "allow_code": True, "outputs": "numpy"}):
+        with pytest.raises(bw.ConfigError) as error:
+            bw.load(bundle, **arguments)
+        messages.append(str(error.value).replace(str(bundle.parent), "..."))
+    shown = "\n".join(line for text in messages for line in textwrap.wrap(text, 120))
+    assert_expected_inline(
+        shown,
+        """\
+.../bundle holds graphs of format "pt2": torch.export.load unpickles what a file says is pickled, which can run any
+code. Pass allow_code=True if you trust whoever wrote it; bundles of format "onnx" hold no code.
+.../bundle holds graphs of format "aoti": a package holds machine code, which runs when it is opened. Pass
+allow_code=True if you trust whoever wrote it; bundles of format "onnx" hold no code.
+.../bundle holds graphs of format "aoti"; pass backend="torch".
+guarded, providers, options and outputs are for backend="onnxruntime".""",
+    )
+
+
+class _Planted:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def plant(archive: Path, payload: bytes) -> None:
+    """Put a pickle where a program keeps its example inputs."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(content, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, payload if "sample_inputs" in entry.filename else old.read(entry))
+    archive.write_bytes(content.getvalue())
+
+
+def test_a_planted_pickle_runs_where_code_is_allowed_and_only_there(bundle: Path) -> None:
+    """What torch does today. If the last line fails, torch has become safer and the documentation may say so."""
+    mark = bundle.parent / "mark"
+    plant(bundle / "compute.pt2", pickle.dumps(_Planted(mark)))
+    assert refusal(bundle, **TORCH).startswith(".../bundle/compute.pt2 has ")
+    edit(bundle, lambda manifest: None, "compute.pt2")
+    assert "unpickles" in refusal(bundle, backend="torch")
+    assert not mark.exists()
+    assert "compute.pt2 does not open in torch" in refusal(bundle, **TORCH)
+    assert mark.exists()
+
+
+def test_files(bundle: Path) -> None:
+    program = bundle / "reuse.pt2"
+    data = program.read_bytes()
+    program.write_bytes(data[:-1])
+    assert refusal(bundle, **TORCH) == f".../bundle/reuse.pt2 has {len(data) - 1} bytes instead of {len(data)}; it is truncated."
+    edit(bundle, lambda manifest: None, "reuse.pt2")
+    assert refusal(bundle, **TORCH).startswith(".../bundle/reuse.pt2 does not open in torch (written with torch 2.")
+    program.unlink()
+    assert refusal(bundle, **TORCH) == ".../bundle/reuse.pt2 is missing; the bundle is incomplete."
+
+
+def _tensor(manifest: dict[str, Any], **changes: Any) -> None:
+    manifest["weights"]["tensors"]["head.weight"].update(changes)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda m: m.update(graph_format="tf"), "graph_format is 'tf'; known are onnx, pt2, aoti."),
+    (lambda m: m.pop("device"), "manifest.json names no device."),
+    (lambda m: m.update(device="abacus:0"), "was exported for abacus:0, which is not here: "),
+    (lambda m: m.pop("weights"), "manifest.json does not say where the weights are."),
+    (lambda m: m["weights"].update(file="../weights.bin"), "manifest.json does not say where the weights are."),
+    (lambda m: m["weights"]["tensors"].pop("head.bias"), "compute.pt2 reads head.bias, which is none of the bundle's weights."),
+    (lambda m: _tensor(m, offset=10**9), "the weight head.weight does not fit weights.bin: it would lie at 1000000000 .. 1000000128 of "),
+    (lambda m: _tensor(m, offset=-4), "does not fit weights.bin: it would lie at -4 .. 124 of "),
+    (lambda m: _tensor(m, offset=2), "does not fit weights.bin: "),
+    (lambda m: _tensor(m, dtype="nn"), "does not fit weights.bin: "),
+    (lambda m: _tensor(m, order=[0, 0]), "does not fit weights.bin: "),
+    (lambda m: _tensor(m, shape=[-4, -8]), "does not fit weights.bin: "),
+    (lambda m: m["graphs"]["reuse"].pop("weights"), "does not name the weights of the reuse graph."),
+    (lambda m: m["graphs"]["reuse"]["inputs"].pop(), "reuse.pt2 has 6 inputs, and the manifest says 5."),
+    (lambda m: m["slots"][0].update(order=[0, 0, 1]), "does not say how output_0 lies in memory."),
+    (lambda m: m["inputs"][0].pop("order"), "does not say how x lies in memory."),
+])  # fmt: skip
+def test_manifests(bundle: Path, change: Edit, message: str) -> None:
+    edit(bundle, change)
+    assert message in refusal(bundle, **TORCH)
+
+
+def test_a_failed_export_leaves_what_was_there(cached: bw.CachedModel, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: file_hash(path) for path in bundle.iterdir()}
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "check_runs", interrupted)
+    for folder in (bundle, bundle.parent / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            bw.export(cached, folder, format="pt2")
+    assert {path.name: file_hash(path) for path in bundle.iterdir()} == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_guarded_is_onnx(cached: bw.CachedModel, tmp_path: Path) -> None:
+    with pytest.raises(bw.ConfigError, match="guarded=True writes one more ONNX graph; format is 'pt2'"):
+        bw.export(cached, tmp_path / "bundle", format="pt2", guarded=True)
