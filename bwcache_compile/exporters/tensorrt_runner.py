@@ -91,7 +91,7 @@ class TensorRTRunner:
         """Return the dtype and the shape of a tensor."""
         return str(value.dtype).removeprefix("torch."), tuple(value.shape)
 
-    def full(self, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
+    def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
         """Return a new tensor on the device."""
         return torch.full(shape, fill, dtype=getattr(torch, dtype), device=self._device)
 
