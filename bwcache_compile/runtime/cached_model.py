@@ -20,6 +20,7 @@ from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram, CachePlan
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import UNNAMED, Context, Moment, arrive, warn_without_reuse
+from bwcache_compile.runtime.frames import call_with_room
 from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
 from bwcache_compile.runtime.joint import agree
 from bwcache_compile.runtime.loaded import LoadedProgram, run_all
@@ -113,7 +114,7 @@ class CachedModel(ModelWrapper):
         call = self._begin(args, kwargs)
         try:
             with torch.no_grad():
-                returned = call.run(*call.operands)  # the only frame that an outer torch.compile compiles
+                returned = call_with_room(call.run, call.operands)  # `run` is the only frame that an outer torch.compile compiles
             return self._finish(call, returned)
         finally:
             self._end(call)

@@ -1,0 +1,27 @@
+"""Room on Python's frame stack for a graph, which calls thousands of operators from one depth.
+
+CPython keeps frames in chunks. Where a chunk ends at just that depth, each call maps and unmaps the next one, and a step
+takes up to twice as long; whether it happens hangs on how deep the caller stands. Seen with 3.11; interpreters released
+since spring 2026 keep a spare chunk (https://github.com/python/cpython/issues/142183).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+
+# 512 KiB of slots: too many for what is left of any chunk, so a chunk of 1 MiB begins, half of it empty.
+_SLOTS = 2**16
+
+
+def _call(graph: Callable[..., Any], operands: Sequence[Any]) -> Any:
+    return graph(*operands)
+
+
+call_with_room: Callable[[Callable[..., Any], Sequence[Any]], Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    FunctionType(_call.__code__.replace(co_stacksize=_SLOTS), globals(), "call_with_room"), recursive=False
+)
+"""Call a graph from a frame that has 512 KiB of unbroken stack behind it. A compiler leaves the frame out and takes the graph."""
