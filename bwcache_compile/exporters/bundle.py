@@ -20,7 +20,7 @@ from bwcache_compile.exporters.external_data import external_locations
 FORMAT = "bwcache-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
-DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
 FORMATS = ("onnx", "pt2", "aoti")
 _KEYS = (
     "model",

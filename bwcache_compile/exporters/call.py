@@ -49,6 +49,10 @@ class Call:
         return tuple(arithmetic(size, self.symbols) for size in shape)
 
 
+PAIRS = {"complex64": "float32"}
+"""Of each complex dtype, the one of the pairs that an ONNX graph takes in its place, in one more dimension."""
+
+
 class Runner(Protocol):
     """A runtime that holds a bundle's graphs. Values are tensors of its own kind, on its own device."""
 
@@ -159,6 +163,8 @@ def flat_call(manifest: dict[str, Any], runner: Runner, given: Mapping[str, Any]
             raise StateError(f"{name} is missing; the bundle takes {', '.join(e['name'] for e in manifest['inputs'])}.")
         value = runner.value(given[name], name, entry["dtype"])
         dtype, shape = runner.kind(value)
+        if dtype == PAIRS.get(entry["dtype"]) and shape[-1:] == (2,):
+            dtype, shape = entry["dtype"], shape[:-1]
         if dtype != entry["dtype"]:
             raise StateError(f"{name} is {dtype}, and the bundle takes {entry['dtype']}.")
         values[name], shapes[name] = value, shape

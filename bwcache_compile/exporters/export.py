@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bwcache_compile.errors import ConfigError, ExportError
 from bwcache_compile.exporters.bundle import Bundle, new_bundle, open_bundle, write_manifest
@@ -31,17 +30,16 @@ def _refuse(program: CachedProgram) -> None:
     """Say what cannot be exported before anything is done.
 
     Raises:
-        ExportError: A guard per block, contexts that decide together, or a complex input.
+        ExportError: A guard per block, contexts that decide together, or a complex cache.
     """
     config = program.planned().config
     if config.granularity == "block":
         raise ExportError("granularity='block' has as many guards as blocks, and a bundle has one. Transform with granularity='stack'.")
     if config.decide == "joint":
         raise ExportError("decide='joint' is decided between contexts by the host; a bundle's graphs see one. Use decide='separate'.")
-    for node in program.compute.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.dtype.is_complex:
-            raise ExportError(f"the input {node.name} is {value.dtype}, and bundles take no complex inputs. Pass real and imaginary parts.")
+    for slot in program.planned().slots:
+        if slot.dtype.is_complex:
+            raise ExportError(f"the blocks hand on {slot.name}, which is {slot.dtype}; bundles keep no complex numbers.")
 
 
 def _output_names(program: CachedProgram, kind: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ExportError
@@ -47,7 +47,10 @@ def _one_mode(module: GraphModule) -> FakeTensorMode:
     for node in module.graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, FakeTensor) and any(isinstance(size, SymInt) for size in value.shape):
-                return value.fake_mode
+                mode = value.fake_mode
+                assert mode.shape_env is not None
+                mode.shape_env.pending_fresh_unbacked_symbols.clear()  # an earlier export left some, and torch would stop at them
+                return mode
     return FakeTensorMode(shape_env=ShapeEnv())
 
 
@@ -72,18 +75,6 @@ def _marked(module: GraphModule) -> None:
                 calls = list((node.meta.get("nn_module_stack") or {}).values())
                 origin = str(calls[-1][0]) if calls else ""
                 node.meta["custom"] = {"bwcache_node": node.name, "bwcache_module": origin, REGION_MARK: bool(node.meta.get(REGION_MARK))}
-
-
-def _without_idle_squeezes(graph: Graph) -> None:
-    """Take away squeezes of a dimension that is not 1: torch leaves the tensor as it is, ONNX's operator fails."""
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not torch.ops.aten.squeeze.dim:
-            continue
-        source, dimension = node.args
-        assert isinstance(source, Node)
-        if not statically_known_true(source.meta["val"].shape[dimension] == 1):
-            node.replace_all_uses_with(source)
-            graph.erase_node(node)
 
 
 def _cut_constants(program: CachedProgram, graph: Graph) -> None:
@@ -163,7 +154,6 @@ def plain_graph(program: CachedProgram, kind: str, outputs: tuple[str, ...]) -> 
     flat = inline_calls(module)
     _cut_constants(program, flat.graph)
     lifted, specs, parameters, constants = _lifted(flat.attributes, flat.graph)
-    _without_idle_squeezes(lifted.graph)
     _marked(lifted)
     returned = lifted.graph.output_node().args[0]
     assert isinstance(returned, (list, tuple))

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bwcache_compile.errors import ExportError, first_line
+from bwcache_compile.exporters.complex_pairs import complex_as_pairs
+from bwcache_compile.exporters.fit import fit
 from bwcache_compile.exporters.graphs import PlainGraph
 from bwcache_compile.exporters.weights import WeightFile
 from bwcache_compile.program import REGION_MARK
@@ -241,11 +243,15 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]
     """
     try:
         with _quiet():
-            program = torch.onnx.export(plain.exported, (), dynamo=True, opset_version=opset, verbose=False, optimize=False)
+            fit(plain.exported, opset)
+            exported = complex_as_pairs(plain.exported)
+            program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False, optimize=False)
             assert program is not None
             model: Any = program.model
             _simplify(model)
             _store_transposed(model)
+    except ExportError:
+        raise
     except Exception as error:  # every front end raises its own kinds
         cause: BaseException = error
         while cause.__cause__ is not None:

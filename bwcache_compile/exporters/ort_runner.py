@@ -9,6 +9,7 @@ import numpy as np
 
 from bwcache_compile.errors import BundleError, ConfigError, StateError, first_line
 from bwcache_compile.exporters.bundle import Bundle
+from bwcache_compile.exporters.call import PAIRS
 
 _ON_HOST = ("reuse_left", "indicator")
 _NAMES = {"float": "float32", "double": "float64"}
@@ -17,6 +18,10 @@ _NAMES = {"float": "float32", "double": "float64"}
 def _dtype(onnx_type: str) -> str:
     name = onnx_type.removeprefix("tensor(").removesuffix(")")
     return _NAMES.get(name, name)
+
+
+def _pairs(given: Any) -> Any:
+    return np.stack([given.real, given.imag], axis=-1) if np.iscomplexobj(given) else given
 
 
 class OrtRunner:
@@ -57,7 +62,7 @@ class OrtRunner:
         known |= {f"cache_in.{slot['name']}": slot["dtype"] for slot in self._manifest["slots"]}
         for value in session.get_inputs():
             expected = known.get(value.name, _dtype(value.type))
-            if _dtype(value.type) != expected:
+            if _dtype(value.type) != PAIRS.get(expected, expected):
                 raise BundleError(f"{entry['file']} takes {value.name} as {_dtype(value.type)}, and the manifest says {expected}.")
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
@@ -69,8 +74,10 @@ class OrtRunner:
         try:
             if isinstance(given, (int, float, bool, list, tuple, np.generic)):
                 given = np.asarray(given, dtype=dtype)
+            if dtype in PAIRS and not isinstance(given, np.ndarray):
+                given = np.from_dlpack(given)
             if isinstance(given, np.ndarray):
-                return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(given))
+                return ort.OrtValue.ortvalue_from_numpy(_pairs(given) if dtype in PAIRS else np.asarray(given, order="C"))
             if hasattr(given, "__dlpack__"):
                 return ort.OrtValue.from_dlpack(given.contiguous() if hasattr(given, "contiguous") else given)
         except Exception as error:  # numpy's, onnxruntime's, or those of whatever was passed

@@ -1,0 +1,83 @@
+"""What ONNX's operators take less of than torch's, rewritten in the graph to what they take."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
+
+_CARRIED = ("custom", "stack_trace", "nn_module_stack")
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_OPERATOR = 23
+"""From this operator set on attention is one operator."""
+
+
+def put(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, **kwargs: Any) -> Node:
+    """Add a call at the graph's insertion point, described, and marked like the node that it helps to replace."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta = {key: like.meta[key] for key in _CARRIED if key in like.meta}
+    given = map_arg((args, kwargs), lambda n: n.meta["val"])
+    with detect_fake_mode(given) or contextlib.nullcontext():
+        node.meta["val"] = target(*given[0], **given[1])
+    return node
+
+
+def _without_idle_squeezes(graph: Graph) -> None:
+    """Take away squeezes of a dimension that is not 1: torch leaves the tensor as it is, ONNX's operator fails."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim):
+        source, dimension = node.args
+        assert isinstance(source, Node)
+        if not statically_known_true(source.meta["val"].shape[dimension] == 1):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _one(size: Any) -> bool:
+    return statically_known_true(size == 1)
+
+
+def _full_mask(graph: Graph, node: Node, mask: Node, query: Node, key: Node) -> Node:
+    """Return a mask with a row for every query and a column for every key: ONNX Runtime's `Attention` takes no fewer."""
+    rows, columns = mask.meta["val"].shape[-2:]
+    sizes: list[Any] = [-1] * mask.meta["val"].dim()
+    for place, size, source in ((-2, rows, query), (-1, columns, key)):
+        if _one(size) and not _one(source.meta["val"].shape[-2]):
+            sizes[place] = put(graph, torch.ops.aten.sym_size.int, (source, source.meta["val"].dim() - 2), node)
+    return mask if sizes == [-1] * len(sizes) else put(graph, torch.ops.aten.expand.default, (mask, sizes), node)
+
+
+def _fit_attention(graph: Graph, opset: int) -> None:
+    """Give attention four dimensions, full masks, and grouped heads only where there are groups."""
+    for node in graph.find_nodes(op="call_function", target=_ATTENTION):
+        query, key, value, *rest = node.args
+        assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+        lacking = 4 - query.meta["val"].dim()
+        with graph.inserting_before(node):
+            for _ in range(lacking):
+                query, key, value = (put(graph, torch.ops.aten.unsqueeze.default, (part, 0), node) for part in (query, key, value))
+            mask = rest[0] if rest else node.kwargs.get("attn_mask")
+            if isinstance(mask, Node) and opset >= _OPERATOR:
+                mask = _full_mask(graph, node, mask, query, key)
+            kwargs = {**node.kwargs, **({"attn_mask": mask} if not rest else {})}
+            if statically_known_true(query.meta["val"].shape[-3] == key.meta["val"].shape[-3]):
+                kwargs.pop("enable_gqa", None)
+            fitted: Node = put(graph, _ATTENTION, (query, key, value, mask, *rest[1:]) if rest else (query, key, value), node, **kwargs)
+            for _ in range(lacking):
+                fitted = put(graph, torch.ops.aten.squeeze.dim, (fitted, 0), node)
+        node.replace_all_uses_with(fitted)
+        graph.erase_node(node)
+
+
+def fit(exported: ExportedProgram, opset: int) -> None:
+    """Rewrite a program, nested graphs too, so that ONNX's operators of this set compute what torch's do."""
+    for module in exported.graph_module.modules():
+        if isinstance(module, GraphModule):
+            _without_idle_squeezes(module.graph)
+            _fit_attention(module.graph, opset)
+            module.recompile()
