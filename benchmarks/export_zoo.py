@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -106,7 +107,8 @@ def main() -> None:
             rows[name] = {"class": ZOO[name].model, "skipped": f"needs {error.name}"}
         print(name, json.dumps(rows[name]), flush=True)
         if args.out:
-            write_record(args.out, {"torch": torch.__version__.partition("+")[0], "rows": rows})
+            versions = {"torch": torch.__version__.partition("+")[0], "onnxruntime": onnxruntime.__version__}
+            write_record(args.out, {**versions, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.c
 _MOVES = {
     aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.select,
     aten.slice, aten.split, aten.split_with_sizes, aten.unbind, aten.cat, aten.stack, aten.index, aten.index_select, aten.flip,
-    aten.repeat, aten.clone, aten.alias, aten.detach, aten.pad_sequence, aten.constant_pad_nd, aten._to_copy, aten.neg,
+    aten.repeat, aten.clone, aten.alias, aten.detach, aten.pad_sequence, aten.pad, aten.constant_pad_nd, aten._to_copy, aten.neg,
 }  # fmt: skip
 """Operators that treat a pair as they treat a number, once their arguments leave the last dimension alone."""
 
@@ -44,9 +44,11 @@ def _moving(name: str, value: Any, packet: Any, rank: int) -> Any:
         if value not in _REAL:
             raise NotImplementedError
         return _REAL[value]
-    if name in ("value", "padding_value") and value:
+    if (name in ("value", "padding_value") and value) or (name == "mode" and value != "constant"):
         raise NotImplementedError
-    return {"size": lambda: [*value, 2], "repeats": lambda: [*value, 1], "pad": lambda: [0, 0, *value]}.get(name, lambda: value)()
+    if name in ("size", "repeats"):
+        return [*value, 2 if name == "size" else 1]
+    return [0, 0, *value] if name == "pad" else value
 
 
 def _rewritten(graph: Graph, node: Node, ranks: dict[Node, int]) -> Node:
@@ -63,7 +65,7 @@ def _rewritten(graph: Graph, node: Node, ranks: dict[Node, int]) -> Node:
         """Return the real and the imaginary part, which is None if there is none."""
         if isinstance(value, complex):
             return value.real, value.imag
-        return tuple(call(aten.select.int, value, -1, i) for i in (0, 1)) if value in ranks else (value, None)  # type: ignore[return-value]
+        return tuple(call(aten.select.int, value, -1, i) for i in (0, 1)) if value in ranks else (value, None)
 
     def pair(real: Any, imaginary: Any) -> Node:
         return call(aten.stack.default, [real, imaginary], -1)
@@ -139,14 +141,17 @@ def complex_as_pairs(exported: ExportedProgram) -> ExportedProgram:
                 raise ExportError("an output of the graph is complex, which no ONNX graph returns. Return real and imaginary parts.")
             if node.op != "call_function" or not ({node, *node.all_input_nodes} & ranks.keys()):
                 continue
+            if node.target is aten._assert_tensor_metadata.default:  # says what dtype it was
+                graph.erase_node(node)
+                continue
             with graph.inserting_before(node):
                 try:
                     new = _rewritten(graph, node, ranks)
                 except NotImplementedError as error:
                     written = node.meta.get("custom", {}).get("bwcache_node", node.name)
                     raise ExportError(
-                        f"{written} runs {node.target} on complex numbers, and ONNX has none; products, sums and moves are"
-                        " rewritten to real ones, this is not. Write it with real and imaginary parts."
+                        f"{written} runs {node.target} on complex numbers, which ONNX has not, and which have no real form here.\n"
+                        "  Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves."
                     ) from error
             if node in ranks:
                 ranks[new] = ranks[node]

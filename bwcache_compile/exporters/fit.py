@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._guards import detect_fake_mode
@@ -55,8 +55,7 @@ def _full_mask(graph: Graph, node: Node, mask: Node, query: Node, key: Node) -> 
 def _fit_attention(graph: Graph, opset: int) -> None:
     """Give attention four dimensions, full masks, and grouped heads only where there are groups."""
     for node in graph.find_nodes(op="call_function", target=_ATTENTION):
-        query, key, value, *rest = node.args
-        assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+        query, key, value, *rest = cast("list[Any]", node.args)
         lacking = 4 - query.meta["val"].dim()
         with graph.inserting_before(node):
             for _ in range(lacking):

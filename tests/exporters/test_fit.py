@@ -1,0 +1,134 @@
+"""What ONNX takes less of than torch: each form is rewritten, and computes the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
+from torch.nn import functional
+
+import bwcache_compile as bw
+from bwcache_compile.exporters.complex_pairs import complex_as_pairs
+from tests.models import OneStream, noise
+
+CONFIG = bw.CacheConfig(num_steps=8, threshold=math.inf, reuse_interval=2)
+
+
+class Applied(nn.Module):
+    """A function of a real and a complex tensor as a module with a complex weight."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("weight", torch.complex(noise("a", 0, 3, 4), noise("b", 0, 3, 4)))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.function(x, z, self.weight)
+
+
+def real(z: Tensor) -> Tensor:
+    return torch.view_as_real(z)
+
+
+COMPLEX: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "rotary": lambda x, z, w: real(torch.view_as_complex(x.reshape(3, 2, 2)) * z[:, :2]).flatten(1) + x,
+    "polar": lambda x, z, w: real(torch.polar(x.abs(), x) * w + torch.complex(x, x)),
+    "numbers": lambda x, z, w: real(torch.exp(1j * x) * 2 - z * (1 + 2j)),
+    "real factors": lambda x, z, w: real(x * z / x.abs() + z * 3 - w / 2),
+    "conjugate": lambda x, z, w: real(-z.conj() * w) + z.abs().unsqueeze(-1),
+    "parts": lambda x, z, w: z.real * w.imag,
+    "moves": lambda x, z, w: real(torch.cat([z.T, w.transpose(-1, -2)], -1)[1:].unsqueeze(-2).expand(3, 2, 6).reshape(6, -1)),
+    "more moves": lambda x, z, w: real(torch.stack([w[torch.tensor([2, 0])], z[..., :2, :].flip(-1)], -1).permute(-1, 0, 1).squeeze()),
+    "pieces": lambda x, z, w: real(torch.nn.utils.rnn.pad_sequence(list(z.split([1, 2])), True).repeat(2, 1, 1).select(-1, 0)),
+    "padded": lambda x, z, w: real(functional.pad(z, (1, 0)).clone().to(torch.complex128).unbind(-1)[1]),
+}
+
+
+@pytest.mark.parametrize("name", list(COMPLEX))
+def test_complex_numbers_become_pairs(name: str) -> None:
+    inputs = noise("x", 0, 3, 4), torch.complex(noise("c", 0, 3, 4), noise("d", 0, 3, 4))
+    module = Applied(COMPLEX[name])
+    program = complex_as_pairs(torch.export.export(module, inputs))
+    assert not any(node.meta["val"].is_complex() for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor))
+    actual = program.module()(inputs[0], real(inputs[1]))
+    torch.testing.assert_close(actual, module(*inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_what_has_no_real_form_is_refused() -> None:
+    inputs = noise("x", 0, 3, 4), torch.complex(noise("c", 0, 3, 4), noise("d", 0, 3, 4))
+    messages = []
+    for function in (lambda x, z, w: real(z.tan()), lambda x, z, w: real(functional.pad(z, (1, 0), value=1.0)), lambda x, z, w: z * w):
+        with pytest.raises(bw.ExportError) as refusal:
+            complex_as_pairs(torch.export.export(Applied(function), inputs))
+        messages.append(str(refusal.value))
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+tan runs aten.tan.default on complex numbers, which ONNX has not, and which have no real form here.
+  Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves.
+pad runs aten.pad.default on complex numbers, which ONNX has not, and which have no real form here.
+  Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves.
+an output of the graph is complex, which no ONNX graph returns. Return real and imaginary parts.""",
+    )
+
+
+class Attending(nn.Module):
+    """Attention in the forms that people write: no heads, one row of mask for all queries, grouped heads, causal."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, temb: Tensor, turns: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(x * temb).chunk(3, dim=-1))
+        q = torch.view_as_real(torch.view_as_complex(q.unflatten(-1, (-1, 2)).contiguous()) * turns).flatten(-2)
+        seen = torch.arange(x.shape[1], device=x.device) > 0
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen.view(1, 1, 1, -1), enable_gqa=True)
+        out = out + functional.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+        out = out + functional.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(x.shape[1], 1), scale=0.3)
+        out = out.transpose(1, 2).flatten(2)
+        return x + self.out(out + functional.scaled_dot_product_attention(x, x, out, is_causal=True))
+
+
+class Turning(OneStream):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Attending(8) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor, turns: Tensor) -> Tensor:
+        x, temb = self.patch(x), self.embed(t)
+        for block in self.blocks:
+            x = block(x, temb, turns)
+        return self.head(x)
+
+
+@pytest.fixture(scope="module")
+def turning() -> bw.CachedModel:
+    turns = torch.polar(torch.ones(6, 2), noise("turns", 0, 6, 2))
+    return bw.transform(Turning().eval(), CONFIG, example_args=(*OneStream().example(batch=2), turns), dynamic_shapes="auto")
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_attention_and_complex_inputs(turning: bw.CachedModel, opset: int, tmp_path: Path) -> None:
+    """One program, exported at both operator sets, run at another size."""
+    manifest = bw.export(turning, tmp_path / "bundle", opset=opset)
+    assert manifest["self_check"]["largest_error"] < 1e-5
+    operators = [node.op_type for node in onnx.load(tmp_path / "bundle" / "compute.onnx").graph.node]
+    assert operators.count("Attention") == (12 if opset == 23 else 0)
+    session = bw.load(tmp_path / "bundle")
+    x, t, turns = noise("x", 0, 3, 9, 4), torch.ones(3), torch.polar(torch.ones(9, 2), noise("turns", 0, 9, 2))
+    turning.reset()
+    with torch.no_grad():
+        expected = turning(x, t, turns).numpy()
+    np.testing.assert_allclose(session(x, t, turns.numpy()), expected, rtol=1e-4, atol=1e-5)
+    session.reset()
+    np.testing.assert_allclose(session(x, t, turns), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(bw.StateError, match="turns is float32, and the bundle takes complex64"):
+        session(x, t, x.numpy())
