@@ -49,7 +49,7 @@ def test_files(bundle: Path) -> None:
     (lambda m: m.update(format_version="1"), "format_version is '1', no version number."),
     (lambda m: m.update(format="zip"), "does not describe a bundle."),
     (lambda m: m.pop("slots"), "lacks slots."),
-    (lambda m: m["inputs"][0].update(dtype="complex64"), "x has the dtype 'complex64'; known are"),
+    (lambda m: m["inputs"][0].update(dtype="complex32"), "x has the dtype 'complex32'; known are"),
     (lambda m: m["slots"][0].update(shape=[-1]), "output_0 has the shape [-1]."),
     (lambda m: m["files"].update({"../other": {"bytes": 1, "sha256": ""}}), "names '../other', which is outside the bundle."),
     (lambda m: m["graphs"]["reuse"].update(file="/reuse.onnx"), "the reuse graph is none of the bundle's files."),
