@@ -53,6 +53,11 @@ PAIRS = {"complex64": "float32"}
 """Of each complex dtype, the one of the pairs that an ONNX graph takes in its place, in one more dimension."""
 
 
+def graph_shape(entry: Mapping[str, Any]) -> list[int | str]:
+    """Return the shape in which an ONNX graph takes an input of a manifest."""
+    return [*entry["shape"], 2] if entry["dtype"] in PAIRS else list(entry["shape"])
+
+
 class Runner(Protocol):
     """A runtime that holds a bundle's graphs. Values are tensors of its own kind, on its own device."""
 

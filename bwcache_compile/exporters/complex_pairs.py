@@ -120,12 +120,12 @@ def _weights_as_pairs(exported: ExportedProgram) -> None:
 
 
 def complex_as_pairs(exported: ExportedProgram) -> ExportedProgram:
-    """Return a program without complex numbers: each tensor of shape `s` is a real one of shape `(*s, 2)`, inputs too.
+    """Return a program without complex numbers: each tensor of shape `s` is a real one of shape `(*s, 2)`, at its ends too.
 
     The program itself if it has none. Otherwise it is first brought to a form without nested graphs and writes in place.
 
     Raises:
-        ExportError: An operator on complex numbers has no such form, or an output is complex.
+        ExportError: An operator on complex numbers has no such form.
     """
     modules = [module for module in exported.graph_module.modules() if isinstance(module, GraphModule)]
     if all(_rank(node.meta.get("val")) is None for module in modules for node in module.graph.nodes):
@@ -137,8 +137,6 @@ def complex_as_pairs(exported: ExportedProgram) -> ExportedProgram:
         for node in list(graph.nodes):
             if node.op == "placeholder" and node in ranks:
                 node.meta["val"] = torch.view_as_real(node.meta["val"])
-            if node.op == "output" and any(source in ranks for source in node.all_input_nodes):
-                raise ExportError("an output of the graph is complex, which no ONNX graph returns. Return real and imaginary parts.")
             if node.op != "call_function" or not ({node, *node.all_input_nodes} & ranks.keys()):
                 continue
             if node.target is aten._assert_tensor_metadata.default:  # says what dtype it was

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.arithmetic import arithmetic
-from bwcache_compile.exporters.call import PAIRS
+from bwcache_compile.exporters.call import graph_shape
 from bwcache_compile.layout import slot_order
 from bwcache_compile.program import CachedProgram, CacheSlot
 from bwcache_compile.sizes import hint_shape, shape_of
@@ -158,7 +158,7 @@ def add_layout(content: dict[str, Any], program: CachedProgram) -> None:
 def declared_shapes(content: dict[str, Any]) -> dict[str, list[int | str]]:
     """Return the shapes of everything that goes in or out of a graph, by the name that it has there."""
     shapes = {entry["name"]: entry["shape"] for entry in content["outputs"]["items"]}
-    shapes |= {entry["name"]: [*entry["shape"], *([2] if entry["dtype"] in PAIRS else [])] for entry in content["inputs"]}
+    shapes |= {entry["name"]: graph_shape(entry) for entry in content["inputs"]}
     shapes |= {f"{way}.{slot['name']}": slot["shape"] for slot in content["slots"] for way in ("cache_in", "cache_out")}
     shapes |= {f"policy.{entry['name']}": entry["shape"] for entry in content["policy"]["parameters"]}
     return shapes | {"step": [1], "reuse_left": [1], "indicator": [len(content["measured"])]}

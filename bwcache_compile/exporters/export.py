@@ -30,16 +30,17 @@ def _refuse(program: CachedProgram) -> None:
     """Say what cannot be exported before anything is done.
 
     Raises:
-        ExportError: A guard per block, contexts that decide together, or a complex cache.
+        ExportError: A guard per block, contexts that decide together, or complex results.
     """
     config = program.planned().config
     if config.granularity == "block":
         raise ExportError("granularity='block' has as many guards as blocks, and a bundle has one. Transform with granularity='stack'.")
     if config.decide == "joint":
         raise ExportError("decide='joint' is decided between contexts by the host; a bundle's graphs see one. Use decide='separate'.")
-    for slot in program.planned().slots:
-        if slot.dtype.is_complex:
-            raise ExportError(f"the blocks hand on {slot.name}, which is {slot.dtype}; bundles keep no complex numbers.")
+    returned = {str(node): node.meta["val"].dtype for node in describe_outputs(program)[1]}
+    for name, dtype in (returned | {slot.name: slot.dtype for slot in program.planned().slots}).items():
+        if dtype.is_complex:
+            raise ExportError(f"the graphs return {name}, which is {dtype}; bundles return real numbers. Return real and imaginary parts.")
 
 
 def _output_names(program: CachedProgram, kind: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 from bwcache_compile.errors import BundleError, ConfigError, ExportError
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.bundle import Bundle, add_files, file_hash, open_bundle
+from bwcache_compile.exporters.call import graph_shape
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.exporters.tensorrt_operators import LIST_VERSION, unlisted_operators
 
@@ -99,7 +100,7 @@ def profile(manifest: Mapping[str, Any], kind: str, sizes: Mapping[str, Range] |
         ConfigError: A size is unknown or out of order, or the graphs do not hold there.
     """
     ranges = _symbols(manifest, sizes or {})
-    declared = {entry["name"]: entry["shape"] for entry in manifest["inputs"]}
+    declared = {entry["name"]: graph_shape(entry) for entry in manifest["inputs"]}
     declared |= {f"cache_in.{slot['name']}": slot["shape"] for slot in manifest["slots"]}
     corners = [dict(zip(ranges, corner, strict=True)) for corner in itertools.product(*((r[0], r[2]) for r in ranges.values()))]
     usual = {name: r[1] for name, r in ranges.items()}

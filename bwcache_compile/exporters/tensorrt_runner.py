@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bwcache_compile.errors import BundleError, StateError
 from bwcache_compile.exporters.bundle import Bundle
+from bwcache_compile.exporters.call import PAIRS
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
@@ -71,7 +72,7 @@ class TensorRTRunner:
 
     def _dtype(self, name: str) -> str:
         manifest = self._manifest
-        known = {entry["name"]: entry["dtype"] for entry in [*manifest["inputs"], *manifest["outputs"]["items"]]}
+        known = {e["name"]: PAIRS.get(e["dtype"], e["dtype"]) for e in [*manifest["inputs"], *manifest["outputs"]["items"]]}
         known |= {f"{way}.{slot['name']}": slot["dtype"] for slot in manifest["slots"] for way in ("cache_in", "cache_out")}
         known |= {f"policy.{entry['name']}": entry["dtype"] for entry in manifest["policy"]["parameters"]}
         return str(known.get(name, "float32" if name == "indicator" else "int64"))
@@ -85,6 +86,7 @@ class TensorRTRunner:
                 given = torch.from_dlpack(given)
         except Exception as error:  # torch's, or those of whatever was passed
             raise StateError(f"{name} is a {type(given).__name__}; pass a tensor or something with DLPack: {error}.") from error
+        given = torch.view_as_real(given.resolve_conj()) if given.is_complex() else given
         return given.detach().to(self._device).contiguous()
 
     def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:

@@ -64,7 +64,7 @@ def test_complex_numbers_become_pairs(name: str) -> None:
 def test_what_has_no_real_form_is_refused() -> None:
     inputs = noise("x", 0, 3, 4), torch.complex(noise("c", 0, 3, 4), noise("d", 0, 3, 4))
     messages = []
-    for function in (lambda x, z, w: real(z.tan()), lambda x, z, w: real(functional.pad(z, (1, 0), value=1.0)), lambda x, z, w: z * w):
+    for function in (lambda x, z, w: real(z.tan()), lambda x, z, w: real(functional.pad(z, (1, 0), value=1.0))):
         with pytest.raises(bw.ExportError) as refusal:
             complex_as_pairs(torch.export.export(Applied(function), inputs))
         messages.append(str(refusal.value))
@@ -74,8 +74,7 @@ def test_what_has_no_real_form_is_refused() -> None:
 tan runs aten.tan.default on complex numbers, which ONNX has not, and which have no real form here.
   Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves.
 pad runs aten.pad.default on complex numbers, which ONNX has not, and which have no real form here.
-  Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves.
-an output of the graph is complex, which no ONNX graph returns. Return real and imaginary parts.""",
+  Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves.""",
     )
 
 
