@@ -40,7 +40,7 @@ class Oracle:
     def _reused(self, s: State, now: float) -> State:
         last, at = self.kept[-1]
         if self.case.reuse == "residual":
-            return {name: s[source(name, s)] + value for name, value in last.items()}
+            return {name: s[source(name, s)].reshape(value.shape) + value for name, value in last.items()}
         previous, before = self.kept[-2] if len(self.kept) > 1 else (last, at)
         if self.case.reuse == "output" or at == before:
             return copy.deepcopy(last)
@@ -59,7 +59,8 @@ class Oracle:
             model.run_items(s, [number for number in items if number not in self.apart])
             changed = {n: v for n, v in s.items() if before.get(n) is not v or not torch.equal(v, entered[n])}
             if self.case.reuse == "residual":
-                changed = {n: v - entered[source(n, entered)] for n, v in changed.items() if entered[source(n, entered)].shape == v.shape}
+                sources = {n: entered[source(n, entered)] for n in changed}  # a stream may enter in another layout
+                changed = {n: v - sources[n].reshape(v.shape) for n, v in changed.items() if sources[n].numel() == v.numel()}
             self.kept.append((copy.deepcopy(changed), now))
         model.run_items(s, range(items.stop, len(model.items)))
         self.step += 1
@@ -160,14 +161,15 @@ def close(actual: Any, expected: Any, dtype: torch.dtype) -> bool:
 def ranges(model: Drawn, names: list[str]) -> list[range]:
     """Return the items that the cached blocks may span, the likeliest first.
 
-    Where blocks are modules, their names say it, up to what changes the layout behind the last. Repeated operators have none,
-    in a plain function above all: any run that holds the named ones will do, with or without the glue behind its last block.
+    Where blocks are modules, their names say it, up to what changes the layout around them. Repeated operators have none, in a plain
+    function above all: any run that holds the named ones will do, with or without the glue behind its last block.
     """
     placed = {item.block: number for number, item in enumerate(model.items) if item.block}
     known = [placed[name] for name in names if name in placed]
     if len(known) == len(names):
-        following = min((number for number in placed.values() if number > known[-1]), default=len(model.items))
-        return [range(known[0], stop) for stop in range(known[-1] + 1, following + 1)]
+        before = max((number for number in placed.values() if number < known[0]), default=-1)
+        behind = min((number for number in placed.values() if number > known[-1]), default=len(model.items))
+        return [range(start, stop) for start in range(known[0], before, -1) for stop in range(known[-1] + 1, behind + 1)]
     runs = [range(a, b) for a in placed.values() for b in range(a + 1, len(model.items) + 1)]
     return sorted((run for run in runs if all(n in run for n in known)), key=len, reverse=True)
 
