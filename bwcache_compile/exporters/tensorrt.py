@@ -60,8 +60,8 @@ def _default(manifest: Mapping[str, Any], name: str, known: Mapping[str, int]) -
     return fitting(range(max(1, example // 2), example)), example, fitting(range(2 * example, example, -1))
 
 
-def _symbols(manifest: Mapping[str, Any], sizes: Mapping[str, Range]) -> dict[str, Range]:
-    """Return the range of every symbol.
+def symbol_ranges(manifest: Mapping[str, Any], sizes: Mapping[str, Range]) -> dict[str, Range]:
+    """Return the range of every symbol that sizes are written in; see `profile`.
 
     Raises:
         ConfigError: A size is unknown or out of order, or the graphs do not hold there.
@@ -99,7 +99,7 @@ def profile(manifest: Mapping[str, Any], kind: str, sizes: Mapping[str, Range] |
     Raises:
         ConfigError: A size is unknown or out of order, or the graphs do not hold there.
     """
-    ranges = _symbols(manifest, sizes or {})
+    ranges = symbol_ranges(manifest, sizes or {})
     declared = {entry["name"]: graph_shape(entry) for entry in manifest["inputs"]}
     declared |= {f"cache_in.{slot['name']}": slot["shape"] for slot in manifest["slots"]}
     corners = [dict(zip(ranges, corner, strict=True)) for corner in itertools.product(*((r[0], r[2]) for r in ranges.values()))]
