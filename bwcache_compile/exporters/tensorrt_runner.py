@@ -98,7 +98,9 @@ class TensorRTRunner:
         return torch.full(shape, fill, dtype=getattr(torch, dtype), device=self._device)
 
     def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
-        """Return a new tensor on the device."""
+        """Return a new tensor on the device; a single number is filled in there, so that nobody waits for a copy."""
+        if len(numbers) == 1:
+            return self.full((1,), dtype, numbers[0])
         return torch.tensor(numbers, dtype=getattr(torch, dtype), device=self._device)
 
     def bytes(self, value: Any) -> int:
