@@ -42,6 +42,19 @@ def _import() -> Any:
     return tensorrt
 
 
+def _opened(directory: str | Path) -> Bundle:
+    """Open a bundle of ONNX graphs.
+
+    Raises:
+        BundleError: It is none, or it is damaged.
+    """
+    bundle = open_bundle(directory)
+    graph_format = bundle.manifest["graph_format"]
+    if graph_format != "onnx":
+        raise BundleError(f'{directory} holds graphs of format "{graph_format}"; engines are built from a bundle of format "onnx".')
+    return bundle
+
+
 # -- profiles ----------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +158,7 @@ def prepare(bundle: str | Path, sizes: Mapping[str, Range] | None = None) -> lis
     Raises:
         ConfigError: See `profile`.
     """
-    opened = open_bundle(bundle)
+    opened = _opened(bundle)
     unlisted = [str(found) for found in unlisted_operators(opened)]
     texts = {"build_engines.py": _SCRIPT, "trtexec.sh": "".join(_trtexec(opened.manifest, sizes))}
     listed = {name: list(ends) for name, ends in (sizes or {}).items()}
@@ -233,7 +246,7 @@ def build(
         ExportError: TensorRT is not installed, or does not take a graph. The message names the nodes.
         ConfigError: See `profile`.
     """
-    trt, opened = _import(), open_bundle(bundle)
+    trt, opened = _import(), _opened(bundle)
     manifest = opened.manifest
     if profiles is None:
         profiles = [{name: tuple(ends) for name, ends in manifest.get("tensorrt", {}).get("sizes", {}).items()}]
@@ -311,7 +324,7 @@ def load(bundle: str | Path, engines: str | Path, *, guarded: bool = False, allo
     """
     from bwcache_compile.exporters.tensorrt_runner import TensorRTRunner
 
-    opened, kinds = open_bundle(bundle), ("guarded",) if guarded else ("compute", "reuse")
+    opened, kinds = _opened(bundle), ("guarded",) if guarded else ("compute", "reuse")
     record = _record(opened, Path(engines), kinds)
     runner = TensorRTRunner(_import(), opened, Path(engines), record, kinds, allow_code=allow_code, device=device)
     return Session(opened, runner, guarded=guarded)

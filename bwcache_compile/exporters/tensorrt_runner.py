@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bwcache_compile.errors import BundleError, StateError
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.call import PAIRS
+from bwcache_compile.exporters.torch_runner import TorchTensors
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 
-class TensorRTRunner:
+class TensorRTRunner(TorchTensors):
     """TensorRT: state in contiguous tensors on the device, written in place by the engines.
 
     `run` waits for nothing: with buffers for every output, and `step` and the policy's parameters on the device, it can be
@@ -79,41 +79,12 @@ class TensorRTRunner:
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as a contiguous tensor on the device, where it is not copied if it is one."""
-        try:
-            if isinstance(given, (int, float, bool, list, tuple)):
-                given = torch.tensor(given, dtype=getattr(torch, dtype))
-            elif not isinstance(given, Tensor):
-                given = torch.from_dlpack(given)
-        except Exception as error:  # torch's, or those of whatever was passed
-            raise StateError(f"{name} is a {type(given).__name__}; pass a tensor or something with DLPack: {error}.") from error
-        given = torch.view_as_real(given.resolve_conj()) if given.is_complex() else given
-        return given.detach().to(self._device).contiguous()
-
-    def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
-        """Return the dtype and the shape of a tensor."""
-        return str(value.dtype).removeprefix("torch."), tuple(value.shape)
+        tensor = super().value(given, name, dtype)
+        return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).contiguous()
 
     def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
         """Return a new tensor on the device."""
         return torch.full(shape, fill, dtype=getattr(torch, dtype), device=self._device)
-
-    def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
-        """Return a new tensor on the device; a single number is filled in there, so that nobody waits for a copy."""
-        if len(numbers) == 1:
-            return self.full((1,), dtype, numbers[0])
-        return torch.tensor(numbers, dtype=getattr(torch, dtype), device=self._device)
-
-    def bytes(self, value: Any) -> int:
-        """Return the size of a tensor."""
-        return int(value.nbytes)
-
-    def host(self, value: Any) -> Any:
-        """Copy a tensor to the host."""
-        return value.cpu()
-
-    def given_back(self, value: Any) -> Any:
-        """Return an output as it is, on the device."""
-        return value
 
     def _choose(self, kind: str, inputs: Mapping[str, Any], stream: int) -> None:
         """Select the first optimisation profile that these shapes fit.

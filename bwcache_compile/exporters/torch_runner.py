@@ -33,7 +33,49 @@ def _compiled(path: Path) -> tuple[Graph, int]:
 _OPEN = {"pt2": _exported, "aoti": _compiled}
 
 
-class TorchRunner:
+class TorchTensors:
+    """What every runner over torch's tensors does alike."""
+
+    _device: torch.device
+
+    def value(self, given: Any, name: str, dtype: str) -> Any:
+        """Return an input as a tensor on the device; it is not copied if it is one. Raises StateError for what is no tensor."""
+        try:
+            if isinstance(given, (int, float, bool, list, tuple)):
+                given = torch.tensor(given, dtype=getattr(torch, dtype))
+            elif not isinstance(given, Tensor) and hasattr(given, "__array__"):
+                given = torch.tensor(given)
+            elif not isinstance(given, Tensor) and hasattr(given, "__dlpack__"):
+                given = torch.from_dlpack(given)
+        except Exception as error:  # torch's, or those of whatever was passed
+            raise StateError(f"{name} cannot be read as {dtype}: {first_line(error)}") from error
+        if not isinstance(given, Tensor):
+            raise StateError(f"{name} is a {type(given).__name__}; pass a tensor, a numpy array or something with DLPack.")
+        return given.detach().to(self._device)
+
+    def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
+        """Return the dtype and the shape of a tensor."""
+        return str(value.dtype).removeprefix("torch."), tuple(value.shape)
+
+    def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
+        """Return a new tensor on the device; a single number is filled in there, so that nobody waits for a copy."""
+        settings: Any = {"dtype": getattr(torch, dtype), "device": self._device}
+        return torch.full((1,), numbers[0], **settings) if len(numbers) == 1 else torch.tensor(numbers, **settings)
+
+    def bytes(self, value: Any) -> int:
+        """Return the size of a tensor."""
+        return int(value.nbytes)
+
+    def host(self, value: Any) -> Any:
+        """Copy a tensor to the host."""
+        return value.cpu()
+
+    def given_back(self, value: Any) -> Any:
+        """Return an output as it is."""
+        return value
+
+
+class TorchRunner(TorchTensors):
     """torch: state in tensors on the device that the graphs were exported for. Both graphs read one copy of the weights."""
 
     takes_buffers = False
@@ -69,43 +111,12 @@ class TorchRunner:
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as a tensor on the device, lying as the graphs were captured; it is not copied if it does."""
-        try:
-            if isinstance(given, (int, float, bool, list, tuple)):
-                given = torch.tensor(given, dtype=getattr(torch, dtype))
-            elif not isinstance(given, Tensor) and hasattr(given, "__array__"):
-                given = torch.tensor(given)
-            elif not isinstance(given, Tensor) and hasattr(given, "__dlpack__"):
-                given = torch.from_dlpack(given)
-        except Exception as error:  # torch's, or those of whatever was passed
-            raise StateError(f"{name} cannot be read as {dtype}: {first_line(error)}") from error
-        if not isinstance(given, Tensor):
-            raise StateError(f"{name} is a {type(given).__name__}; pass a tensor, a numpy array or something with DLPack.")
-        tensor, order = given.detach().to(self._device), self._orders[name]
+        tensor, order = super().value(given, name, dtype), self._orders[name]
         return in_order(tensor, order) if tensor.dim() == len(order) else tensor
-
-    def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
-        """Return the dtype and the shape of a tensor."""
-        return str(value.dtype).removeprefix("torch."), tuple(value.shape)
 
     def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
         """Return a new tensor on the device, lying as the graphs return it."""
         return in_order(torch.full(shape, fill, dtype=getattr(torch, dtype), device=self._device), self._orders[slot])
-
-    def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
-        """Return a new tensor on the device."""
-        return torch.tensor(numbers, dtype=getattr(torch, dtype), device=self._device)
-
-    def bytes(self, value: Any) -> int:
-        """Return the size of a tensor."""
-        return int(value.nbytes)
-
-    def host(self, value: Any) -> Any:
-        """Copy a tensor to the host."""
-        return value.cpu()
-
-    def given_back(self, value: Any) -> Any:
-        """Return an output as it is."""
-        return value
 
     def run(self, graph: str, inputs: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:
         """Run a graph; what is cast is written in it, so an autocast around the call changes nothing.

@@ -14,6 +14,7 @@ import numpy as np
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.bundle import Bundle, open_bundle
+from bwcache_compile.exporters.call import PAIRS, graph_shape
 from bwcache_compile.exporters.external_data import external_locations
 from bwcache_compile.exporters.guard import UNTIL
 from bwcache_compile.exporters.tensorrt import symbol_ranges
@@ -125,7 +126,7 @@ def write(
 
     slots = [(slot["name"], slot["dtype"], dims(slot["shape"]), float(slot["fill"])) for slot in manifest["slots"]]
     slots.append((UNTIL, "int64", [1], -1.0))
-    inputs = [(entry["name"], entry["dtype"], dims(entry["shape"])) for entry in manifest["inputs"]]
+    inputs = [(entry["name"], PAIRS.get(entry["dtype"], entry["dtype"]), dims(graph_shape(entry))) for entry in manifest["inputs"]]
     inputs += [(f"policy.{entry['name']}", entry["dtype"], entry["shape"]) for entry in manifest["policy"]["parameters"]]
     inputs.append(("step", "int64", [1]))
     taken = set(manifest["graphs"]["guarded"]["inputs"])

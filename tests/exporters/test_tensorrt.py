@@ -244,6 +244,13 @@ trtexec --onnx=reuse.onnx --saveEngine="$out/reuse.engine" --timingCacheFile="$o
     assert bw.load(bundle).manifest["tensorrt"]["list"] == "10.15"
 
 
+def test_a_bundle_of_torch_is_refused(tmp_path: Path) -> None:
+    model = OneStream().eval()
+    bw.export(bw.transform(model, bw.CacheConfig(num_steps=8), example_args=model.example()), tmp_path / "bundle", format="pt2")
+    with pytest.raises(bw.BundleError, match='holds graphs of format "pt2"; engines are built from a bundle of format "onnx"'):
+        tensorrt.prepare(tmp_path / "bundle")
+
+
 class Odd(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + (x.to(torch.int64) ^ 3).to(x.dtype)
