@@ -91,13 +91,29 @@ def run(name: str, opsets: list[int]) -> dict[str, Any]:
     return row
 
 
+def table(record: dict[str, Any]) -> str:
+    """Return what a record says as a table: of each class and operator set the largest error, over both forms and all steps."""
+    opsets = sorted({key for row in record["rows"].values() for key in row if key.startswith("opset")})
+    lines = ["| configuration | class | blocks | " + " | ".join(opsets) + " | steps |", "|---" * (4 + len(opsets)) + "|"]
+    for name, row in record["rows"].items():
+        found = [row.get(opset, {}) for opset in opsets]
+        cells = [f"{max(one['errors'].values()):.1e}" if "errors" in one else one.get("refused", "-") for one in found]
+        steps = " ".join(sorted({f"`{one['steps']}`" for one in found if "steps" in one}))
+        lines.append(f"| {name} | {row['class']} | {row.get('blocks', '-')} | " + " | ".join(cells) + f" | {steps} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Export what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(ZOO))
     parser.add_argument("--opsets", type=int, nargs="+", default=[20, 23])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="print the table of a record that was written before, and run nothing")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
     warnings.simplefilter("ignore")
     rows = {}
     for name in args.names:

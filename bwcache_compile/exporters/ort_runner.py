@@ -49,8 +49,16 @@ class OrtRunner:
             try:
                 self._sessions[kind] = ort.InferenceSession(str(path), options, providers=providers)
             except Exception as error:  # onnxruntime's errors have no common class of their own
-                raise BundleError(f"{path} does not run on {first}: {first_line(error)}") from error
+                raise BundleError(f"{path} does not run on {first}: {first_line(error)}{self._advice(first)}") from error
             self._check(kind)
+
+    def _advice(self, provider: str) -> str:
+        dtypes = {entry["dtype"] for entry in [*self._manifest["inputs"], *self._manifest["slots"]]}
+        if "bfloat16" not in dtypes or provider != "CPUExecutionProvider":
+            return ""
+        return (
+            "\n  The bundle is in bfloat16, and this provider lacks kernels for it. Use a GPU's, or export the model in float32 or float16."
+        )
 
     def _check(self, kind: str) -> None:
         """Compare a graph with what the manifest says of it."""
