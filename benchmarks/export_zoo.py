@@ -4,7 +4,8 @@
 
 For every class, at each operator set: the pair and the guarded graph over 8 steps with both branches taken, on the
 inputs that the zoo draws for each step. Decisions must equal torch's; the error is the largest difference of an output
-relative to its largest value. What cannot be exported is listed with the reason.
+relative to its largest value. What cannot be exported is listed with the reason, and so are the operators that
+TensorRT's parser does not list.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import bwcache_compile as bw
 from benchmarks.record import write_record
 from bwcache_compile.compare import flat_outputs
+from bwcache_compile.exporters.bundle import open_bundle
+from bwcache_compile.exporters.tensorrt_operators import unlisted_operators
 from tests.zoo import ZOO, Entry
 
 STEPS = 8
@@ -82,12 +85,14 @@ def run(name: str, opsets: list[int]) -> dict[str, Any]:
                     kind: compare(entry, cached, bw.load(Path(folder) / name, guarded=kind == "guarded")) for kind in ("pair", "guarded")
                 }
                 size = sum(file["bytes"] for file in manifest["files"].values())
+                unlisted = sorted({f"{one.operator}: {one.reason}" for one in unlisted_operators(open_bundle(Path(folder) / name))})
             except (bw.ExportError, bw.BundleError, bw.StateError, ValueError) as error:
                 row[f"opset {opset}"] = {"refused": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
                 continue
         seconds = time.perf_counter() - began
         errors = {kind: error for kind, (_, error) in found.items()}
         row[f"opset {opset}"] = {"steps": found["pair"][0], "errors": errors, "seconds": round(seconds, 1), "bytes": size}
+        row[f"opset {opset}"]["not listed by TensorRT"] = unlisted
     return row
 
 
