@@ -104,6 +104,22 @@ def _policy(program: CachedProgram, num_steps: int) -> dict[str, Any]:
     return {"kind": config.policy, "parameters": parameters}
 
 
+def check_sizes(program: CachedProgram, conditions: list[str], sizes: list[int | str]) -> None:
+    """Refuse what a session could not evaluate, or would not find true at the captured sizes.
+
+    Raises:
+        ExportError: A size is more than integer arithmetic, or a condition does not hold.
+    """
+    known = program.signature.sizes.examples if program.signature.sizes else {}
+    for text in [*conditions, *sizes]:
+        try:
+            holds = arithmetic(text, known)
+        except BundleError as error:
+            raise ExportError(f"the size {text!r} of {program.model_name} is no integer arithmetic; export it with fixed sizes.") from error
+        if text in conditions and not holds:
+            raise ExportError(f"{program.model_name} would be exported for sizes where {text}, which those at hand do not meet: {known}.")
+
+
 def describe(program: CachedProgram, parameters: tuple[str, ...]) -> dict[str, Any]:
     """Return everything that a manifest says before any file is written.
 
@@ -120,12 +136,7 @@ def describe(program: CachedProgram, parameters: tuple[str, ...]) -> dict[str, A
         symbols.append({**dataclasses.asdict(symbol), "input": program.signature.inputs[symbol.position]})
     conditions = list(sizes.conditions) if sizes else []
     slots = [_describe_slot(slot) for slot in plan.slots]
-    known = {symbol["name"]: symbol["example"] for symbol in symbols}
-    for text in [*conditions, *(size for entry in [*inputs, *outputs["items"], *slots] for size in entry["shape"])]:
-        try:
-            arithmetic(text, known)
-        except BundleError as error:
-            raise ExportError(f"the size {text!r} of {program.model_name} is no integer arithmetic; export it with fixed sizes.") from error
+    check_sizes(program, conditions, [size for entry in [*inputs, *outputs["items"], *slots] for size in entry["shape"]])
     return {
         "model": program.model_name,
         "torch": torch.__version__.partition("+")[0],

@@ -11,7 +11,7 @@ import torch
 from bwcache_compile.errors import ConfigError, ExportError
 from bwcache_compile.exporters.bundle import Bundle, new_bundle, open_bundle, write_manifest
 from bwcache_compile.exporters.check import check_runs, check_structure, slot_dtypes, tolerance_of
-from bwcache_compile.exporters.describe import add_layout, declared_shapes, describe, describe_outputs
+from bwcache_compile.exporters.describe import add_layout, check_sizes, declared_shapes, describe, describe_outputs
 from bwcache_compile.exporters.graphs import PlainGraph, plain_graph
 from bwcache_compile.exporters.load import ort_session, torch_session
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
@@ -147,6 +147,7 @@ def export_torch(program: CachedProgram, directory: str | Path, parameters: tupl
                 read = [weights.add(name, tensor) for name, tensor in graph.tensors.items()]
                 names = {"weights": read, "inputs": list(plain[kind].inputs), "outputs": list(plain[kind].outputs)}
                 graphs[kind] = {"file": path.name, **names}
+        check_sizes(program, conditions, [])
         report = check_structure(plain, written)
         content |= {"graphs": graphs, "weights": {"file": WEIGHTS, "tensors": weights.described}}
         content["conditions"] = list(dict.fromkeys([*content["conditions"], *conditions]))
