@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import BundleError, StateError, first_line
 from bwcache_compile.exporters.bundle import Bundle
+from bwcache_compile.exporters.call import PAIRS
 from bwcache_compile.exporters.weights import read_weights
 from bwcache_compile.layout import in_order
 
@@ -112,6 +113,8 @@ class TorchRunner(TorchTensors):
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as a tensor on the device, lying as the graphs were captured; it is not copied if it does."""
         tensor, order = super().value(given, name, dtype), self._orders[name]
+        if PAIRS.get(dtype) == self.kind(tensor)[0] and tensor.shape[-1:] == (2,):
+            tensor = torch.view_as_complex(tensor.contiguous())
         return in_order(tensor, order) if tensor.dim() == len(order) else tensor
 
     def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:

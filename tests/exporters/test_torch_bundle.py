@@ -174,6 +174,29 @@ def test_bfloat16_in_another_layout(tmp_path: Path) -> None:
     assert torch.equal(session(x, t), cached(turned, t))
 
 
+class Turned(OneStream):
+    """Turns pairs of channels by complex numbers that the caller passes."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        turned = torch.view_as_complex(x.unflatten(-1, (2, 2)).contiguous()) * turns
+        return super().forward(torch.view_as_real(turned).flatten(-2), t)
+
+
+def test_complex_inputs(tmp_path: Path) -> None:
+    """As they are, or as pairs, which is how sessions of ONNX graphs take them too."""
+    model = Turned(depth=2).eval()
+    x, t, turns = *model.example(), torch.complex(noise("r", 0, 6, 2), noise("i", 0, 6, 2))
+    cached = bw.transform(model, CONFIG, example_args=(x, t, turns))
+    bw.export(cached, tmp_path / "bundle", format="pt2")
+    session = opened(tmp_path / "bundle")
+    outputs = []
+    for given in (turns, turns.numpy(), torch.view_as_real(turns)):
+        session.reset()
+        outputs.append(session(x, t, given))
+    with torch.no_grad():
+        assert all(torch.equal(output, model(x, t, turns)) for output in outputs)
+
+
 def test_weights_come_back_as_they_were(tmp_path: Path) -> None:
     base = torch.arange(24).float()
     tensors = {
