@@ -38,7 +38,8 @@ _LIBRARIES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")
 def bindings(folder: Path) -> types.ModuleType:
     """Import TensorRT's Python extension over libraries that hold nothing but the symbols it asks for."""
     with contextlib.suppress(ImportError):
-        return importlib.import_module("tensorrt").tensorrt_bindings  # a real one brings its libraries
+        importlib.import_module("tensorrt")  # a real one brings its libraries
+        return importlib.import_module("tensorrt_bindings")
     if importlib.util.find_spec("tensorrt_bindings") is None:
         pytest.skip("needs tensorrt-cu13-bindings, which is in the extra [test] on Linux x86-64")
     if shutil.which("gcc") is None:
