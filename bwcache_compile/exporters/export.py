@@ -11,7 +11,7 @@ import torch
 from bwcache_compile.errors import ConfigError, ExportError
 from bwcache_compile.exporters.bundle import Bundle, new_bundle, open_bundle, write_manifest
 from bwcache_compile.exporters.check import check_runs, check_structure, slot_dtypes, tolerance_of
-from bwcache_compile.exporters.describe import add_layout, check_sizes, declared_shapes, describe, describe_outputs
+from bwcache_compile.exporters.describe import add_layout, check_sizes, declared_shapes, describe, describe_outputs, dtype_name
 from bwcache_compile.exporters.graphs import PlainGraph, plain_graph
 from bwcache_compile.exporters.load import ort_session, torch_session
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
@@ -37,9 +37,9 @@ def _refuse(program: CachedProgram) -> None:
         raise ExportError("granularity='block' has as many guards as blocks, and a bundle has one. Transform with granularity='stack'.")
     if config.decide == "joint":
         raise ExportError("decide='joint' is decided between contexts by the host; a bundle's graphs see one. Use decide='separate'.")
-    returned = {str(node): node.meta["val"].dtype for node in describe_outputs(program)[1]}
-    for name, dtype in (returned | {slot.name: slot.dtype for slot in program.planned().slots}).items():
-        if dtype.is_complex:
+    returned = {item["name"]: item["dtype"] for item in describe_outputs(program)[0]["items"]}
+    for name, dtype in (returned | {slot.name: dtype_name(slot.dtype) for slot in program.planned().slots}).items():
+        if dtype.startswith("complex"):
             raise ExportError(f"the graphs return {name}, which is {dtype}; bundles return real numbers. Return real and imaginary parts.")
 
 

@@ -88,8 +88,8 @@ def _cut_constants(program: CachedProgram, graph: Graph) -> None:
             continue
         if node.users:
             raise ExportError(
-                f"the input {node.name} of {program.model_name} is a Python number whose value is open; a file's inputs are tensors."
-                " Fix it: transform with dynamic_shapes that leaves it out."
+                f"the input {node.name} of {program.model_name} is a Python number whose value is open; a file's inputs are tensors.\n"
+                "  Transform with dynamic_shapes that leaves it out, so that its value is built in."
             )
         graph.erase_node(node)
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
 
 import bwcache_compile as bw
 from bwcache_compile.exporters import export as exporting
@@ -140,6 +143,36 @@ def test_refusals(tmp_path: Path) -> None:
             bw.export(joint, tmp_path / "bundle", **arguments)
     with pytest.raises(bw.ConfigError, match="backend is 'tvm'"):
         bw.load(tmp_path / "bundle", backend="tvm")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Numbered(OneStream):
+    """Takes a number, which stays open where sizes are, and returns complex numbers on request."""
+
+    def __init__(self, turned: bool = False) -> None:
+        super().__init__()
+        self.turned = turned
+
+    def forward(self, x: Tensor, t: Tensor, rows: int) -> Tensor:
+        out = super().forward(x + torch.arange(rows).view(1, rows, 1), t)
+        return torch.complex(out, out) if self.turned else out
+
+
+def test_what_a_graph_neither_takes_nor_returns(tmp_path: Path) -> None:
+    messages = []
+    for model, shapes in ((Numbered(), "auto"), (Numbered(turned=True), None)):
+        args = (*OneStream().example(2), 6)
+        cached = bw.transform(model.eval(), bw.CacheConfig(num_steps=8), example_args=args, dynamic_shapes=shapes)
+        with pytest.raises(bw.ExportError) as refusal:
+            bw.export(cached, tmp_path / "bundle")
+        messages.append(str(refusal.value))
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+the input rows of Numbered is a Python number whose value is open; a file's inputs are tensors.
+  Transform with dynamic_shapes that leaves it out, so that its value is built in.
+the graphs return output, which is complex64; bundles return real numbers. Return real and imaginary parts.""",
+    )
     assert list(tmp_path.iterdir()) == []
 
 

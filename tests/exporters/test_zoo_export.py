@@ -5,9 +5,16 @@ All classes at both operator sets: `benchmarks/export_zoo.py`, whose results are
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from pathlib import Path
+
 import pytest
 
-from benchmarks.export_zoo import run
+import bwcache_compile as bw
+from benchmarks.export_zoo import STEPS, compare, run
+from tests.test_dynamic import FIRST, INPUTS, OTHERS
+from tests.zoo import ZOO
 
 
 @pytest.mark.parametrize(
@@ -22,3 +29,20 @@ def test_a_class_runs_as_in_torch(name: str, opset: int) -> None:
     result = run(name, [opset])[f"opset {opset}"]
     assert result["steps"] == "##..#..#"
     assert max(result["errors"].values()) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "opset"), [("wan", 20), ("hunyuan_video", 23), ("flux", 23), ("cogvideox15", 20)])
+def test_exported_at_one_size_and_run_at_three_others(name: str, opset: int, tmp_path: Path) -> None:
+    """Other frame counts, heights and widths, batches and text lengths."""
+    config = bw.CacheConfig(num_steps=STEPS, threshold=math.inf, reuse_interval=2)
+    inputs = INPUTS[name]
+    cached = bw.transform(ZOO[name].make(), config, example_kwargs=dict(sorted(inputs(0, FIRST).items())), dynamic_shapes="auto")
+    bw.export(cached, tmp_path / "bundle", guarded=True, opset=opset)
+    for guarded in (False, True):
+        session = bw.load(tmp_path / "bundle", guarded=guarded)
+        for size in OTHERS[1:4]:
+            entry = dataclasses.replace(ZOO[name], inputs=lambda step, size=size: inputs(step, size))
+            session.reset()
+            pattern, worst = compare(entry, cached, session)
+            assert (pattern, worst <= 1e-4) == ("##..#..#", True), (size, worst)
