@@ -93,6 +93,10 @@ class Runner(Protocol):
         """
 
 
+def _holds_nothing(given: Any) -> bool:
+    return given is None or (isinstance(given, (dict, list, tuple)) and not given)
+
+
 def _inside(given: Any, path: list[int | str], argument: str) -> Any:
     try:
         for key in path:
@@ -148,7 +152,7 @@ def bound(manifest: dict[str, Any], runner: Runner, args: tuple[Any, ...], kwarg
             found = _inside(given[entry["argument"]], entry["path"], entry["argument"])
             if type(found) is not type(entry["value"]) or found != entry["value"]:
                 raise StateError(f"{entry['argument']} is {found!r}, and the bundle was made for {entry['value']!r}.")
-    unknown = sorted(name for name in set(given) - expected if given[name] is not None)
+    unknown = sorted(name for name in set(given) - expected if not _holds_nothing(given[name]))
     if unknown:
         raise StateError(f"{', '.join(unknown)} is not among what the bundle takes: {', '.join(sorted(expected))}.")
     found = {e["name"]: _inside(given[e["argument"]], e["path"], e["argument"]) for e in manifest["inputs"]}
