@@ -1,0 +1,65 @@
+"""An oracle for cuts that no item of a drawn model ends at: the captured graph with the region's outputs replaced.
+
+Where blocks have no names, a repetition may begin and end inside what the drawn model calls an item. Which values are
+replaced is then taken from the plan; that they are replaced, and by what, is worked out here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from bwcache_compile.program import CachedProgram, Region
+from tests.drawn_cases import Case
+
+
+class Replay(Interpreter):
+    """Runs every operator of a captured graph, step after step; on a reused step a region's outputs are what was kept."""
+
+    def __init__(self, module: GraphModule, region: Region, case: Case) -> None:
+        super().__init__(module)
+        self.region, self.case = region, case
+        self.step, self.now = 0, 0.0
+        self.sources: dict[str, Tensor] = {}
+        self.kept: list[tuple[float, dict[str, Tensor]]] = []
+
+    def step_with(self, inputs: dict[str, Tensor]) -> list[Any]:
+        self.now = float(inputs["t"][0]) if self.case.spec.time == "float32" else float(self.step)
+        if not self.case.reused[self.step]:
+            self.kept.append((self.now, {}))
+        outputs: list[Any] = self.run(*(inputs[name] for name in sorted(inputs)))
+        self.step += 1
+        return outputs
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.region.sources.values():
+            self.sources[n.name] = value.clone()
+        if n.name not in self.region.outputs:
+            return value
+        source = self.sources[self.region.sources[n.name]] if self.region.sources else 0
+        if self.case.reused[self.step]:
+            return self._held(n.name) + source
+        self.kept[-1][1][n.name] = value - source if self.region.sources else value.clone()
+        return value
+
+    def _held(self, name: str) -> Tensor:
+        at, last = self.kept[-1][0], self.kept[-1][1][name]
+        before, previous = (self.kept[-2][0], self.kept[-2][1][name]) if len(self.kept) > 1 else (at, last)
+        if self.case.reuse != "taylor" or at == before:
+            return last.clone()
+        weight = torch.tensor((self.now - at) / (at - before), dtype=torch.float32)
+        return (last.float() + weight * (last.float() - previous.float())).to(last.dtype)
+
+
+def replayed(captured: CachedProgram, region: Region, case: Case, inputs: list[dict[str, Tensor]]) -> list[Any]:
+    """Return the outputs of each step."""
+    replay = Replay(captured.captured.module(), region, case)
+    spec = captured.signature.out_spec
+    with torch.no_grad():
+        outputs = [replay.step_with({name: value.clone() for name, value in given.items()}) for given in inputs]
+        return [pytree.tree_unflatten([leaf.clone() for leaf in leaves], spec) for leaves in outputs]
