@@ -17,6 +17,10 @@ Reuse = Literal["output", "residual", "taylor"]
 Decide = Literal["separate", "joint"]
 Granularity = Literal["stack", "block"]
 
+_MOST_STEPS = 2**31 - 1
+_FINEST = 2**63 - 1
+"""Largest denominator of `tail`: graphs count in 64 bits."""
+
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -113,8 +117,10 @@ class CacheConfig:
                 raise ConfigError(f"reuse_interval is {interval!r}; an int counts steps and must be >= 1.")
         elif not (isinstance(interval, float) and 0 < interval <= 1):
             raise ConfigError(f"reuse_interval is {interval!r}; a float is a fraction of the steps and must be in (0, 1].")
-        if not (isinstance(self.tail, (int, float)) and 0 <= self.tail <= 1):
+        if not (isinstance(self.tail, (int, float)) and not isinstance(self.tail, bool) and 0 <= self.tail <= 1):
             raise ConfigError(f"tail is {self.tail!r}; it must be in [0, 1].")
+        if self.tail_ratio()[1] > _FINEST:
+            raise ConfigError(f"tail is {self.tail!r}; its exact ratio does not fit 64 bits; give fewer digits.")
         for name, least in (("warmup_steps", 0), ("compute_first", 0), ("compute_last", 0), ("calls_per_step", 1)):
             value = getattr(self, name)
             if not (_is_int(value) and value >= least):
@@ -123,6 +129,10 @@ class CacheConfig:
             value = getattr(self, name)
             if value != "all" and not (_is_int(value) and value >= 1):
                 raise ConfigError(f'{name} is {value!r}; it must be an int >= 1 or "all".')
+        for name in ("reuse_interval", "warmup_steps", "num_steps"):
+            value = getattr(self, name)
+            if _is_int(value) and value > _MOST_STEPS:
+                raise ConfigError(f"{name} is {value}; graphs count steps up to {_MOST_STEPS}.")
         if self.num_steps is not None and not (_is_int(self.num_steps) and self.num_steps >= 1):
             raise ConfigError(f"num_steps is {self.num_steps!r}; it must be an int >= 1.")
 

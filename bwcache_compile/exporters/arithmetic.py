@@ -19,6 +19,7 @@ _COMPARE: dict[type, Callable[[Any, Any], bool]] = {
 _UNARY: dict[type, Callable[[Any], Any]] = {ast.USub: operator.neg, ast.Not: operator.not_}
 _CALLS: dict[str, Callable[..., Any]] = {"max": max, "min": min}
 _LARGEST_POWER = 8
+_MOST_BITS = 512
 
 
 def _walk(node: ast.AST, symbols: Mapping[str, int]) -> Any:
@@ -30,7 +31,7 @@ def _walk(node: ast.AST, symbols: Mapping[str, int]) -> Any:
         return _BINARY[type(node.op)](_walk(node.left, symbols), _walk(node.right, symbols))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         base, power = _walk(node.left, symbols), _walk(node.right, symbols)
-        if 0 <= power <= _LARGEST_POWER:
+        if 0 <= power <= _LARGEST_POWER and base.bit_length() * power <= _MOST_BITS:
             return base**power
     if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
         return _UNARY[type(node.op)](_walk(node.operand, symbols))

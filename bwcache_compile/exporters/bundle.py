@@ -16,27 +16,13 @@ from typing import Any
 
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.external_data import external_locations
+from bwcache_compile.exporters.form import misfit, unmade
 
 FORMAT = "bwcache-bundle"
 VERSION = 1
 MANIFEST = "manifest.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
 FORMATS = ("onnx", "pt2", "aoti")
-_KEYS = (
-    "model",
-    "graph_format",
-    "opset",
-    "inputs",
-    "constants",
-    "outputs",
-    "symbols",
-    "conditions",
-    "slots",
-    "policy",
-    "config",
-    "graphs",
-    "files",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,32 +141,21 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{path}: format_version is {version!r}, no version number.")
     if version > VERSION:
         raise BundleError(f"{path} is of format version {version}, and this bwcache-compile reads up to {VERSION}. Upgrade it.")
-    missing = [key for key in _KEYS if key not in manifest]
-    if missing:
-        raise BundleError(f"{path} lacks {', '.join(missing)}.")
+    wrong = misfit(manifest)
+    if wrong is not None:
+        raise BundleError(f"{path}: {wrong}.")
     if manifest["graph_format"] not in FORMATS:
         raise BundleError(f"{path}: graph_format is {manifest['graph_format']!r}; known are {', '.join(FORMATS)}.")
     return manifest
 
 
 def _check_tensors(path: Path, manifest: dict[str, Any]) -> None:
-    """Check the descriptions of inputs, outputs and slots."""
-    outputs = manifest["outputs"]
-    groups = {
-        "inputs": manifest["inputs"],
-        "outputs": outputs.get("items") if isinstance(outputs, dict) else None,
-        "slots": manifest["slots"],
-    }
-    for group, entries in groups.items():
-        if not isinstance(entries, list):
-            raise BundleError(f"{path}: {group} is no list.")
-        for entry in entries:
-            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not isinstance(entry.get("shape"), list):
-                raise BundleError(f"{path}: {group} holds {str(entry)[:80]!r}, which describes no tensor.")
-            if entry.get("dtype") not in DTYPES:
-                raise BundleError(f"{path}: {entry['name']} has the dtype {entry.get('dtype')!r}; known are {', '.join(DTYPES)}.")
-            if not all(isinstance(size, str) or (type(size) is int and size >= 0) for size in entry["shape"]):
-                raise BundleError(f"{path}: {entry['name']} has the shape {entry['shape']}.")
+    """Check the dtypes and shapes of inputs, outputs and slots."""
+    for entry in [*manifest["inputs"], *manifest["outputs"]["items"], *manifest["slots"]]:
+        if entry["dtype"] not in DTYPES:
+            raise BundleError(f"{path}: {entry['name']} has the dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}.")
+        if any(isinstance(size, int) and size < 0 for size in entry["shape"]):
+            raise BundleError(f"{path}: {entry['name']} has the shape {entry['shape']}.")
 
 
 def _check_file(folder: Path, name: str, entry: Any) -> None:
@@ -189,7 +164,11 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
         raise BundleError(f"{folder / MANIFEST} names {name!r}, which is outside the bundle.")
     if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
         raise BundleError(f"{folder / MANIFEST} does not say what {name} is.")
-    if path.is_symlink() or not path.is_file():
+    try:
+        there = path.is_file() and not path.is_symlink()
+    except OSError:  # no name that the file system takes
+        there = False
+    if not there:
         raise BundleError(f"{path} is missing; the bundle is incomplete.")
     size = path.stat().st_size
     if size != entry["bytes"]:
@@ -203,14 +182,17 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
 def _check_graphs(folder: Path, manifest: dict[str, Any]) -> None:
     path, files, graphs = folder / MANIFEST, manifest["files"], manifest["graphs"]
     onnx = manifest["graph_format"] == "onnx"
-    if not isinstance(graphs, dict) or not {"compute", "reuse"} <= set(graphs):
+    if not {"compute", "reuse"} <= set(graphs):
         raise BundleError(f"{path} names no compute and reuse graph.")
     for kind, entry in graphs.items():
-        if not isinstance(entry, dict) or entry.get("file") not in files:
+        if not isinstance(entry, dict) or entry.get("file") not in list(files):
             raise BundleError(f"{path}: the {kind} graph is none of the bundle's files.")
         for key in ("inputs", "outputs", *(() if onnx else ("weights",))):
             if not isinstance(entry.get(key), list) or not all(isinstance(name, str) for name in entry[key]):
                 raise BundleError(f"{path} does not name the {key} of the {kind} graph.")
+        lacking = unmade(manifest, kind, entry["outputs"])
+        if lacking:
+            raise BundleError(f"{path}: the {kind} graph does not return {', '.join(lacking)}.")
         if onnx:
             _check_locations(folder / entry["file"], files)
     if not onnx:
@@ -233,7 +215,7 @@ def _check_layout(path: Path, manifest: dict[str, Any]) -> None:
     weights, device = manifest.get("weights"), manifest.get("device")
     if not isinstance(device, str):
         raise BundleError(f"{path} names no device.")
-    if not isinstance(weights, dict) or weights.get("file") not in manifest["files"] or not isinstance(weights.get("tensors"), dict):
+    if not isinstance(weights, dict) or weights.get("file") not in list(manifest["files"]) or not isinstance(weights.get("tensors"), dict):
         raise BundleError(f"{path} does not say where the weights are.")
     for entry in [*manifest["inputs"], *manifest["slots"]]:
         order, rank = entry.get("order"), len(entry["shape"])
@@ -250,8 +232,6 @@ def open_bundle(directory: str | Path) -> Bundle:
     """
     folder = Path(directory)
     manifest = _read_manifest(folder)
-    if not isinstance(manifest["files"], dict):
-        raise BundleError(f"{folder / MANIFEST}: files is no table.")
     for name, entry in manifest["files"].items():
         _check_file(folder, name, entry)
     _check_tensors(folder / MANIFEST, manifest)

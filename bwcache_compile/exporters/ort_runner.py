@@ -9,7 +9,7 @@ import numpy as np
 
 from bwcache_compile.errors import BundleError, ConfigError, StateError, first_line
 from bwcache_compile.exporters.bundle import Bundle
-from bwcache_compile.exporters.call import PAIRS
+from bwcache_compile.exporters.call import PAIRS, graph_shape
 
 _ON_HOST = ("reuse_left", "indicator")
 _NAMES = {"float": "float32", "double": "float64"}
@@ -66,12 +66,17 @@ class OrtRunner:
         for what, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
             if [value.name for value in found] != entry[what]:
                 raise BundleError(f"{entry['file']} has the {what} {[v.name for v in found]}, and the manifest says {entry[what]}.")
-        known = {entry["name"]: entry["dtype"] for entry in self._manifest["inputs"]}
-        known |= {f"cache_in.{slot['name']}": slot["dtype"] for slot in self._manifest["slots"]}
+        known = {entry["name"]: entry for entry in self._manifest["inputs"]}
+        known |= {f"cache_in.{slot['name']}": slot for slot in self._manifest["slots"]}
         for value in session.get_inputs():
-            expected = known.get(value.name, _dtype(value.type))
-            if _dtype(value.type) != PAIRS.get(expected, expected):
-                raise BundleError(f"{entry['file']} takes {value.name} as {_dtype(value.type)}, and the manifest says {expected}.")
+            if value.name not in known:
+                continue
+            dtype, shape = known[value.name]["dtype"], graph_shape(known[value.name])
+            if _dtype(value.type) != PAIRS.get(dtype, dtype):
+                raise BundleError(f"{entry['file']} takes {value.name} as {_dtype(value.type)}, and the manifest says {dtype}.")
+            fixed = [(a, b) for a, b in zip(value.shape, shape, strict=False) if isinstance(a, int) or isinstance(b, int)]
+            if len(value.shape) != len(shape) or any(a != b for a, b in fixed):
+                raise BundleError(f"{entry['file']} takes {value.name} of shape {value.shape}, and the manifest says {shape}.")
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as an OrtValue; arrays that lie on the same device are not copied."""
@@ -100,10 +105,13 @@ class OrtRunner:
         """Return a new OrtValue on the sessions' device."""
         import onnxruntime as ort
 
-        if dtype == "bfloat16":  # numpy has none; what is kept in it starts as zeros
-            zeros = np.zeros(shape, dtype=np.uint16)
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, 16)
-        return ort.OrtValue.ortvalue_from_numpy(np.full(shape, fill, dtype=dtype), self._device, 0)
+        try:
+            if dtype == "bfloat16":  # numpy has none; what is kept in it starts as zeros
+                zeros = np.zeros(shape, dtype=np.uint16)
+                return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, 16)
+            return ort.OrtValue.ortvalue_from_numpy(np.full(shape, fill, dtype=dtype), self._device, 0)
+        except Exception as error:  # numpy's or onnxruntime's: no memory, or no such number
+            raise BundleError(f"no {dtype} tensor of shape {shape} for the slot {slot}: {first_line(error)}") from error
 
     def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
         """Return a new OrtValue on the host: onnxruntime copies what a graph reads elsewhere."""

@@ -50,7 +50,7 @@ def _config(bundle: Bundle) -> CacheConfig:
     values: dict[str, Any] = {key: float(value) if value in ("inf", "nan") else value for key, value in bundle.manifest["config"].items()}
     try:
         return CacheConfig(**values)
-    except (TypeError, ConfigError) as error:
+    except (TypeError, ValueError, OverflowError) as error:  # a ConfigError is a ValueError
         raise BundleError(f"{bundle.folder / 'manifest.json'}: the config does not fit this version: {error}.") from error
 
 

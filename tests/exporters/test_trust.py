@@ -52,6 +52,14 @@ def test_files(bundle: Path) -> None:
     (lambda m: m.update(format_version="1"), "format_version is '1', no version number."),
     (lambda m: m.update(format="zip"), "does not describe a bundle."),
     (lambda m: m.pop("slots"), "lacks slots."),
+    (lambda m: m["inputs"][0].update(argument=3), "manifest.json: inputs[0].argument is 3, no str."),
+    (lambda m: m.update(conditions=None), "manifest.json: conditions is None, no list."),
+    (lambda m: m["slots"][0].pop("fill"), "manifest.json: slots[0] lacks fill."),
+    (lambda m: m["slots"].append(m["slots"][0]), "manifest.json: slots names output_0 twice."),
+    (lambda m: m["outputs"].update(length=10**9), "manifest.json: the outputs' positions [0] are not within 1000000000."),
+    (lambda m: m["slots"][0].update(shape=[1, 6, 7]), "cache_in.output_0 of shape [1, 6, 32], and the manifest says [1, 6, 7]."),
+    (lambda m: m["graphs"]["compute"]["outputs"].remove("reuse_left"), "the compute graph does not return reuse_left."),
+    (lambda m: m["config"].update(num_steps=10**30), "graphs count steps up to 2147483647"),
     (lambda m: m["inputs"][0].update(dtype="complex32"), "x has the dtype 'complex32'; known are"),
     (lambda m: m["slots"][0].update(shape=[-1]), "output_0 has the shape [-1]."),
     (lambda m: m["files"].update({"../other": {"bytes": 1, "sha256": ""}}), "names '../other', which is outside the bundle."),
@@ -92,7 +100,7 @@ def test_a_graph_that_is_none(bundle: Path) -> None:
 
 
 def test_sizes_are_arithmetic_and_nothing_else(bundle: Path) -> None:
-    edit(bundle, lambda m: m["slots"][0].update(shape=["__import__('os').getpid()"]))
+    edit(bundle, lambda m: m["conditions"].append("__import__('os').getpid()"))
     session = bw.load(bundle)
     with pytest.raises(bw.BundleError, match="cannot be evaluated: Call is no arithmetic on sizes"):
         session(*(value.numpy() for value in OneStream().example()))

@@ -1,0 +1,83 @@
+"""What a manifest must look like: the kind of every value that a session reads, and the names that must agree. Needs no torch."""
+
+from __future__ import annotations
+
+from types import NoneType
+from typing import Any
+
+_TENSOR = {"name": str, "dtype": str, "shape": [(int, str)]}
+_PLACE = {"argument": str, "path": [(int, str)]}
+_FORM = {
+    "model": str,
+    "graph_format": str,
+    "opset": (int, NoneType),
+    "arguments": [str],
+    "inputs": [{**_TENSOR, **_PLACE}],
+    "constants": [{**_PLACE, "value": (bool, int, float, str, NoneType)}],
+    "outputs": {"kind": str, "length": int, "items": [{**_TENSOR, "key": str, "position": int}]},
+    "symbols": [{"name": str, "input": str, "dimension": int, "factor": int, "offset": int}],
+    "conditions": [str],
+    "slots": [{**_TENSOR, "fill": (int, float, str)}],
+    "measured": [str],
+    "policy": {},
+    "config": {},
+    "graphs": {},
+    "files": {},
+}
+_MOST_OUTPUTS = 10_000
+
+
+def _misfit(value: Any, form: Any, place: str) -> str | None:
+    """Say where a value leaves its form: a type, several, `[form of each item]`, or `{key: form}` with other keys allowed."""
+    shown = f"{place} is {repr(value)[:60]}"
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return f"{shown}, no table"
+        missing = [key for key in form if key not in value]
+        if missing:
+            return f"{place} lacks {', '.join(missing)}"
+        inside = [(value[key], inner, f"{place}.{key}".removeprefix("it.")) for key, inner in form.items()]
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            return f"{shown}, no list"
+        inside = [(item, form[0], f"{place}[{i}]") for i, item in enumerate(value)]
+    else:
+        known = form if isinstance(form, tuple) else (form,)
+        return None if type(value) in known else f"{shown}, no {' or '.join(kind.__name__ for kind in known)}"
+    return next((found for entry in inside if (found := _misfit(*entry))), None)
+
+
+def _disagreement(manifest: dict[str, Any]) -> str | None:
+    """Say which names or numbers contradict one another."""
+    outputs = manifest["outputs"]
+    for group, entries in (("inputs", manifest["inputs"]), ("outputs", outputs["items"]), ("slots", manifest["slots"])):
+        names = [entry["name"] for entry in entries]
+        if len(set(names)) < len(names):
+            return f"{group} names {next(name for name in names if names.count(name) > 1)} twice"
+    for slot in manifest["slots"]:
+        if isinstance(slot["fill"], str) and slot["fill"] not in ("inf", "-inf", "nan"):
+            return f"the slot {slot['name']} is filled with {slot['fill']!r}"
+    positions = [item["position"] for item in outputs["items"]]
+    if outputs["kind"] not in ("tensor", "tuple", "mapping") or not positions:
+        return f"the outputs are {outputs['kind']!r} of {len(positions)} tensors"
+    if not 0 <= min(positions) <= max(positions) < outputs["length"] <= _MOST_OUTPUTS:
+        return f"the outputs' positions {positions} are not within {outputs['length']}"
+    known = [entry["name"] for entry in manifest["inputs"]]
+    for symbol in manifest["symbols"]:
+        if symbol["input"] not in known or symbol["dimension"] < 0 or symbol["factor"] < 1:
+            return f"the symbol {symbol['name']} is read from {symbol['input']}, dimension {symbol['dimension']}, in {symbol['factor']}s"
+    return None
+
+
+def misfit(manifest: dict[str, Any]) -> str | None:
+    """Say what is wrong with a manifest; None where nothing is. Shapes, files and graphs are looked at elsewhere."""
+    return _misfit(manifest, _FORM, "it") or _disagreement(manifest)
+
+
+def unmade(manifest: dict[str, Any], kind: str, returned: list[str]) -> list[str]:
+    """Return what a session reads of a graph's outputs that it does not make."""
+    needed = [item["name"] for item in manifest["outputs"]["items"]]
+    if kind != "reuse":
+        needed += [f"cache_out.{slot['name']}" for slot in manifest["slots"]]
+    needed += {"compute": ["reuse_left"], "guarded": ["cache_out.reuse_until"]}.get(kind, [])
+    return [name for name in needed if name not in returned]
