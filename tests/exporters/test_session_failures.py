@@ -13,7 +13,6 @@ import torch
 from expecttest import assert_expected_inline
 
 import bwcache_compile as bw
-from tests.exporters.helpers import edit
 from tests.models import OneStream
 
 OPEN: dict[str, dict[str, Any]] = {"onnx": {}, "pt2": {"backend": "torch", "allow_code": True}}
@@ -84,9 +83,9 @@ ConfigError: reuse is built into the graphs; export again. What may change is nu
 
 
 def fails(bundle: Path, **arguments: Any) -> str:
-    """Let the manifest promise sizes that the graphs were not made for: the runtime itself fails."""
-    edit(bundle, lambda manifest: manifest["inputs"][0].update(shape=[1, 6, 5]))
+    """Let the opened manifest promise sizes that the graphs were not made for: the runtime itself fails."""
     session = bw.load(bundle, **arguments)
+    session.manifest["inputs"][0]["shape"] = [1, 6, 5]
     x, t = arrays()
     return reasons(session, lambda s: s(x.repeat(2, axis=2)[..., :5], t)).replace(": ", ":\n  ")
 
