@@ -47,20 +47,18 @@ def architecture(case: Case) -> str:
     return repr(dataclasses.replace(case.spec, seed=0))
 
 
-def check_all(draw: Callable[[Callable[[Case], None]], None]) -> dict[str, Any]:
+def check_all(drawn: list[Case]) -> dict[str, Any]:
     """Check cases; what is wrong is kept with its case, from which alone it can be run again."""
     outcomes: list[Outcome] = []
     wrong: list[dict[str, str]] = []
 
-    def use(case: Case) -> None:
+    start = time.perf_counter()
+    for case in drawn:
         try:
             outcomes.append(check(case))
         except Exception as error:  # recorded, whatever it is: a long run should find more than one fault
             place = traceback.extract_tb(error.__traceback__)[-1]
             wrong.append({"case": repr(case), "error": f"{type(error).__name__}: {error}", "at": f"{place.name}:{place.lineno}"})
-
-    start = time.perf_counter()
-    draw(use)
     return {**tally(outcomes), "wrong": wrong, "seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -68,21 +66,16 @@ def run_round(number: int) -> tuple[dict[str, Any], set[str]]:
     """Check one round of cases; return its counts and its architectures."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    seen: set[str] = set()
-    each_case(number, lambda case: seen.add(architecture(case)))
-    return check_all(lambda use: each_case(number, use)), seen
+    drawn: list[Case] = []
+    each_case(number, drawn.append)
+    return check_all(drawn), {architecture(case) for case in drawn}
 
 
 def check_again(total: dict[str, Any]) -> dict[str, Any]:
     """Check what was wrong once more, after something was mended."""
     names = {"Case": Case, "Spec": Spec, "Stack": Stack, "torch": torch}
-    cases = [eval(wrong["case"], names) for wrong in total.get("wrong", [])]  # our own record, printed by our own classes
-
-    def each(use: Callable[[Case], None]) -> None:
-        for case in cases:
-            use(case)
-
-    return added({**total, "wrong": []}, check_all(each))
+    drawn = [eval(wrong["case"], names) for wrong in total.get("wrong", [])]  # our own record, printed by our own classes
+    return added({**total, "wrong": []}, check_all(drawn))
 
 
 def added(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,11 @@ _FINEST = 2**63 - 1
 """Largest denominator of `tail`: graphs count in 64 bits."""
 
 
+def policy_dtype(name: str) -> str:
+    """Return the dtype in which graphs take a policy parameter: `float32` for the threshold, `int64` for the others."""
+    return "float32" if name == "threshold" else "int64"
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import SymInt, Tensor
 
+from bwcache_compile.config import CacheConfig, policy_dtype
 from bwcache_compile.sizes import largest, smallest
 
 
@@ -113,6 +114,16 @@ def static(mask: Tensor, step: Tensor) -> Tensor:
     computes = (places > step) & (mask == 0)
     following = torch.where(computes, places, torch.full_like(places, mask.shape[0]))
     return following.min().reshape(1) - step - 1
+
+
+def policy_parameters(config: CacheConfig, num_steps: int | None, device: torch.device | None = None) -> tuple[Tensor, ...]:
+    """Return the values of the graph's `policy_*` inputs, in their order.
+
+    Raises:
+        ConfigError: The policy needs the number of steps and it is not known.
+    """
+    values = config.policy_values(num_steps)
+    return tuple(torch.tensor(value, dtype=getattr(torch, policy_dtype(name)), device=device) for name, value in values.items())
 
 
 def residual(output: Tensor, source: Tensor) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule
 from torch.utils._pytree import TreeSpec
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.layout import Order
-from bwcache_compile.sizes import OpenSizes, Shape, Size
+from bwcache_compile.layout import Order, in_order
+from bwcache_compile.sizes import OpenSizes, Shape, Size, evaluated
 
 OURS = "bwcache_"
 """Prefix of the names of graphs and buffers that passes add to a module, so that they never hide the model's own."""
@@ -87,6 +89,10 @@ class CacheSlot:
     def bytes(self) -> int:
         """Size of the slot's tensor at the captured sizes."""
         return torch.Size(self.example).numel() * self.dtype.itemsize
+
+    def fresh(self, sizes: Mapping[str, int], device: torch.device) -> Tensor:
+        """Return the slot of a context that has computed nothing, where the program's symbols have these values."""
+        return in_order(torch.full(evaluated(self.shape, sizes), self.fill, dtype=self.dtype, device=device), self.order)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,10 @@ def stacks(draw: st.DrawFn, functional: bool, streams: int, depths: list[int], w
     )
 
 
+# hypothesis mixes numbers of 100 and more that stand in the loaded sources into what it draws: cases would change with them
+numbers = st.integers(0, 99)
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> Spec:
     code = draw(st.sampled_from(["modules", "modules", "attributes", "wrapped", "functional"]))
@@ -64,7 +68,7 @@ def specs(draw: st.DrawFn) -> Spec:
     writes = draw(st.sampled_from([False, False, False, False, True]))  # a capture of writes in place costs three others
     return Spec(
         stacks=tuple(draw(stacks(functional, streams, depths, writes)) for _ in range(count)),
-        seed=draw(st.integers(0, 9999)),
+        seed=100 * draw(numbers) + draw(numbers),
         code=code,
         streams=streams,
         batch=draw(st.integers(1, 2)),

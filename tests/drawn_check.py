@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from bwcache_compile.compare import clone_tensors
 from bwcache_compile.runtime import Toolchain
 from tests.drawn import Drawn, State, Wrapped, example
 from tests.drawn_cases import STEPS, Case
-from tests.drawn_replay import replayed
+from tests.drawn_replay import extrapolated, replayed
 
 NAMED_ERRORS = (bw.CaptureError, bw.NoBlocksFoundError, bw.UnsupportedGraphError, bw.ConfigError)
 
@@ -39,14 +39,13 @@ class Oracle:
         self.step = 0
 
     def _reused(self, s: State, now: float) -> State:
-        last, at = self.kept[-1]
-        if self.case.reuse == "residual":
-            return {name: s[source(name, s)].reshape(value.shape) + value for name, value in last.items()}
-        previous, before = self.kept[-2] if len(self.kept) > 1 else (last, at)
-        if self.case.reuse == "output" or at == before:
-            return copy.deepcopy(last)
-        weight = torch.tensor((now - at) / (at - before), dtype=torch.float32)
-        return {name: (v.float() + weight * (v.float() - previous[name].float())).to(v.dtype) for name, v in last.items()}
+        def held(name: str, last: Tensor) -> Tensor:
+            if self.case.reuse == "residual":
+                return s[source(name, s)].reshape(last.shape) + last
+            kept = [(at, values[name]) for values, at in self.kept[-2:]]
+            return extrapolated(now, kept) if self.case.reuse == "taylor" else last.clone()
+
+        return each_once(held, self.kept[-1][0])
 
     def __call__(self, inputs: dict[str, Tensor]) -> Any:
         model, items, time = self.model, self.items, self.model.spec.time
@@ -61,11 +60,21 @@ class Oracle:
             changed = {n: v for n, v in s.items() if before.get(n) is not v or not torch.equal(v, entered[n])}
             if self.case.reuse == "residual":
                 sources = {n: entered[source(n, entered)] for n in changed}  # a stream may enter in another layout
-                changed = {n: v - sources[n].reshape(v.shape) for n, v in changed.items() if sources[n].numel() == v.numel()}
+                changed = {n: v for n, v in changed.items() if sources[n].numel() == v.numel()}
+                changed = each_once(lambda n, v: v - sources[n].reshape(v.shape), changed)
             self.kept.append((copy.deepcopy(changed), now))
         model.run_items(s, range(items.stop, len(model.items)))
         self.step += 1
         return model.finish(s)
+
+
+def each_once(make: Callable[[str, Tensor], Tensor], values: State) -> State:
+    """Make a value from each; names of one tensor, which later items may edit in place, are names of one tensor again."""
+    made: dict[int, Tensor] = {}
+    for name, value in values.items():
+        if id(value) not in made:
+            made[id(value)] = make(name, value)
+    return {name: made[id(value)] for name, value in values.items()}
 
 
 class Watched(dict[str, Tensor]):
@@ -179,18 +188,25 @@ def ranges(model: Drawn, names: list[str]) -> list[range]:
 
 def matching(model: Drawn, names: list[str], case: Case, steps: list[Any], inputs: list[dict[str, Tensor]]) -> list[Any] | None:
     """Return what the oracle gives where the items it replaces are those that gave `steps`; None where no items do."""
+    for items, apart in choices(model, names, inputs[0]):
+        oracle = Oracle(model, items, case, apart)
+        try:
+            with torch.no_grad():
+                expected = [copy.deepcopy(oracle(clone_tensors(given))) for given in inputs]
+        except (KeyError, RuntimeError):  # a residual of these items is not defined, or they leave the stream in another layout
+            continue
+        if all(close(a, b, case.spec.dtype) for a, b in zip(steps, expected, strict=True)):
+            return expected
+    return None
+
+
+def choices(model: Drawn, names: list[str], inputs: dict[str, Tensor]) -> Iterator[tuple[range, list[int]]]:
+    """Yield the items that the cached blocks may span, and those among them that may run at every step."""
     known = set(names) <= {item.block for item in model.items}
     for items in ranges(model, names):
-        for apart in ([], independent(model, items, names, inputs[0]) if known else []):
-            oracle = Oracle(model, items, case, apart)
-            try:
-                with torch.no_grad():
-                    expected = [copy.deepcopy(oracle(clone_tensors(given))) for given in inputs]
-            except (KeyError, RuntimeError):  # a residual of these items is not defined, or they leave the stream in another layout
-                continue
-            if all(close(a, b, case.spec.dtype) for a, b in zip(steps, expected, strict=True)):
-                return expected
-    return None
+        yield items, []
+        if known and (apart := independent(model, items, names, inputs)):
+            yield items, apart
 
 
 def check(case: Case) -> Outcome:

@@ -17,6 +17,15 @@ from bwcache_compile.program import CachedProgram, Region
 from tests.drawn_cases import Case
 
 
+def extrapolated(now: float, kept: list[tuple[float, Tensor]]) -> Tensor:
+    """Return the line through the last two kept values at `now`; a new tensor, the last value where they give no line."""
+    (before, previous), (at, last) = kept[-2:] if len(kept) > 1 else 2 * kept
+    if at == before:
+        return last.clone()
+    weight = torch.tensor((now - at) / (at - before), dtype=torch.float32)
+    return (last.float() + weight * (last.float() - previous.float())).to(last.dtype)
+
+
 class Replay(Interpreter):
     """Runs every operator of a captured graph, step after step; on a reused step a region's outputs are what was kept."""
 
@@ -48,12 +57,8 @@ class Replay(Interpreter):
         return value
 
     def _held(self, name: str) -> Tensor:
-        at, last = self.kept[-1][0], self.kept[-1][1][name]
-        before, previous = (self.kept[-2][0], self.kept[-2][1][name]) if len(self.kept) > 1 else (at, last)
-        if self.case.reuse != "taylor" or at == before:
-            return last.clone()
-        weight = torch.tensor((self.now - at) / (at - before), dtype=torch.float32)
-        return (last.float() + weight * (last.float() - previous.float())).to(last.dtype)
+        kept = [(at, values[name]) for at, values in self.kept[-2:]]
+        return extrapolated(self.now, kept) if self.case.reuse == "taylor" else kept[-1][1].clone()
 
 
 def replayed(captured: CachedProgram, region: Region, case: Case, inputs: list[dict[str, Tensor]]) -> list[Any]:

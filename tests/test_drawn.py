@@ -33,6 +33,9 @@ def test_drawn_architectures() -> None:
 
 FOUND = {
     "streams edited in place, the embedding read after the blocks": Case(Spec((Stack(residual="iadd"),), epilogue="start")),
+    "two names of one stream, edited in place behind the region": Case(
+        Spec((Stack(residual="copy", depth=4),), epilogue="start"), "taylor", compute_last=1
+    ),
     "rows of the stream edited in place": Case(Spec((Stack(residual="rows", depth=3),), epilogue="scale_"), "residual"),
     "memory shared by the blocks": Case(Spec((Stack(residual="scratch"),)), "taylor"),
     "the embedded time edited by each block": Case(Spec((Stack(modulation="decay"),), epilogue="adaln")),

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import bwcache_compile as bw
 from bwcache_compile import policy
-from bwcache_compile.runtime.state import policy_parameters
 from tests.reference import decide
 
 CASES = json.loads((Path(__file__).parent / "data" / "schedule.json").read_text())
@@ -34,7 +33,7 @@ class Trace:
 def run_schedule(config: bw.CacheConfig, indicators: list[float | None], first: int = 0) -> Trace:
     """Drive the tensor policy as the runtime does: ask after each computed step, count down while reusing."""
     assert config.num_steps is not None
-    parameters = policy_parameters(config, config.num_steps, torch.device("cpu"))
+    parameters = policy.policy_parameters(config, config.num_steps, torch.device("cpu"))
     trigger, left, reused = torch.tensor([-1]), 0, []
     for step in range(first, config.num_steps):
         if left > 0:
@@ -132,7 +131,7 @@ def test_a_fresh_reference_counts_as_changed() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_no_reuse_while_any_block_is_not_finite(bad: float) -> None:
     config = bw.CacheConfig(num_steps=20, reuse_interval=3, tail=0.0)
-    parameters = policy_parameters(config, 20, torch.device("cpu"))
+    parameters = policy.policy_parameters(config, 20, torch.device("cpu"))
 
     def after(step: int, trigger: int, change: list[float]) -> tuple[int, int]:
         now, left = policy.schedule(torch.tensor(change), torch.tensor([trigger]), torch.tensor([step]), *parameters)

@@ -14,6 +14,7 @@ from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.graphs import PlainGraph
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.layout import in_order, slot_order
+from bwcache_compile.policy import policy_parameters
 from bwcache_compile.program import REGION_MARK, CachedProgram
 from bwcache_compile.sizes import evaluate, evaluated
 
@@ -87,8 +88,7 @@ class TorchRun:
     def __post_init__(self) -> None:
         """Start with a fresh state."""
         plan = self.program.planned()
-        fresh = {s.name: torch.full(evaluated(s.shape, self.sizes), s.fill, dtype=s.dtype, device=plan.device) for s in plan.slots}
-        self.slots = {slot.name: in_order(fresh[slot.name], slot.order) for slot in plan.slots}
+        self.slots = {slot.name: slot.fresh(self.sizes, plan.device) for slot in plan.slots}
         self.until = self.computed_at = -1
 
     def step(self, step: int, flat: list[Any]) -> tuple[list[Any], bool, Tensor | None]:
@@ -98,9 +98,7 @@ class TorchRun:
         if 0 <= self.computed_at < step <= self.until:
             assert program.reuse is not None
             return list(program.reuse(*flat, *(self.slots[name] for name in program.reuse_slots), now)), False, None
-        values = self.config.policy_values(self.num_steps)
-        dtypes = {name: torch.float32 if name == "threshold" else torch.int64 for name in values}
-        parameters = [torch.tensor(value, dtype=dtypes[name], device=device) for name, value in values.items()]
+        parameters = policy_parameters(self.config, self.num_steps, device)
         returned = list(program.compute(*flat, *(self.slots[name] for name in program.compute_slots), *parameters, now))
         users = program.signature.out_spec.num_leaves
         self.slots = dict(zip(self.slots, returned[users : users + len(self.slots)], strict=True))

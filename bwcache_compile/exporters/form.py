@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import NoneType
 from typing import Any
 
+from bwcache_compile.exporters.call import UNTIL
+
 _TENSOR = {"name": str, "dtype": str, "shape": [(int, str)]}
 _PLACE = {"argument": str, "path": [(int, str)]}
 _FORM = {
@@ -79,5 +81,5 @@ def unmade(manifest: dict[str, Any], kind: str, returned: list[str]) -> list[str
     needed = [item["name"] for item in manifest["outputs"]["items"]]
     if kind != "reuse":
         needed += [f"cache_out.{slot['name']}" for slot in manifest["slots"]]
-    needed += {"compute": ["reuse_left"], "guarded": ["cache_out.reuse_until"]}.get(kind, [])
+    needed += {"compute": ["reuse_left"], "guarded": [f"cache_out.{UNTIL}"]}.get(kind, [])
     return [name for name in needed if name not in returned]

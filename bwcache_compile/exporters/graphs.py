@@ -144,6 +144,26 @@ def _outside(name: str) -> str:
     return name
 
 
+def exported_program(
+    module: GraphModule, signature: ExportGraphSignature, ranges: dict[Any, Any], parameters: dict[str, Any], constants: dict[str, Any]
+) -> ExportedProgram:
+    """Wrap a graph over lifted weights as what torch's exporters take: called with its user inputs, it returns a tuple."""
+    users = sum(spec.kind == InputKind.USER_INPUT for spec in signature.input_specs)
+    in_spec = pytree.tree_structure((tuple(range(users)), {}))
+    out_spec = pytree.tree_structure(tuple(range(len(signature.output_specs))))
+    call = ModuleCallSignature(inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec)
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=signature,
+        state_dict=parameters,
+        range_constraints=ranges,
+        module_call_graph=[ModuleCallEntry("", call)],
+        constants=constants,
+        verifiers=[load_verifier("TRAINING")],  # blocks may write in place
+    )
+
+
 def plain_graph(program: CachedProgram, kind: str, outputs: tuple[str, ...]) -> PlainGraph:
     """Return one of a program's graphs, its calls written out, its weights lifted; nothing is traced again.
 
@@ -161,18 +181,5 @@ def plain_graph(program: CachedProgram, kind: str, outputs: tuple[str, ...]) -> 
     lifted.graph.output_node().args = (tuple(kept),)
     output_specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in kept]
     users = [spec.arg.name for spec in specs if spec.kind == InputKind.USER_INPUT]
-    leaves = tuple(range(len(users)))
-    call = ModuleCallSignature(
-        inputs=[], outputs=[], in_spec=pytree.tree_structure((leaves, {})), out_spec=pytree.tree_structure(tuple(range(len(output_specs))))
-    )
-    exported = ExportedProgram(
-        root=lifted,
-        graph=lifted.graph,
-        graph_signature=ExportGraphSignature(specs, output_specs),
-        state_dict=parameters,
-        range_constraints={},
-        module_call_graph=[ModuleCallEntry("", call)],
-        constants=constants,
-        verifiers=[load_verifier("TRAINING")],  # blocks may write in place
-    )
+    exported = exported_program(lifted, ExportGraphSignature(specs, output_specs), {}, parameters, constants)
     return PlainGraph(kind, exported, tuple(_outside(name) for name in users), outputs)

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bwcache_compile.exporters.call import UNTIL
+
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-UNTIL = "reuse_until"
-"""Name of the one slot that the guard adds: the last step that reuses."""
 
 
 def _like(value: Any, name: str) -> Any:

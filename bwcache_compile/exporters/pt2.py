@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 from torch.export import ExportedProgram
-from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ExportError, first_line
-from bwcache_compile.exporters.graphs import PlainGraph
+from bwcache_compile.exporters.graphs import PlainGraph, exported_program
 from bwcache_compile.program import REGION_MARK
 from bwcache_compile.sizes import print_expression
 
@@ -87,19 +85,8 @@ def torch_graph(plain: PlainGraph) -> TorchGraph:
     lifted = [str(spec.target) for spec in old.input_specs if spec.kind != InputKind.USER_INPUT]
     held = {**exported.state_dict, **exported.constants}
     specs = [InputSpec(InputKind.USER_INPUT, spec.arg, None) for spec in old.input_specs]
-    values = tuple(node.meta["val"] for node in exported.graph.find_nodes(op="placeholder"))
-    in_spec = pytree.tree_structure((values, {}))
-    out_spec = pytree.tree_structure(tuple(range(len(old.output_specs))))
-    program = ExportedProgram(
-        root=exported.graph_module,
-        graph=exported.graph,
-        graph_signature=ExportGraphSignature(specs, old.output_specs),
-        state_dict={},
-        range_constraints=_open_sizes(list(values))[1],
-        module_call_graph=[ModuleCallEntry("", ModuleCallSignature(inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec))],
-        constants={},
-        verifiers=exported.verifiers,
-    )
+    ranges = _open_sizes([node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")])[1]
+    program = exported_program(exported.graph_module, ExportGraphSignature(specs, old.output_specs), ranges, {}, {})
     return TorchGraph(plain.kind, program, {name: held[name] for name in lifted})
 
 

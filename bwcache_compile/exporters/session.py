@@ -9,14 +9,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from bwcache_compile.config import CacheConfig
+from bwcache_compile.config import CacheConfig, policy_dtype
 from bwcache_compile.errors import BundleError, ConfigError, StateError
 from bwcache_compile.exporters.bundle import Bundle
-from bwcache_compile.exporters.call import Call, Output, Runner, bound, flat_call
+from bwcache_compile.exporters.call import UNTIL, Call, Output, Runner, bound, flat_call
 from bwcache_compile.report import ContextReport, RawStep, Report, step_records
 
 _MAY_CHANGE = {"threshold", "reuse_interval", "tail", "warmup_steps", "num_steps"}
-_UNTIL = "reuse_until"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Session:
         runner = self._runner
         slots = [(slot["name"], slot["dtype"], call.sizes_of(slot["shape"]), float(slot["fill"])) for slot in self.manifest["slots"]]
         if self.guarded:
-            slots.append((_UNTIL, "int64", (1,), -1.0))
+            slots.append((UNTIL, "int64", (1,), -1.0))
         context.state = {name: runner.full(name, shape, dtype, fill) for name, dtype, shape, fill in slots}
         context.state_bytes = sum(runner.bytes(value) for value in context.state.values())
         same = {name: runner.kind(value)[1] for name, value in context.spare.items()} == {name: shape for name, _, shape, _ in slots}
@@ -152,8 +151,7 @@ class Session:
 
     def _parameters(self, num_steps: int | None) -> dict[str, Any]:
         values = self.cache_config.policy_values(num_steps)
-        dtypes = {name: "float32" if name == "threshold" else "int64" for name in values}
-        return {f"policy.{name}": self._runner.vector(value, dtypes[name]) for name, value in values.items()}
+        return {f"policy.{name}": self._runner.vector(value, policy_dtype(name)) for name, value in values.items()}
 
     def _run(self, context: _Context, call: Call, num_steps: int | None) -> dict[str, Any]:
         step, runner = context.step, self._runner
@@ -180,7 +178,7 @@ class Session:
         if kind == "guarded":
             computed = step > context.reuse_until
             if computed:  # eight bytes; the caches stay where they are
-                context.reuse_until = int(runner.host(context.state[_UNTIL])[0])
+                context.reuse_until = int(runner.host(context.state[UNTIL])[0])
         if computed:
             context.computed_at = step
         context.records.append(RawStep(step, computed, fresh, change))

@@ -14,9 +14,8 @@ import numpy as np
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.bundle import Bundle, open_bundle
-from bwcache_compile.exporters.call import PAIRS, graph_shape
+from bwcache_compile.exporters.call import PAIRS, UNTIL, graph_shape
 from bwcache_compile.exporters.external_data import external_locations
-from bwcache_compile.exporters.guard import UNTIL
 from bwcache_compile.exporters.tensorrt import symbol_ranges
 
 CONTROLS = {"START": "bool", "END": "bool", "CORRID": "uint64"}

@@ -103,11 +103,15 @@ def _first_of(output: Node, blocks: tuple[Block, ...], nodes: dict[str, Node]) -
 
 
 def _sources(
-    program: CachedProgram, inputs: list[Node], outputs: list[Node], blocks: tuple[Block, ...], config: CacheConfig
+    program: CachedProgram,
+    nodes: dict[str, Node],
+    inputs: list[Node],
+    outputs: list[Node],
+    blocks: tuple[Block, ...],
+    config: CacheConfig,
 ) -> dict[str, str]:
     """Prove which region input each region output continues; what is only added on the way did not enter the first block."""
     graph = program.compute.graph
-    nodes = {node.name: node for node in graph.nodes}
     sources: dict[str, str] = {}
     advice = "" if config.granularity == "stack" else "granularity='stack' with "
     for output in outputs:
@@ -170,27 +174,33 @@ def _slots(program: CachedProgram, config: CacheConfig, region: Region, nodes: d
 
 
 def _make_region(
-    program: CachedProgram, flow: DataFlow, blocks: tuple[Block, ...], measured: tuple[Measured, ...], config: CacheConfig, tag: str
+    program: CachedProgram,
+    flow: DataFlow,
+    nodes: dict[str, Node],
+    blocks: tuple[Block, ...],
+    measured: tuple[Measured, ...],
+    config: CacheConfig,
+    tag: str,
 ) -> Region:
     """Take in all that depends on one of the blocks and that one of them depends on, and check that it may be skipped."""
-    nodes = _region(flow, blocks)
-    inside = set(nodes)
-    inputs = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside and a.op != "get_attr"))
-    outputs = [n for n in nodes if isinstance(n.meta.get("val"), Tensor) and any(u not in inside for u in n.users)]
+    members = _region(flow, blocks)
+    inside = set(members)
+    inputs = list(dict.fromkeys(a for n in members for a in n.all_input_nodes if a not in inside and a.op != "get_attr"))
+    outputs = [n for n in members if isinstance(n.meta.get("val"), Tensor) and any(u not in inside for u in n.users)]
     _check_sizes(outputs, program)
-    _check_writes(flow, nodes, outputs, program)
+    _check_writes(flow, members, outputs, program)
     for node in outputs:
         if config.reuse != "output" and not node.meta["val"].is_floating_point():
             raise ConfigError(f"reuse={config.reuse!r} needs floating outputs; `{node.name}` is {format_value(node.meta['val'])}.")
     region = Region(
         tag=tag,
-        nodes=tuple(n.name for n in nodes),
+        nodes=tuple(n.name for n in members),
         inputs=tuple(n.name for n in inputs),
         outputs=tuple(n.name for n in outputs),
-        sources=_sources(program, inputs, outputs, blocks, config) if config.reuse == "residual" else {},
+        sources=_sources(program, nodes, inputs, outputs, blocks, config) if config.reuse == "residual" else {},
         measured=measured,
     )
-    return dataclasses.replace(region, slots=_slots(program, config, region, {node.name: node for node in flow.nodes}))
+    return dataclasses.replace(region, slots=_slots(program, config, region, nodes))
 
 
 def _notes(
@@ -230,9 +240,10 @@ def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig)
     measured = _measured(blocks, search, config, nodes)
     if config.granularity == "block":
         own = [tuple(m for m in measured if m.block == block.name) for block in blocks]
-        regions = tuple(_make_region(program, flow, (b,), m, config, str(i)) for i, (b, m) in enumerate(zip(blocks, own, strict=True)))
+        each = enumerate(zip(blocks, own, strict=True))
+        regions = tuple(_make_region(program, flow, nodes, (block,), m, config, str(i)) for i, (block, m) in each)
     else:
-        regions = (_make_region(program, flow, blocks, measured, config, ""),)
+        regions = (_make_region(program, flow, nodes, blocks, measured, config, ""),)
     time_input = _time_input(program) if config.reuse == "taylor" else None
     feature = nodes[blocks[-1].feature].meta["val"]
     return CachePlan(

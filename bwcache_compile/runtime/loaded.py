@@ -12,9 +12,10 @@ from torch._dynamo import maybe_mark_dynamic
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.policy import policy_parameters
 from bwcache_compile.program import OURS, CachedProgram
 from bwcache_compile.runtime.signature import CallKey
-from bwcache_compile.runtime.state import CacheState, fresh_slots, policy_parameters
+from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.sizes import CallSizes, Shape, Size
 
 
@@ -86,7 +87,7 @@ class LoadedProgram:
 
     def fresh(self, sizes: Mapping[str, int], step: int = 0) -> CacheState:
         """Return the state of a context that has computed nothing, at these sizes; its next step is `step`."""
-        return CacheState(fresh_slots(self.slots, sizes, self.plan.device), step)
+        return CacheState(tuple(slot.fresh(sizes, self.plan.device) for slot in self.slots), step)
 
     def step_tensor(self, step: int) -> Tensor:
         """Return int64[1] on the device, made once per step."""

@@ -1,17 +1,10 @@
-"""The cache of one context as a value, and the tensors that go with it into a graph."""
+"""The cache of one context as a value."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
-
-from bwcache_compile.config import CacheConfig
-from bwcache_compile.layout import in_order
-from bwcache_compile.program import CacheSlot
-from bwcache_compile.sizes import evaluated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +53,3 @@ class GuardedState:
 
     slots: tuple[Tensor, ...]
     step: Tensor
-
-
-def fresh_slots(slots: Sequence[CacheSlot], sizes: Mapping[str, int], device: torch.device) -> tuple[Tensor, ...]:
-    """Return the slots of a context that has computed nothing, where the program's symbols have these values."""
-    filled = [torch.full(evaluated(slot.shape, sizes), slot.fill, dtype=slot.dtype, device=device) for slot in slots]
-    return tuple(in_order(tensor, slot.order) for slot, tensor in zip(slots, filled, strict=True))
-
-
-def policy_parameters(config: CacheConfig, num_steps: int | None, device: torch.device) -> tuple[Tensor, ...]:
-    """Return the values of the graph's `policy_*` inputs, in their order.
-
-    Raises:
-        ConfigError: The policy needs the number of steps and it is not known.
-    """
-    values = config.policy_values(num_steps)
-    dtypes = {name: torch.float32 if name == "threshold" else torch.int64 for name in values}
-    return tuple(torch.tensor(value, dtype=dtypes[name], device=device) for name, value in values.items())

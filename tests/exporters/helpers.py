@@ -1,18 +1,39 @@
-"""What the tests of bundles share: altering one, and reading the refusal."""
+"""What the tests of bundles share: one to test with, altering one, and reading the refusal."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bwcache_compile as bw
 from bwcache_compile.exporters.bundle import file_hash
+from tests.models import OneStream, noise
 
+CONFIG = bw.CacheConfig(num_steps=8, threshold=math.inf, reuse_interval=2)
 Edit = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A cached model and the bundle that it was exported to."""
+
+    cached: bw.CachedModel
+    folder: Path
+    manifest: dict[str, Any]
+
+
+def export_one_stream(folder: Path, **options: Any) -> Exported:
+    """Export a model wide enough that its weights leave the graphs, every size open."""
+    args = (noise("x", 0, 2, 6, 4), torch.ones(2))
+    cached = bw.transform(OneStream(width=32).eval(), CONFIG, example_args=args, dynamic_shapes="auto")
+    return Exported(cached, folder, bw.export(cached, folder, **options))
 
 
 def refusal(folder: Path, **arguments: Any) -> str:

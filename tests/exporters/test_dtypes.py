@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,8 @@ from torch import Tensor, nn
 
 import bwcache_compile as bw
 from tests.architectures.parts import WIDTH, Modulated
+from tests.exporters.helpers import CONFIG
 from tests.models import OneStream, noise
-
-CONFIG = bw.CacheConfig(num_steps=8, threshold=math.inf, reuse_interval=2)
 
 
 class Attending(OneStream):

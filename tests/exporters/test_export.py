@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import subprocess
 import sys
 import textwrap
@@ -20,33 +19,16 @@ import bwcache_compile as bw
 from bwcache_compile.exporters import check
 from bwcache_compile.exporters.describe import declared_shapes
 from bwcache_compile.exporters.graphs import plain_graph
+from tests.exporters.helpers import CONFIG, Exported
 from tests.models import OneStream, TwoStream, noise
-
-CONFIG = bw.CacheConfig(num_steps=8, threshold=math.inf, reuse_interval=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    cached: bw.CachedModel
-    folder: Path
-    manifest: dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """One export for all tests: a model wide enough that its weights leave the graphs, every size open."""
-    model = OneStream(width=32).eval()
-    cached = bw.transform(model, CONFIG, example_args=(noise("x", 0, 2, 6, 4), torch.ones(2)), dynamic_shapes="auto")
-    folder = tmp_path_factory.mktemp("bundles") / "one_stream"
-    return Exported(cached, folder, bw.export(cached, folder, guarded=True))
 
 
 def pattern(model: Any) -> str:
     return str(model.report()).splitlines()[0].split()[-1]
 
 
-def test_names(exported: Exported) -> None:
-    graphs = exported.manifest["graphs"]
+def test_names(deployed: Exported) -> None:
+    graphs = deployed.manifest["graphs"]
     shown = "\n".join(f"{kind}\n  {' '.join(graph['inputs'])}\n  {' '.join(graph['outputs'])}" for kind, graph in graphs.items())
     shown = "\n".join(line for text in shown.splitlines() for line in textwrap.wrap(text, 130, subsequent_indent="    "))
     assert_expected_inline(
@@ -67,14 +49,14 @@ guarded
     cache_out.reuse_until indicator""",
     )
     for graph in graphs.values():
-        model = onnx.load(exported.folder / graph["file"])
+        model = onnx.load(deployed.folder / graph["file"])
         assert [value.name for value in model.graph.input] == graph["inputs"]
         assert [value.name for value in model.graph.output] == graph["outputs"]
 
 
-def test_slots_are_functions_of_the_inputs(exported: Exported) -> None:
-    shown = {slot["name"]: slot["shape"] for slot in exported.manifest["slots"]}
-    shown |= {entry["name"]: entry["shape"] for entry in exported.manifest["inputs"]}
+def test_slots_are_functions_of_the_inputs(deployed: Exported) -> None:
+    shown = {slot["name"]: slot["shape"] for slot in deployed.manifest["slots"]}
+    shown |= {entry["name"]: entry["shape"] for entry in deployed.manifest["inputs"]}
     assert_expected_inline(
         "\n".join(f"{name}: {shape}" for name, shape in shown.items()),
         """\
@@ -88,10 +70,10 @@ t: ['s13']""",
     )
 
 
-def test_weights_are_stored_once_and_nothing_tells_of_the_machine(exported: Exported) -> None:
+def test_weights_are_stored_once_and_nothing_tells_of_the_machine(deployed: Exported) -> None:
     places: dict[str, set[tuple[int, int]]] = {}
-    for graph in exported.manifest["graphs"].values():
-        model = onnx.load(exported.folder / graph["file"], load_external_data=False)
+    for graph in deployed.manifest["graphs"].values():
+        model = onnx.load(deployed.folder / graph["file"], load_external_data=False)
         for tensor in model.graph.initializer:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             if entries:
@@ -104,19 +86,19 @@ def test_weights_are_stored_once_and_nothing_tells_of_the_machine(exported: Expo
     assert "blocks.0.up.weight.T" in places
     assert all(len(found) == 1 for found in places.values())
     unique = {place for found in places.values() for place in found}
-    assert (exported.folder / "weights.bin").stat().st_size == max(offset + length for offset, length in unique)
+    assert (deployed.folder / "weights.bin").stat().st_size == max(offset + length for offset, length in unique)
 
 
-def test_guarded_has_one_if_and_no_weights_inside(exported: Exported) -> None:
-    graph = onnx.load(exported.folder / "guarded.onnx", load_external_data=False).graph
+def test_guarded_has_one_if_and_no_weights_inside(deployed: Exported) -> None:
+    graph = onnx.load(deployed.folder / "guarded.onnx", load_external_data=False).graph
     (guard,) = [node for node in graph.node if node.op_type == "If"]
     arms = {attribute.name: attribute.g for attribute in guard.attribute}
     assert all(not arm.initializer for arm in arms.values())
     assert len(arms["then_branch"].node) < len(arms["else_branch"].node) / 3
 
 
-def test_the_report_of_the_check(exported: Exported) -> None:
-    report = dict(exported.manifest["self_check"])
+def test_the_report_of_the_check(deployed: Exported) -> None:
+    report = dict(deployed.manifest["self_check"])
     assert report.pop("largest_error") < 1e-5
     assert report.pop("region_operators") > 10
     del report["unmarked_operators"]
@@ -134,20 +116,20 @@ tolerance: 0.0001""",
 
 @pytest.mark.parametrize("guarded", [False, True])
 @pytest.mark.parametrize("sizes", [(2, 6), (3, 6), (2, 11), (4, 40)])
-def test_the_session_is_torch(exported: Exported, guarded: bool, sizes: tuple[int, int]) -> None:
+def test_the_session_is_torch(deployed: Exported, guarded: bool, sizes: tuple[int, int]) -> None:
     """Exported at one size, run at four; two contexts in turn."""
     batch, tokens = sizes
-    session = bw.load(exported.folder, guarded=guarded)
-    exported.cached.reset()
+    session = bw.load(deployed.folder, guarded=guarded)
+    deployed.cached.reset()
     for step in range(8):
         for name in ("cond", "uncond"):
             x, t = noise(f"x{name}", step, batch, tokens, 4), torch.full((batch,), 1 - step / 8)
-            with torch.no_grad(), exported.cached.cache_context(name), session.cache_context(name):
-                expected, actual = exported.cached(x, t), session(x.numpy(), t=t)
+            with torch.no_grad(), deployed.cached.cache_context(name), session.cache_context(name):
+                expected, actual = deployed.cached(x, t), session(x.numpy(), t=t)
             np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-4, atol=1e-5)
-    assert str(session.report()) == str(exported.cached.report())
+    assert str(session.report()) == str(deployed.cached.report())
     for name, context in session.report().contexts.items():
-        for ours, theirs in zip(context.steps, exported.cached.report().contexts[name].steps, strict=True):
+        for ours, theirs in zip(context.steps, deployed.cached.report().contexts[name].steps, strict=True):
             assert (ours.step, ours.computed, ours.gap) == (theirs.step, theirs.computed, theirs.gap)
             if theirs.indicator is None:
                 assert ours.indicator is None
@@ -155,8 +137,8 @@ def test_the_session_is_torch(exported: Exported, guarded: bool, sizes: tuple[in
                 assert ours.indicator == pytest.approx(theirs.indicator, rel=1e-3)
 
 
-def test_settings_generations_and_sizes(exported: Exported) -> None:
-    session = bw.load(exported.folder)
+def test_settings_generations_and_sizes(deployed: Exported) -> None:
+    session = bw.load(deployed.folder)
 
     def run(steps: int, tokens: int = 6) -> str:
         for step in range(steps):
@@ -172,8 +154,8 @@ def test_settings_generations_and_sizes(exported: Exported) -> None:
     assert run(4) == "####"
 
 
-def test_what_does_not_fit_is_refused(exported: Exported) -> None:
-    session = bw.load(exported.folder)
+def test_what_does_not_fit_is_refused(deployed: Exported) -> None:
+    session = bw.load(deployed.folder)
     x, t = np.zeros((2, 6, 4), dtype=np.float32), np.zeros(2, dtype=np.float32)
     messages = []
     for args in ((x[0], t), (x.astype(np.float64), t), (x, np.zeros(3, dtype=np.float32)), (x, "now"), (x,), (x, t, t)):
@@ -222,12 +204,12 @@ except ImportError as error:
 
 
 @pytest.mark.parametrize("kind", ["pair", "guarded"])
-def test_a_process_without_torch(exported: Exported, kind: str) -> None:
-    exported.cached.reset()
+def test_a_process_without_torch(deployed: Exported, kind: str) -> None:
+    deployed.cached.reset()
     for step in range(8):
         with torch.no_grad():
-            out = exported.cached(torch.full((2, 6, 4), 0.5 + 0.01 * step), torch.full((2,), 1 - step / 8))
-    command = [sys.executable, "-c", WITHOUT_TORCH, str(exported.folder), kind]
+            out = deployed.cached(torch.full((2, 6, 4), 0.5 + 0.01 * step), torch.full((2,), 1 - step / 8))
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(deployed.folder), kind]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(bw.__file__).parents[1])
     report, refusal = done.stdout.splitlines()
     assert report.startswith("default: 4 computed, 4 reused  ##..#..# ")
@@ -248,14 +230,14 @@ def test_every_way_of_reuse(config: bw.CacheConfig, tmp_path: Path) -> None:
     assert report["largest_error"] < 1e-4
 
 
-def test_a_reuse_graph_with_a_block_is_refused(exported: Exported) -> None:
+def test_a_reuse_graph_with_a_block_is_refused(deployed: Exported) -> None:
     """The check's own check: the compute graph in the place of the reuse graph."""
     from bwcache_compile.exporters import onnx as writer
 
-    program = exported.cached.program
-    outputs = tuple(exported.manifest["graphs"]["compute"]["outputs"])
+    program = deployed.cached.program
+    outputs = tuple(deployed.manifest["graphs"]["compute"]["outputs"])
     plain = plain_graph(program, "compute", outputs)
-    written = writer.onnx_graph(plain, 20, declared_shapes(exported.manifest))
+    written = writer.onnx_graph(plain, 20, declared_shapes(deployed.manifest))
     with pytest.raises(bw.ExportError, match=r"the reuse graph runs \S+, which came from \S+ of a cached block"):
         check.check_structure({"compute": plain, "reuse": plain}, {"compute": written, "reuse": written})
     unmarked = dataclasses.replace(written, region={})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from torch.nn import functional
 
 import bwcache_compile as bw
 from bwcache_compile.exporters.complex_pairs import complex_as_pairs
+from tests.exporters.helpers import CONFIG
 from tests.models import OneStream, noise
-
-CONFIG = bw.CacheConfig(num_steps=8, threshold=math.inf, reuse_interval=2)
 
 
 class Applied(nn.Module):

@@ -17,7 +17,7 @@ from bwcache_compile.exporters import tensorrt
 from bwcache_compile.exporters.bundle import open_bundle
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.exporters.tensorrt_operators import unlisted_operators
-from tests.exporters.conftest import Deployed
+from tests.exporters.helpers import Exported
 from tests.exporters.tensorrt_double import Double, bindings
 from tests.models import OneStream, noise
 
@@ -28,7 +28,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType:
 
 
 @pytest.fixture
-def trt(real: types.ModuleType, deployed: Deployed, monkeypatch: pytest.MonkeyPatch) -> Double:
+def trt(real: types.ModuleType, deployed: Exported, monkeypatch: pytest.MonkeyPatch) -> Double:
     double = Double(real, deployed.manifest)
     monkeypatch.setitem(sys.modules, "tensorrt", double)
     return double
@@ -69,7 +69,7 @@ IBuilderConfig.progress_monitor ICudaEngine.num_io_tensors IExecutionContext.act
 Runtime.engine_host_code_allowed"""
 
 
-def test_the_real_api_has_what_is_used(trt: Double, deployed: Deployed, tmp_path: Path) -> None:
+def test_the_real_api_has_what_is_used(trt: Double, deployed: Exported, tmp_path: Path) -> None:
     everything(deployed.folder, tmp_path)
     used = trt.used | {f"{name}.{method}" for name, method, _ in trt.calls()}
     assert used == set(USED.split())
@@ -78,7 +78,7 @@ def test_the_real_api_has_what_is_used(trt: Double, deployed: Deployed, tmp_path
 
 @pytest.mark.parametrize("removed", [*USED.split(), *PROPERTIES.split()])
 def test_a_removed_attribute_fails(
-    removed: str, real: types.ModuleType, deployed: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    removed: str, real: types.ModuleType, deployed: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mutation that the contract is there for: an API without one of the names that the exporter uses."""
     monkeypatch.setitem(sys.modules, "tensorrt", Double(real, deployed.manifest, removed))
@@ -103,7 +103,7 @@ def test_progress(trt: Double) -> None:
 
 
 @pytest.mark.parametrize("guarded", [False, True])
-def test_the_session_is_torch(trt: Double, deployed: Deployed, tmp_path: Path, guarded: bool) -> None:
+def test_the_session_is_torch(trt: Double, deployed: Exported, tmp_path: Path, guarded: bool) -> None:
     """Engines that run in ONNX Runtime: the session's buffers, addresses, profiles and decisions."""
     tensorrt.build(deployed.folder, tmp_path)
     session = tensorrt.load(deployed.folder, tmp_path, guarded=guarded, device="cpu")
@@ -117,7 +117,7 @@ def test_the_session_is_torch(trt: Double, deployed: Deployed, tmp_path: Path, g
     assert str(session.report()) == str(deployed.cached.report())
 
 
-def test_engines_that_do_not_fit_are_refused(trt: Double, deployed: Deployed, tmp_path: Path) -> None:
+def test_engines_that_do_not_fit_are_refused(trt: Double, deployed: Exported, tmp_path: Path) -> None:
     tensorrt.build(deployed.folder, tmp_path, kinds=("compute", "reuse"), profiles=[{"x[1]": (2, 6, 8)}], version_compatible=True)
     session = tensorrt.load(deployed.folder, tmp_path, allow_code=True, device="cpu")
     messages = []
@@ -145,7 +145,7 @@ ENGINES/reuse.engine is not the engine that was built: its SHA-256 differs.""",
     )
 
 
-def test_what_tensorrt_refuses_is_said(trt: Double, deployed: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_tensorrt_refuses_is_said(trt: Double, deployed: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Double, network: Any, logger: Any) -> Any:
         error = self.of(
             "ParserError", desc=lambda: "no such layer", node_name=lambda: "blocks.0.up/node_MatMul_3", node_operator=lambda: "MatMul"
@@ -167,7 +167,7 @@ TensorRT does not take compute.onnx:
         tensorrt.build(deployed.folder, tmp_path)
 
 
-def test_profiles(deployed: Deployed) -> None:
+def test_profiles(deployed: Exported) -> None:
     shapes = {
         "by default": tensorrt.profile(deployed.manifest, "reuse"),
         "asked for": tensorrt.profile(deployed.manifest, "compute", {"x[0]": (2, 2, 2), "x[1]": (16, 64, 320)}),
@@ -265,7 +265,7 @@ class WithOdd(OneStream):
             block.up = torch.nn.Sequential(Odd(), block.up)
 
 
-def test_operators_that_are_not_listed(deployed: Deployed, tmp_path: Path) -> None:
+def test_operators_that_are_not_listed(deployed: Exported, tmp_path: Path) -> None:
     assert unlisted_operators(open_bundle(deployed.folder)) == []
     model = WithOdd().eval()
     bw.export(bw.transform(model, bw.CacheConfig(num_steps=8), example_args=model.example()), tmp_path / "bundle")
@@ -279,7 +279,7 @@ compute: BitwiseXor blocks.2.up.0/node_bitwise_xor_2 of blocks.2.up.0: the opera
 
 
 @pytest.mark.tensorrt
-def test_real_engines(deployed: Deployed, tmp_path: Path) -> None:
+def test_real_engines(deployed: Exported, tmp_path: Path) -> None:
     """With TensorRT and a GPU: build both forms, and run them beside torch."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")

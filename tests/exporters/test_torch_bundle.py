@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import subprocess
@@ -21,25 +20,13 @@ from bwcache_compile.exporters.graphs import plain_graph
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.exporters.weights import WeightFile, read_weights
 from bwcache_compile.layout import memory_order
+from tests.exporters.helpers import CONFIG, Exported, export_one_stream
 from tests.models import OneStream, TwoStream, noise
-
-CONFIG = bw.CacheConfig(num_steps=8, threshold=math.inf, reuse_interval=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    cached: bw.CachedModel
-    folder: Path
-    manifest: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """One export for all tests, every size open."""
-    model = OneStream(width=32).eval()
-    cached = bw.transform(model, CONFIG, example_args=(noise("x", 0, 2, 6, 4), torch.ones(2)), dynamic_shapes="auto")
-    folder = tmp_path_factory.mktemp("bundles") / "one_stream"
-    return Exported(cached, folder, bw.export(cached, folder, format="pt2"))
+    return export_one_stream(tmp_path_factory.mktemp("exported") / "bundle", format="pt2")
 
 
 def opened(folder: Path) -> Session:

@@ -16,7 +16,7 @@ from google.protobuf import text_format
 
 import bwcache_compile as bw
 from bwcache_compile.exporters import triton
-from tests.exporters.conftest import Deployed
+from tests.exporters.helpers import Exported
 from tests.models import noise
 
 
@@ -79,7 +79,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def folder(deployed: Deployed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(deployed: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return triton.write(deployed.folder, tmp_path_factory.mktemp("repository"), name="video", sizes={"x[1]": 40})
 
 
@@ -215,14 +215,14 @@ def test_it_fits_the_schema_and_the_graph(schema: Any, folder: Path) -> None:
         text_format.Parse((folder / "config.pbtxt").read_text().replace("zero_data", "zeros"), schema.ModelConfig())
 
 
-def request(deployed: Deployed, name: str, step: int) -> dict[str, np.ndarray]:
+def request(deployed: Exported, name: str, step: int) -> dict[str, np.ndarray]:
     policy = {f"policy.{e['name']}": (e["default"], e["dtype"]) for e in deployed.manifest["policy"]["parameters"]}
     scalars = {key: np.array([float(v) for v in value], dtype=dtype) for key, (value, dtype) in policy.items()}
     x, t = noise(name, step, 2, 40, 4).numpy(), np.full(2, 1 - step / 8, dtype=np.float32)
     return {"x": x, "t": t, **scalars, "step": np.array([step])}
 
 
-def test_sequences_are_generations(schema: Any, deployed: Deployed, folder: Path) -> None:
+def test_sequences_are_generations(schema: Any, deployed: Exported, folder: Path) -> None:
     """Two sequences in turn, then one of them again: as torch does it."""
     server = Server(schema, folder)
     for _ in range(2):
@@ -238,7 +238,7 @@ def test_sequences_are_generations(schema: Any, deployed: Deployed, folder: Path
         assert patterns == {"xa": "##..#..#", "xb": "##..#..#"}
 
 
-def test_a_started_sequence_computes_whatever_the_state_says(schema: Any, deployed: Deployed, folder: Path) -> None:
+def test_a_started_sequence_computes_whatever_the_state_says(schema: Any, deployed: Exported, folder: Path) -> None:
     server = Server(schema, folder)
     server.infer(request(deployed, "x", 0), 1, start=True)
     for start in (False, True):
@@ -248,7 +248,7 @@ def test_a_started_sequence_computes_whatever_the_state_says(schema: Any, deploy
         assert np.isnan(returned["indicator"]).all() != start
 
 
-def test_what_cannot_be_written(deployed: Deployed, folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_written(deployed: Exported, folder: Path, tmp_path: Path) -> None:
     messages = []
     for error, settings in (
         (bw.ConfigError, {"directory": folder.parent, "name": "video"}),

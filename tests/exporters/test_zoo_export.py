@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import bwcache_compile as bw
-from benchmarks.export_zoo import STEPS, compare, run
+from benchmarks.export_zoo import as_numpy, run
+from benchmarks.zoo_runs import STEPS, compare
 from tests.test_dynamic import FIRST, INPUTS, OTHERS
 from tests.zoo import ZOO
 
@@ -26,7 +27,7 @@ from tests.zoo import ZOO
     ],
 )
 def test_a_class_runs_as_in_torch(name: str, opset: int) -> None:
-    result = run(name, [opset])[f"opset {opset}"]
+    result = run([opset], name)[f"opset {opset}"]
     assert result["steps"] == "##..#..#"
     assert max(result["errors"].values()) <= 1e-4
 
@@ -44,5 +45,5 @@ def test_exported_at_one_size_and_run_at_three_others(name: str, opset: int, tmp
         for size in OTHERS[1:4]:
             entry = dataclasses.replace(ZOO[name], inputs=lambda step, size=size: inputs(step, size))
             session.reset()
-            pattern, worst = compare(entry, cached, session)
+            pattern, worst = compare(entry, cached, session, as_numpy)
             assert (pattern, worst <= 1e-4) == ("##..#..#", True), (size, worst)
