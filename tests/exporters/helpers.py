@@ -14,6 +14,7 @@ import torch
 
 import bwcache_compile as bw
 from bwcache_compile.exporters.bundle import file_hash
+from bwcache_compile.exporters.session import Session
 from tests.models import OneStream, noise
 
 CONFIG = bw.CacheConfig(num_steps=8, threshold=math.inf, reuse_interval=2)
@@ -51,3 +52,23 @@ def edit(folder: Path, change: Edit, *rehash: str) -> None:
         manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)}
     change(manifest)
     path.write_text(json.dumps(manifest))
+
+
+def opened(folder: Path) -> Session:
+    """Open a bundle of torch's own files."""
+    return bw.load(folder, backend="torch", allow_code=True)
+
+
+def check_beside_torch(cached: bw.CachedModel, session: Session, sizes: tuple[int, int], tolerance: float) -> None:
+    """Two contexts in turn; a tolerance of 0 asks for the same bits."""
+    batch, tokens = sizes
+    cached.reset()
+    session.reset()
+    for step in range(8):
+        for name in ("cond", "uncond"):
+            x, t = noise(f"x{name}", step, batch, tokens, 4), torch.full((batch,), 1 - step / 8)
+            with torch.no_grad(), cached.cache_context(name), session.cache_context(name):
+                expected, actual = cached(x, t), session(x, t=t)
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert str(session.report()) == str(cached.report())
+    assert session.report().contexts["cond"].state_bytes == cached.report().contexts["cond"].state_bytes

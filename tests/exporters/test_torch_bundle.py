@@ -1,4 +1,4 @@
-"""Bundles that torch runs: exported programs, bit for bit, and packages of AOTInductor."""
+"""Bundles of exported programs: torch runs them bit for bit as the model."""
 
 from __future__ import annotations
 
@@ -20,32 +20,13 @@ from bwcache_compile.exporters.graphs import plain_graph
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.exporters.weights import WeightFile, read_weights
 from bwcache_compile.layout import memory_order
-from tests.exporters.helpers import CONFIG, Exported, export_one_stream
+from tests.exporters.helpers import CONFIG, Exported, check_beside_torch, export_one_stream, opened
 from tests.models import OneStream, TwoStream, noise
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export_one_stream(tmp_path_factory.mktemp("exported") / "bundle", format="pt2")
-
-
-def opened(folder: Path) -> Session:
-    return bw.load(folder, backend="torch", allow_code=True)
-
-
-def check_beside_torch(cached: bw.CachedModel, session: Session, sizes: tuple[int, int], tolerance: float) -> None:
-    """Two contexts in turn; a tolerance of 0 asks for the same bits."""
-    batch, tokens = sizes
-    cached.reset()
-    session.reset()
-    for step in range(8):
-        for name in ("cond", "uncond"):
-            x, t = noise(f"x{name}", step, batch, tokens, 4), torch.full((batch,), 1 - step / 8)
-            with torch.no_grad(), cached.cache_context(name), session.cache_context(name):
-                expected, actual = cached(x, t), session(x, t=t)
-            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-    assert str(session.report()) == str(cached.report())
-    assert session.report().contexts["cond"].state_bytes == cached.report().contexts["cond"].state_bytes
 
 
 @pytest.mark.parametrize("sizes", [(2, 6), (3, 6), (2, 11), (4, 40)])
@@ -233,32 +214,3 @@ def test_files_that_compute_something_else_are_refused(exported: Exported, monke
     with pytest.raises(bw.ExportError, match=r"step 0: the output output of the exported graphs differs from torch's by \S+ of its"):
         bw.export(exported.cached, tmp_path / "bundle", format="pt2")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_package_is_torch(tmp_path: Path) -> None:
-    """Compiled at one size, run at others; sizes that the compiler ruled out are refused instead of computed wrongly."""
-    model = OneStream(depth=2).eval()
-    cached = bw.transform(model, CONFIG, example_args=(noise("x", 0, 2, 40, 4), torch.ones(2)), dynamic_shapes="auto")
-    manifest = bw.export(cached, tmp_path / "bundle", format="aoti")
-    assert manifest["self_check"]["largest_error"] < 1e-5
-    assert manifest["self_check"]["tolerance"] == 1e-4
-    assert manifest["self_check"]["sizes"] == [{"s13": 2, "s27": 40}, {"s13": 6, "s27": 120}]
-    session = opened(tmp_path / "bundle")
-    for sizes in ((2, 40), (3, 50)):
-        check_beside_torch(cached, session, sizes, tolerance=1e-5)
-    turned = noise("x", 0, 2, 40, 4).transpose(1, 2).contiguous().transpose(1, 2)  # compiled code takes strides for granted
-    session.reset()
-    torch.testing.assert_close(session(turned, torch.ones(2)), cached(turned, torch.ones(2)), rtol=1e-5, atol=1e-5)
-    with pytest.raises(bw.StateError) as refusal:
-        session(torch.zeros(2, 6, 4), torch.ones(2))
-    assert_expected_inline(
-        "\n".join([*manifest["conditions"], str(refusal.value)]),
-        """\
-s13 >= 2
-s27 >= 2
-max(1, (s13*s27) // 32) != 1
-max(1, (s13*s27) // 32) >= 2
-max(1, (s13*s27) // 32) == max(1, (s13*s27) // 32)
-8*max(1, (s13*s27) // 32) <= 4096
-the graphs hold where max(1, (s13*s27) // 32) != 1, and here s13 is 2, s27 is 6.""",
-    )
