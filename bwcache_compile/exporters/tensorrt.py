@@ -100,6 +100,21 @@ def symbol_ranges(manifest: Mapping[str, Any], sizes: Mapping[str, Range]) -> di
     return ranges
 
 
+def symbols_at(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the value of every symbol where open sizes have these values, or the captured ones.
+
+    Args:
+        manifest: Of a bundle.
+        sizes: Of an open size, by the input and dimension that it is read from (`"x[1]"`).
+
+    Raises:
+        ConfigError: A size is unknown, or the graphs do not hold there.
+    """
+    captured = {f"{s['input']}[{s['dimension']}]": s["factor"] * s["example"] + s["offset"] for s in manifest["symbols"]}
+    ranges = symbol_ranges(manifest, {place: (size, size, size) for place, size in {**captured, **sizes}.items()})
+    return {symbol: ends[0] for symbol, ends in ranges.items()}
+
+
 def profile(manifest: Mapping[str, Any], kind: str, sizes: Mapping[str, Range] | None = None) -> Shapes:
     """Return the shapes between which a graph's inputs may vary, the cache's included; empty where all sizes are fixed.
 

@@ -16,7 +16,7 @@ from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.bundle import Bundle, open_bundle
 from bwcache_compile.exporters.call import PAIRS, UNTIL, graph_shape
 from bwcache_compile.exporters.external_data import external_locations
-from bwcache_compile.exporters.tensorrt import symbol_ranges
+from bwcache_compile.exporters.tensorrt import symbols_at
 
 CONTROLS = {"START": "bool", "END": "bool", "CORRID": "uint64"}
 """The inputs that Triton fills in itself. A started sequence computes; the other two are for whoever changes the graph."""
@@ -116,9 +116,7 @@ def write(
     target = Path(directory) / name
     if target.exists():
         raise ConfigError(f"{target} exists; it is not overwritten. Choose another name, or remove it.")
-    usual = {f"{s['input']}[{s['dimension']}]": s["factor"] * s["example"] + s["offset"] for s in manifest["symbols"]}
-    ranges = symbol_ranges(manifest, {place: (size, size, size) for place, size in {**usual, **(sizes or {})}.items()})
-    known = {symbol: ends[0] for symbol, ends in ranges.items()}
+    known = symbols_at(manifest, sizes or {})
 
     def dims(shape: list[int | str]) -> list[int]:
         return [arithmetic(size, known) for size in shape]

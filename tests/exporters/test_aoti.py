@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from torch.utils import cpp_extension
 
 import bwcache_compile as bw
 from tests.exporters.helpers import CONFIG, check_beside_torch, opened
 from tests.models import OneStream, TwoStream, noise
+
+EXAMPLE = Path(bw.__file__).parents[1] / "examples" / "aoti"
 
 
 def test_a_package_is_torch(tmp_path: Path) -> None:
@@ -55,3 +62,56 @@ def test_every_way_of_reuse_compiled(config: bw.CacheConfig, dtype: torch.dtype,
     report = bw.export(cached, tmp_path / "bundle", format="aoti")["self_check"]
     assert report["steps"] == {"static": "#.#..", "schedule": "##..#."}[config.policy]
     assert report["largest_error"] < report["tolerance"] == {torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example, compiled as its first lines say."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    made = tmp_path_factory.mktemp("program") / "session"
+    where = [f"-I{path}" for path in cpp_extension.include_paths()]
+    where += [word for path in cpp_extension.library_paths() for word in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    command = [compiler, "-std=c++20", str(EXAMPLE / "session.cpp"), "-o", str(made), *where, "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(command, check=True)
+    return made
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().view(torch.uint8).flatten().tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["open sizes", "bfloat16 in another layout"])
+def test_a_process_without_python(program: Path, case: str, tmp_path: Path) -> None:
+    """C++ computes and reuses where the session in Python does, and returns the same bits; the one opens no Python library."""
+    steps, opened_at, settings = 8, (), {}
+    if case == "open sizes":
+        model, example = OneStream(depth=2).eval(), (noise("x", 0, 2, 40, 4), torch.ones(2))
+        settings, opened_at = {"dynamic_shapes": "auto"}, ("--size", "x[1]=50")
+        inputs = [{"x": noise("x", i, 2, 50, 4), "t": torch.full((2,), 1 - i / 8)} for i in range(steps)]
+    else:
+        model = TwoStream().eval().bfloat16()
+        inputs = [dict(zip(("x", "text", "t"), (v.bfloat16() for v in model.example(2, i)), strict=True)) for i in range(steps)]
+        inputs = [{**given, "x": given["x"].transpose(1, 2).contiguous().transpose(1, 2)} for given in inputs]
+        example = tuple(inputs[0].values())
+    cached = bw.transform(model, CONFIG, example_args=example, **settings)
+    bw.export(cached, tmp_path / "bundle", format="aoti")
+    script = [sys.executable, str(EXAMPLE / "listing.py"), str(tmp_path / "bundle"), *opened_at]
+    (tmp_path / "listing").write_text(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
+    for i, given in enumerate(inputs):
+        for name, value in given.items():
+            (tmp_path / f"{name}.{i}").write_bytes(raw(value))
+    words = [str(program), str(tmp_path / "bundle"), str(tmp_path / "listing"), str(tmp_path), str(steps)]
+    done = subprocess.run(words, capture_output=True, text=True, env={"LD_DEBUG": "files"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "##..#..#\n"
+    libraries = {os.path.basename(word.rstrip(";")) for line in done.stderr.splitlines() for word in line.split() if ".so" in word}
+    assert "libtorch_cpu.so" in libraries
+    assert sum(library.endswith(".wrapper.so") for library in libraries) == 2, libraries
+    assert not [library for library in libraries if "python" in library]
+    session = opened(tmp_path / "bundle")
+    for i, given in enumerate(inputs):
+        assert (tmp_path / f"output.{i}").read_bytes() == raw(session(**given))
+    assert str(session.report()).endswith("##..#..#")
