@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ExportError, first_line
 from bwcache_compile.exporters.graphs import PlainGraph, exported_program
@@ -66,8 +67,10 @@ def _origins(exported: ExportedProgram) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _open_sizes(values: list[Any]) -> tuple[ShapeEnv | None, dict[Any, Any]]:
-    """Return where the open sizes of some tensors live, and the range of each."""
-    sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape if isinstance(size, SymInt)]
+    """Return where the open sizes among some values live, and the range of each."""
+    leaves = pytree.tree_leaves(values)
+    shapes = [tuple(value.shape) if isinstance(value, Tensor) else (value,) for value in leaves]
+    sizes: list[Any] = [size for shape in shapes for size in shape if isinstance(size, SymInt)]
     symbols = {symbol for size in sizes for symbol in size.node.expr.free_symbols}
     if not symbols:
         return None, {}
@@ -85,7 +88,8 @@ def torch_graph(plain: PlainGraph) -> TorchGraph:
     lifted = [str(spec.target) for spec in old.input_specs if spec.kind != InputKind.USER_INPUT]
     held = {**exported.state_dict, **exported.constants}
     specs = [InputSpec(InputKind.USER_INPUT, spec.arg, None) for spec in old.input_specs]
-    ranges = _open_sizes([node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")])[1]
+    # sizes that come of values inside, such as a nonzero's, are not among the inputs, and torch reads no file without their range
+    ranges = _open_sizes([node.meta.get("val") for node in exported.graph.nodes])[1]
     program = exported_program(exported.graph_module, ExportGraphSignature(specs, old.output_specs), ranges, {}, {})
     return TorchGraph(plain.kind, program, {name: held[name] for name in lifted})
 

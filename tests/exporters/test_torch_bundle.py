@@ -165,6 +165,27 @@ def test_complex_inputs(tmp_path: Path) -> None:
         assert all(torch.equal(output, model(x, t, turns)) for output in outputs)
 
 
+class Chosen(OneStream):
+    """Looks at those tokens that a mask names, as many as there are."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        chosen = x[:, torch.nonzero(mask).flatten()]
+        return super().forward(x + chosen.mean(1, keepdim=True), t)
+
+
+def test_sizes_that_come_of_values(tmp_path: Path) -> None:
+    model = Chosen(depth=2).eval()
+    x, t = model.example()
+    masks = [torch.arange(6) < count for count in (4, 1, 6)]
+    cached = bw.transform(model, CONFIG, example_args=(x, t, masks[0]))
+    bw.export(cached, tmp_path / "bundle", format="pt2")
+    session = opened(tmp_path / "bundle")
+    for mask in masks:
+        session.reset()
+        with torch.no_grad():
+            assert torch.equal(session(x, t, mask), model(x, t, mask))
+
+
 def test_weights_come_back_as_they_were(tmp_path: Path) -> None:
     base = torch.arange(24).float()
     tensors = {
