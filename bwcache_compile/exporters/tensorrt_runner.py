@@ -82,10 +82,6 @@ class TensorRTRunner(TorchTensors):
         tensor = super().value(given, name, dtype)
         return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).contiguous()
 
-    def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
-        """Return a new tensor on the device."""
-        return torch.full(shape, fill, dtype=getattr(torch, dtype), device=self._device)
-
     def _choose(self, kind: str, inputs: Mapping[str, Any], stream: int) -> None:
         """Select the first optimisation profile that these shapes fit.
 

@@ -58,6 +58,13 @@ class TorchTensors:
         """Return the dtype and the shape of a tensor."""
         return str(value.dtype).removeprefix("torch."), tuple(value.shape)
 
+    def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
+        """Return a new tensor on the device."""
+        try:
+            return torch.full(shape, fill, dtype=getattr(torch, dtype), device=self._device)
+        except (RuntimeError, TypeError) as error:  # no memory, or no such shape
+            raise BundleError(f"no {dtype} tensor of shape {shape} for the slot {slot}: {first_line(error)}") from error
+
     def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
         """Return a new tensor on the device; a single number is filled in there, so that nobody waits for a copy."""
         settings: Any = {"dtype": getattr(torch, dtype), "device": self._device}
@@ -87,7 +94,7 @@ class TorchRunner(TorchTensors):
         self._orders = {entry["name"]: tuple(entry["order"]) for entry in [*manifest["inputs"], *manifest["slots"]]}
         try:
             self._device = torch.device(manifest["device"])
-            torch.empty(0, device=self._device)
+            torch.zeros(1, device=self._device).cpu()
         except (RuntimeError, AssertionError) as error:
             raise BundleError(f"{bundle.folder} was exported for {manifest['device']}, which is not here: {first_line(error)}") from error
         mapped = read_weights(bundle.folder / manifest["weights"]["file"], manifest["weights"]["tensors"])
@@ -119,7 +126,7 @@ class TorchRunner(TorchTensors):
 
     def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
         """Return a new tensor on the device, lying as the graphs return it."""
-        return in_order(torch.full(shape, fill, dtype=getattr(torch, dtype), device=self._device), self._orders[slot])
+        return in_order(super().full(slot, shape, dtype, fill), self._orders[slot])
 
     def run(self, graph: str, inputs: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:
         """Run a graph; what is cast is written in it, so an autocast around the call changes nothing.

@@ -116,6 +116,15 @@ BundleError:
 
 
 @pytest.mark.parametrize("format", OPEN)
+@pytest.mark.parametrize("size", [10**15, 10**30, "-1"])
+def test_a_cache_that_cannot_be_made(bundles: Path, format: str, size: int | str) -> None:
+    session = bw.load(bundles / format, **OPEN[format])
+    session.manifest["slots"][0]["shape"] = [size]
+    found = reasons(session, lambda s: s(*arrays()))
+    assert found.startswith(f"BundleError: no float32 tensor of shape ({size},) for the slot output_0: ")
+
+
+@pytest.mark.parametrize("format", OPEN)
 def test_a_failed_step_is_taken_again(bundles: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first step, at a reused one and at a computed one: afterwards the run is what it would have been."""
     session, expected = (bw.load(bundles / format, **OPEN[format]) for _ in range(2))

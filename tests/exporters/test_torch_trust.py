@@ -112,6 +112,7 @@ def _tensor(manifest: dict[str, Any], **changes: Any) -> None:
     (lambda m: m.update(graph_format="tf"), "graph_format is 'tf'; known are onnx, pt2, aoti."),
     (lambda m: m.pop("device"), "manifest.json names no device."),
     (lambda m: m.update(device="abacus:0"), "was exported for abacus:0, which is not here: "),
+    (lambda m: m.update(device="meta"), "was exported for meta, which is not here: "),
     (lambda m: m.pop("weights"), "manifest.json does not say where the weights are."),
     (lambda m: m["weights"].update(file="../weights.bin"), "manifest.json does not say where the weights are."),
     (lambda m: m["weights"]["tensors"].pop("head.bias"), "compute.pt2 reads head.bias, which is none of the bundle's weights."),
