@@ -24,7 +24,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser of what both benchmarks take."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("names", nargs="*", default=list(ZOO), help="configurations of the zoo; all by default")
-    made.add_argument("--out", type=Path, help="where the record goes; it is written after every configuration")
+    made.add_argument("--out", type=Path, help="where the record goes; it is written after every configuration, and keeps the others")
     return made
 
 
@@ -40,10 +40,20 @@ def refused(error: Exception) -> dict[str, str]:
     return {"refused": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
 
 
+def _earlier(out: Path | None, head: dict[str, Any]) -> dict[str, Any]:
+    """Return the rows of a record that was made with the same versions and settings."""
+    if out is None or not out.exists():
+        return {}
+    record = json.loads(out.read_text())
+    rows: dict[str, Any] = record.pop("rows")
+    return rows if record == head else {}
+
+
 def run_each(names: list[str], run: Callable[[str], dict[str, Any]], out: Path | None, about: dict[str, Any]) -> None:
     """Run configurations one after another; print and record what came of each."""
     warnings.simplefilter("ignore")
-    rows = {}
+    head = {"torch": torch.__version__.partition("+")[0], **about}
+    rows = _earlier(out, head)
     for name in names:
         try:
             rows[name] = run(name)
@@ -51,7 +61,7 @@ def run_each(names: list[str], run: Callable[[str], dict[str, Any]], out: Path |
             rows[name] = {"class": ZOO[name].model, "skipped": f"needs {error.name}"}
         print(name, json.dumps(rows[name]), flush=True)
         if out:
-            write_record(out, {"torch": torch.__version__.partition("+")[0], **about, "rows": rows})
+            write_record(out, {**head, "rows": {name: rows[name] for name in ZOO if name in rows}})
 
 
 def compare(entry: Entry, cached: bw.CachedModel, session: Any, handed: Callable[[Any], Any]) -> tuple[str, float]:
