@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import threading
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.compare import clone_tensors, difference, flat_outputs
 from bwcache_compile.dataflow import writes_escape
 from bwcache_compile.errors import CaptureError, ConfigError
+from bwcache_compile.known import KnownValues
 from bwcache_compile.program import CachedProgram, Captured, Signature
 from bwcache_compile.sizes import open_sizes
 
@@ -93,7 +95,9 @@ def _completed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, strict: bool) -> CachedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's advice to its own developers
-        exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # it leaves marks on what it is given
+        with contextlib.nullcontext() if strict else KnownValues():
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     return flat_program(exported, type(model).__name__)
 
 

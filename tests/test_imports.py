@@ -18,7 +18,7 @@ LAYERS = (
     {"config", "sizes"},
     {"layout"},
     {"program"},
-    {"compare", "dataflow", "graph_text", "inline", "report", "verify", "policy"},
+    {"compare", "dataflow", "graph_text", "inline", "known", "report", "verify", "policy"},
     {"capture", "passes", "runtime", "exporters"},
     {"api"},
 )

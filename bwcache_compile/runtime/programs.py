@@ -168,12 +168,12 @@ class ProgramCache:
     def _capture(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram:
         alike = [other for other in self._loaded if other.kind == key.kind]
         asked = self._shapes if self._shapes is not None else "auto" if alike else None
-        if alike and key.kind in self._fixed:
+        if asked == "auto" and key.kind in self._fixed:
             asked = None
         try:
             loaded = self._make(key, args, kwargs, config, asked)
         except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
-            if asked is None or not alike:
+            if asked != "auto":
                 raise
             self._fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
             loaded = self._make(key, args, kwargs, config, None)

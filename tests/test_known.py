@@ -1,0 +1,95 @@
+"""Which tensors Python may read while a model is traced: those made of shapes and numbers, until something else is written to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bwcache_compile as bw
+from bwcache_compile.capture import capture
+from bwcache_compile.known import KnownValues
+from tests.models import OneStream
+
+
+def lengths(x: Tensor) -> Tensor:
+    return torch.tensor([len(sample) for sample in x])
+
+
+def offsets(x: Tensor) -> Tensor:
+    found = torch.zeros(3, dtype=torch.int32)
+    for i in range(2):
+        found[i + 1] = found[i] + lengths(x)[i]
+    return found
+
+
+def written_through_a_view(x: Tensor) -> Tensor:
+    found = torch.zeros(3)
+    found[1:].copy_(x[0, :2])
+    return found
+
+
+def returned_elsewhere(x: Tensor) -> Tensor:
+    found = torch.zeros(2)
+    torch.add(x[0, :2], 1, out=found)
+    return found
+
+
+def added_to(x: Tensor) -> Tensor:
+    found = torch.zeros(2)
+    found += x[0, :2]
+    return found
+
+
+KNOWN: tuple[Callable[[Tensor], Tensor], ...] = (
+    lengths, offsets, lambda x: torch.stack([torch.tensor(x.shape)] * 2).max(dim=0).values, lambda x: x.new_tensor([1, 2]).cumsum(0),
+    lambda x: lengths(x)[: lengths(x)[0] - 2],
+)  # fmt: skip
+UNKNOWN: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x, lambda x: x.argmax(dim=0), lambda x: torch.rand(2), lambda x: torch.rand_like(x.new_ones(2)), written_through_a_view,
+    returned_elsewhere, added_to, lambda x: torch.ops.aten.neg(lengths(x)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("make", KNOWN)
+def test_what_follows_from_shapes_is_known(make: Callable[[Tensor], Tensor]) -> None:
+    with KnownValues() as known:
+        made = make(torch.randn(2, 3))
+    assert torch.equal(known.value(made), made)
+
+
+@pytest.mark.parametrize("make", UNKNOWN)
+def test_what_depends_on_inputs_or_chance_is_not(make: Callable[[Tensor], Tensor]) -> None:
+    with KnownValues() as known:
+        made = make(torch.randn(2, 3))
+    assert known.value(made) is None
+
+
+class Grids(OneStream):
+    """The grid travels as a tensor, and is read at the end."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        grid = torch.stack([torch.tensor(sample.shape[:1]) for sample in x])
+        assert grid.max() <= 16
+        rows = super().forward(x, t)
+        return torch.stack([row[:length] for row, (length,) in zip(rows, grid.tolist(), strict=True)])
+
+
+def test_a_second_size_has_a_program_of_its_own_where_open_sizes_cannot_be_traced() -> None:
+    model: nn.Module = Grids().eval().requires_grad_(False)
+    cached = bw.transform(model, bw.CacheConfig(threshold=0, num_steps=2), dynamic_shapes="auto")
+    for rows in (6, 5):
+        x, t = torch.randn(2, rows, 4), torch.tensor([0.5, 0.5])
+        with torch.no_grad():
+            assert torch.equal(cached(x, t), model(x, t))
+    assert len(cached.cached_programs) == 2
+    assert any("each size has a program of its own" in note for note in cached.plan.notes)
+
+
+def test_a_capture_leaves_no_marks_on_what_it_is_given() -> None:
+    x, t = torch.randn(2, 6, 4), torch.tensor([0.5, 0.5])
+    with pytest.raises(bw.CaptureError):
+        capture(Grids().eval(), (x, t), {}, "auto")
+    assert not vars(x)
