@@ -29,7 +29,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from diffusers import hooks
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -48,19 +48,38 @@ def call_at(step: int) -> dict[str, Any]:
     return {**call, "hidden_states": call["hidden_states"] + 0.02 * step * drift, "timestep": time}
 
 
-def _diffusers(name: str, **settings: Any) -> Callable[[nn.Module], None]:
-    """Return what turns on one of diffusers' caches."""
+Now = Callable[[], int]
+"""The time of the step that runs, which a pipeline tells the caches that ask for it."""
 
-    def enable(model: Any) -> None:
+
+class Called(nn.Module):
+    """Calls a model as a pipeline does, from a forward whose signature can be read: cache-dit replaces the model's by a partial."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Hold the model."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> Any:
+        """Call it."""
+        return self.model(
+            hidden_states=hidden_states, timestep=timestep, encoder_hidden_states=encoder_hidden_states, return_dict=return_dict
+        )
+
+
+def _diffusers(name: str, *timed: str, **settings: Any) -> Callable[[nn.Module, Now], None]:
+    """Return what turns on one of diffusers' caches; `timed` are its settings that take the callback for the time."""
+
+    def enable(model: Any, now: Now) -> None:
         config = getattr(hooks, name, None)
         if config is None:
             raise ModuleNotFoundError(f"not in diffusers {diffusers.__version__}")
-        model.enable_cache(config(**settings))
+        model.enable_cache(config(**settings, **dict.fromkeys(timed, now)))
 
     return enable
 
 
-def _cache_dit(model: nn.Module) -> None:
+def _cache_dit(model: nn.Module, now: Now) -> None:
     import cache_dit
 
     config = cache_dit.DBCacheConfig(
@@ -69,16 +88,16 @@ def _cache_dit(model: nn.Module) -> None:
     cache_dit.enable_cache(model, cache_config=config)
 
 
-RIVALS: dict[str, Callable[[nn.Module], None]] = {
-    "no cache": lambda model: None,
+RIVALS: dict[str, Callable[[nn.Module, Now], None]] = {
+    "no cache": lambda model, now: None,
     "FirstBlockCache": _diffusers("FirstBlockCacheConfig", threshold=10.0),
     "MagCache": _diffusers("MagCacheConfig", threshold=10.0, num_inference_steps=8, retention_ratio=0.1, mag_ratios=[1.0] * 8),
     "TaylorSeer": _diffusers("TaylorSeerCacheConfig", cache_interval=4, disable_cache_before_step=1, taylor_factors_dtype=torch.float32),
     "PyramidAttentionBroadcast": _diffusers(
-        "PyramidAttentionBroadcastConfig",
-        spatial_attention_block_skip_range=4, cross_attention_block_skip_range=4, current_timestep_callback=lambda: 500,
+        "PyramidAttentionBroadcastConfig", "current_timestep_callback",
+        spatial_attention_block_skip_range=4, cross_attention_block_skip_range=4,
     ),
-    "FasterCache": _diffusers("FasterCacheConfig", is_guidance_distilled=True, current_timestep_callback=lambda: 500),
+    "FasterCache": _diffusers("FasterCacheConfig", "current_timestep_callback", is_guidance_distilled=True),
     "SeaCache": _diffusers("SeaCacheConfig", threshold=10.0, raw_vision_callback=lambda *args, **kwargs: [kwargs["hidden_states"][0]]),
     "cache-dit DBCache": _cache_dit,
 }  # fmt: skip
@@ -90,17 +109,20 @@ def counted(operators: Counter[str], names: list[str]) -> dict[str, int]:
     return {"attention": operators["Attention"], "if": operators["If"], "state_inputs": len(set(names) - own)}
 
 
-def run_rival(enable: Callable[[nn.Module], None], steps: int) -> dict[str, Any]:
+def run_rival(enable: Callable[[nn.Module, Now], None], steps: int) -> dict[str, Any]:
     """Export a patched model after some steps; count, and compare with the model without a cache on a later step's inputs."""
     model: Any = wan(LAYERS, width=64)
-    later = call_at(steps + 2)
+    later, caller, time = call_at(steps + 2), Called(model), 1000
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         (expected,) = model(**later)
-        enable(model)
+        enable(model, lambda: time)
         with model.cache_context("cond"):
-            for step in range(steps):
-                model(**call_at(step))
-            program = torch.onnx.export(model, (), kwargs=call_at(steps), dynamo=True, opset_version=OPSET, verbose=False)
+            for step in range(steps + 1):
+                call = call_at(step)
+                time = int(call["timestep"])
+                if step < steps:
+                    caller(**call)
+            program = torch.onnx.export(caller, (), kwargs=call, dynamo=True, opset_version=OPSET, verbose=False)
     assert program is not None
     graph = program.model.graph
     result: dict[str, Any] = counted(Counter(node.op_type for node in graph.all_nodes()), [str(value.name) for value in graph.inputs])

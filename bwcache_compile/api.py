@@ -130,18 +130,29 @@ def _one_program(cached: CachedModel, signature: tuple[tuple[Any, ...], dict[str
     """Return the program to export, its reuse graph made where the guard was in the graph.
 
     Raises:
-        ExportError: There are several to choose from.
+        ExportError: There are several to choose from, or none.
+        ConfigError: `signature` is no call.
     """
     if signature is not None:
-        cached.prepare(*signature)
+        match signature:
+            case (tuple() | list() as args, dict() as kwargs):
+                cached.prepare(tuple(args), kwargs)
+            case _:
+                raise ConfigError("signature is no pair of a tuple and a dict; pass (args, kwargs), as in a call.")
         program = cached.program
     else:
         held = cached.cached_programs
-        if len(held) != 1:
+        if not held:
+            raise ExportError(
+                "there is no program to export: nothing is captured yet, or the model was changed or closed since.\n"
+                "  Call the model once, or pass signature=(args, kwargs), a call like those to come."
+            )
+        if len(held) > 1:
             shapes = ["; ".join(f"{name} {shape}" for name, shape in _shapes(program)) for program in held]
             raise ExportError(
-                f"this model holds {len(held)} programs, and a bundle holds one. Pass signature=(args, kwargs), a call like those to come;"
-                " or transform with dynamic_shapes." + "".join(f"\n  {line}" for line in shapes)
+                f"this model holds {len(held)} programs, and a bundle holds one:\n  "
+                + "\n  ".join(shapes)
+                + "\n  Pass signature=(args, kwargs), a call like those to come; or transform with dynamic_shapes."
             )
         program = held[0]
     if program.reuse is None and program.planned().config.granularity == "stack":
@@ -170,7 +181,8 @@ def export(
 
     Args:
         cached: What `transform` returned, captured for one signature.
-        directory: Where to write. A bundle there is replaced at the end; a failure leaves it as it was.
+        directory: Where to write. A bundle there is replaced at the end; a failure leaves it as it was. Nothing else is
+            overwritten.
         format: "onnx"; "pt2" for exported programs of torch, which `load(..., backend="torch")` runs bit for bit as torch
             does; "aoti" for the same compiled by AOTInductor for this kind of machine, which needs a C++ compiler.
         signature: `(args, kwargs)` of a call, where the model holds several programs or none yet.
@@ -182,10 +194,10 @@ def export(
 
     Raises:
         ExportError: There is no single program, it cannot be exported, or what was written differs from torch.
-        ConfigError: `format` or `opset` is not supported.
+        ConfigError: `format` or `opset` is not supported, or `cached` or `signature` is something else.
     """
     if not isinstance(cached, CachedModel):
-        raise ConfigError(f"export takes what transform returned, not a {type(cached).__name__}.")
+        raise ConfigError(f"export takes what transform returned, not a {type(cached).__name__}. Transform the model; compile it later.")
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}; choose one of {', '.join(FORMATS)}.")
     if guarded and format != "onnx":

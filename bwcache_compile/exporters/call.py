@@ -27,16 +27,18 @@ class Output(dict[str, Any]):
         """Return an output by name or position."""
         return list(self.values())[key] if isinstance(key, (int, slice)) else super().__getitem__(key)
 
-    @staticmethod
-    def put_together(described: dict[str, Any], values: dict[str, Any]) -> Any:
-        """Return outputs in the form that the model returned."""
-        items = described["items"]
-        if described["kind"] == "tensor":
-            return values[items[0]["name"]]
-        if described["kind"] == "mapping":
-            return Output({item["key"]: values[item["name"]] for item in items})
-        positions = {item["position"]: values[item["name"]] for item in items}
-        return tuple(positions.get(i) for i in range(described["length"]))
+
+def put_together(form: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    """Return outputs as the model returned them: `form` has one entry, what it is and what is in it."""
+    ((kind, inside),) = form.items()
+    if kind == "tensor":
+        return values[inside]
+    if kind == "value":
+        return inside
+    if kind == "mapping":
+        return Output({key: put_together(part, values) for key, part in inside.items()})
+    parts = [put_together(part, values) for part in inside]
+    return tuple(parts) if kind == "tuple" else parts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
+from bwcache_compile.exporters.describe import input_names
 from bwcache_compile.exporters.graphs import PlainGraph
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.layout import in_order, slot_order
@@ -21,6 +22,7 @@ from bwcache_compile.sizes import evaluate, evaluated
 _TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _TOLERANCE = 1e-4
 _STEPS = 6
+_CONTEXT = "check"
 
 
 def slot_dtypes(program: CachedProgram) -> set[torch.dtype]:
@@ -190,21 +192,23 @@ class _Compared:
         session.reset()
         known = captured_sizes(self.program) if sizes is None else sizes
         torch_run = TorchRun(self.program, config, config.steps or steps, known)
-        described, decisions, indicators = self.manifest["outputs"], [], []
+        decisions, indicators = [], []
         for step in range(steps):
             flat = _random_inputs(self.program, step, known)
-            named = zip(self.program.signature.inputs, flat, strict=True)
+            named = zip(input_names(self.program), flat, strict=True)
             wanted = {entry["name"] for entry in self.manifest["inputs"]}
             given = {name: self.handed(value) for name, value in named if name in wanted}
             with torch.no_grad():
                 expected, computed, change = torch_run.step(step, flat)
             try:
-                returned = session.run_flat(given)
+                with session.cache_context(_CONTEXT):
+                    returned = session.run_flat(given)
             except BundleError as error:
                 raise ExportError(f"step {step}: {error}") from error
-            for item in described["items"]:
-                self._compare(f"step {step}: the output {item['name']}", returned[item["name"]], expected[item["position"]])
-            record = session.report().contexts["default"].steps[-1]
+            tensors = [value for value in expected if isinstance(value, Tensor)]
+            for item, tensor in zip(self.manifest["outputs"]["items"], tensors, strict=True):
+                self._compare(f"step {step}: the output {item['name']}", returned[item["name"]], tensor)
+            record = session.report().contexts[_CONTEXT].steps[-1]
             if record.computed != computed:
                 verb = {True: "computes", False: "reuses"}
                 raise ExportError(f"step {step}: torch {verb[computed]} and the exported graphs {verb[record.computed]}.")
@@ -213,7 +217,7 @@ class _Compared:
                 # a small difference of large features, as a part of them: what is rounded off them is large beside it
                 self._compare(f"step {step}: the indicator", record.change, change, least=1.0)
                 indicators += [float(change.mean())] if step else []
-            for name, value in session.state("default").items():
+            for name, value in session.state(_CONTEXT).items():
                 if name in torch_run.slots:
                     self._compare(f"step {step}: the slot {name}", value, torch_run.slots[name])
             decisions.append(computed)

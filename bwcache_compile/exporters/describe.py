@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -43,15 +44,50 @@ def _places(tree: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple
         yield from _places(value, (*path, key if isinstance(key, int) else str(key)))
 
 
+def _constant(value: Any, said: str, program: CachedProgram) -> Any:
+    """Return what a manifest holds as it is.
+
+    Raises:
+        ExportError: It is nothing of that kind.
+    """
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ExportError(f"{program.model_name} {said}; beside tensors a bundle holds None, text and finite numbers. Use one of these.")
+
+
+_OWN = ("step", "reuse_left", "indicator")
+"""What the graphs take and return of their own; the cache's and the policy's names have a dot, which no input's has."""
+
+
+def input_names(program: CachedProgram) -> list[str]:
+    """Return the names of the model's inputs in the graphs: their own, or with `.in` where a graph's own input has it."""
+    return [f"{name}.in" if name in _OWN else name for name in program.signature.inputs]
+
+
+def graph_inputs(program: CachedProgram, kind: str) -> list[str]:
+    """Return the names of everything that a graph takes, in order, Python numbers included."""
+    compute = kind == "compute"
+    policy = program.planned().config.policy_values(1) if compute else {}
+    slots = program.compute_slots if compute else program.reuse_slots
+    return [*input_names(program), *(f"cache_in.{slot}" for slot in slots), *(f"policy.{name}" for name in policy), "step"]
+
+
+def _call(program: CachedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call's arguments with their positions as leaves."""
+    spec = program.signature.in_spec
+    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    return args, kwargs
+
+
 def describe_inputs(program: CachedProgram, parameters: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the tensors that a call passes, and its constants, each with the argument that holds it and the path inside.
 
     Args:
         program: Past planning.
-        parameters: Names of the parameters of the model's forward.
+        parameters: Names of what the model's forward takes by position; `*args` go by their places.
     """
-    spec, names = program.signature.in_spec, program.signature.inputs
-    places = sorted(_places(pytree.tree_unflatten(list(range(spec.num_leaves)), spec)), key=lambda place: place[1])
+    names = input_names(program)
+    places = sorted(_places(_call(program)), key=lambda place: place[1])
     nodes = program.compute.graph.find_nodes(op="placeholder")[: len(names)]
     tensors, constants = [], []
     for (path, _), name, node in zip(places, names, nodes, strict=True):
@@ -64,31 +100,56 @@ def describe_inputs(program: CachedProgram, parameters: tuple[str, ...]) -> tupl
             described = {"dtype": dtype_name(value.dtype), "shape": list(shape_of(value)), "example": list(hint_shape(value))}
             tensors.append({"name": name, **place, **described})
         else:
-            constants.append({**place, "value": value if isinstance(value, (bool, int, float, str)) else None})
+            constants.append({**place, "value": _constant(value, f"takes {value!r} as {argument}", program)})
     return tensors, constants
 
 
-def describe_outputs(program: CachedProgram) -> tuple[dict[str, Any], list[Node]]:
-    """Return how the model's output is put together, and the nodes that are its tensors."""
+def _form(tree: Any, leaves: list[dict[str, Any]], program: CachedProgram) -> dict[str, Any]:
+    """Describe how an output is put together; the leaves of the tree are their positions.
+
+    Raises:
+        ExportError: It is put together in a way that a manifest does not know.
+    """
+    if isinstance(tree, int):
+        return leaves[tree]
+    if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
+        return {"mapping": {key: _form(value, leaves, program) for key, value in tree.items()}}
+    if dataclasses.is_dataclass(tree):
+        return {"mapping": {field.name: _form(getattr(tree, field.name), leaves, program) for field in dataclasses.fields(tree)}}
+    if isinstance(tree, (list, tuple)):
+        return {"list" if isinstance(tree, list) else "tuple": [_form(value, leaves, program) for value in tree]}
+    raise ExportError(
+        f"{program.model_name} returns a {type(tree).__name__}"
+        f"{' whose keys are no text' if isinstance(tree, Mapping) else ''}; a bundle returns tuples, lists, and tables with names.\n"
+        "  Wrap the model in a module that returns one of these."
+    )
+
+
+def describe_outputs(program: CachedProgram) -> dict[str, Any]:
+    """Return the model's output: `items` are its tensors, `form` how they and what is constant are put together.
+
+    Raises:
+        ExportError: It holds an open Python number, or something else that a manifest does not.
+    """
     spec = program.signature.out_spec
     returned: Any = program.compute.graph.output_node().args[0]
     whole = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     places = sorted(_places(whole), key=lambda place: place[1])
-    nested = any(len(path) > 1 for path, _ in places)
-    kind = "tensor" if isinstance(whole, int) else "tuple" if nested or isinstance(whole, (tuple, list)) else "mapping"
-    taken = {*program.signature.inputs, "step", "reuse_left", "indicator"}
-    items, nodes = [], []
-    for (path, i), node in zip(places, returned[: spec.num_leaves], strict=True):
-        if not isinstance(node, Node):
+    taken = {*program.signature.inputs, *_OWN, *(f"cache_out.{slot.name}" for slot in program.planned().slots)}
+    items, leaves = [], []
+    for (path, _), node in zip(places, returned[: spec.num_leaves], strict=True):
+        value = node.meta["val"] if isinstance(node, Node) else node
+        if not isinstance(value, Tensor):
+            leaves.append({"value": _constant(value, f"returns {'the open size ' * isinstance(value, torch.SymInt)}{value!r}", program)})
             continue
         key = "_".join(map(str, path))
-        name = f"output_{key}" if not key or key[0].isdigit() else key
-        name = f"{name.rstrip('_')}.out" if name in taken else name.rstrip("_")
+        name = (f"output_{key}" if not key or key[0].isdigit() else key).rstrip("_")
+        while name in taken:
+            name += ".out"
         taken.add(name)
-        value = node.meta["val"]
-        items.append({"name": name, "key": key, "position": i, "dtype": dtype_name(value.dtype), "shape": list(shape_of(value))})
-        nodes.append(node)
-    return {"kind": kind, "length": spec.num_leaves, "items": items}, nodes
+        items.append({"name": name, "dtype": dtype_name(value.dtype), "shape": list(shape_of(value))})
+        leaves.append({"tensor": name})
+    return {"form": _form(whole, leaves, program), "items": items}
 
 
 def _describe_slot(slot: CacheSlot) -> dict[str, Any]:
@@ -128,13 +189,12 @@ def describe(program: CachedProgram, parameters: tuple[str, ...]) -> dict[str, A
         ExportError: A size is more than integer arithmetic.
     """
     plan, sizes = program.planned(), program.signature.sizes
+    parameters = (*parameters, *map(str, range(len(parameters), len(_call(program)[0]))))
     inputs, constants = describe_inputs(program, parameters)
-    outputs, _ = describe_outputs(program)
+    outputs = describe_outputs(program)
     symbols = []
     for symbol in sizes.symbols if sizes else ():
-        if symbol.dimension is None:
-            continue  # an int: its inputs are refused or ignored
-        symbols.append({**dataclasses.asdict(symbol), "input": program.signature.inputs[symbol.position]})
+        symbols.append({**dataclasses.asdict(symbol), "input": input_names(program)[symbol.position]})
     conditions = list(sizes.conditions) if sizes else []
     slots = [_describe_slot(slot) for slot in plan.slots]
     check_sizes(program, conditions, [size for entry in [*inputs, *outputs["items"], *slots] for size in entry["shape"]])
@@ -160,7 +220,7 @@ def add_layout(content: dict[str, Any], program: CachedProgram) -> None:
     """Say on which device the graphs run, and how each input and slot lies in memory: compiled code depends on it."""
     plan = program.planned()
     content["device"] = str(plan.device)
-    nodes = {node.name: node for node in program.compute.graph.find_nodes(op="placeholder")}
+    nodes = dict(zip(input_names(program), program.compute.graph.find_nodes(op="placeholder"), strict=False))
     for entry in content["inputs"]:
         entry["order"] = list(slot_order(nodes[entry["name"]].meta["val"]))
     for entry, slot in zip(content["slots"], plan.slots, strict=True):

@@ -10,10 +10,11 @@ import torch
 
 from bwcache_compile.errors import ConfigError, ExportError
 from bwcache_compile.exporters.bundle import Bundle, new_bundle, open_bundle, write_manifest
-from bwcache_compile.exporters.check import check_runs, check_structure, slot_dtypes, tolerance_of
-from bwcache_compile.exporters.describe import add_layout, check_sizes, declared_shapes, describe, describe_outputs, dtype_name
+from bwcache_compile.exporters.check import check_runs, check_structure, tolerance_of
+from bwcache_compile.exporters.describe import add_layout, check_sizes, declared_shapes, describe, describe_outputs
 from bwcache_compile.exporters.graphs import PlainGraph, plain_graph
 from bwcache_compile.exporters.load import ort_session, torch_session
+from bwcache_compile.exporters.refuse import refuse
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
 from bwcache_compile.program import CachedProgram
 
@@ -26,26 +27,9 @@ def _need_onnx() -> None:
             raise ExportError(f'export needs {name}: pip install "bwcache-compile[onnx]".') from error
 
 
-def _refuse(program: CachedProgram) -> None:
-    """Say what cannot be exported before anything is done.
-
-    Raises:
-        ExportError: A guard per block, contexts that decide together, or complex results.
-    """
-    config = program.planned().config
-    if config.granularity == "block":
-        raise ExportError("granularity='block' has as many guards as blocks, and a bundle has one. Transform with granularity='stack'.")
-    if config.decide == "joint":
-        raise ExportError("decide='joint' is decided between contexts by the host; a bundle's graphs see one. Use decide='separate'.")
-    returned = {item["name"]: item["dtype"] for item in describe_outputs(program)[0]["items"]}
-    for name, dtype in (returned | {slot.name: dtype_name(slot.dtype) for slot in program.planned().slots}).items():
-        if dtype.startswith("complex"):
-            raise ExportError(f"the graphs return {name}, which is {dtype}; bundles return real numbers. Return real and imaginary parts.")
-
-
 def _output_names(program: CachedProgram, kind: str) -> tuple[str, ...]:
     plan = program.planned()
-    users = tuple(item["name"] for item in describe_outputs(program)[0]["items"])
+    users = tuple(item["name"] for item in describe_outputs(program)["items"])
     if kind == "reuse":
         return users
     behind = ("reuse_left", *(("indicator",) if plan.measured else ()))
@@ -74,9 +58,9 @@ def export_onnx(
     from bwcache_compile.exporters import onnx as writer
 
     _need_onnx()
-    if opset not in writer.OPSETS:
+    if type(opset) is not int or opset not in writer.OPSETS:
         raise ConfigError(f"opset is {opset!r}; choose one from {writer.OPSETS.start} to {writer.OPSETS.stop - 1}.")
-    _refuse(program)
+    refuse(program)
     content = {"graph_format": "onnx", "opset": opset, **describe(program, parameters)}
     shapes = declared_shapes(content)
     plain: dict[str, PlainGraph] = {}
@@ -103,7 +87,7 @@ def export_onnx(
 
 
 def _check_onnx(program: CachedProgram, bundle: Bundle, guarded: bool) -> dict[str, Any]:
-    if torch.bfloat16 in slot_dtypes(program):
+    if "bfloat16" in {entry["dtype"] for entry in [*bundle.manifest["outputs"]["items"], *bundle.manifest["slots"]]}:
         return {"runs": "not run: ONNX Runtime's CPU provider has no bfloat16 matrix product; the CUDA provider and TensorRT have"}
     import onnxruntime as ort
 
@@ -111,7 +95,11 @@ def _check_onnx(program: CachedProgram, bundle: Bundle, guarded: bool) -> dict[s
     options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay in the file, mapped: no copy beside torch's
     kinds = ("pair", *(("guarded",) if guarded else ()))
     sessions = {kind: functools.partial(ort_session, bundle, guarded=kind == "guarded", options=options) for kind in kinds}
-    return check_runs(program, bundle.manifest, sessions, tolerance_of(program), lambda tensor: tensor.cpu().numpy())
+    return check_runs(program, bundle.manifest, sessions, tolerance_of(program), _handed)
+
+
+def _handed(tensor: torch.Tensor) -> Any:
+    return tensor.cpu() if tensor.dtype == torch.bfloat16 else tensor.cpu().numpy()  # numpy has none; onnxruntime reads torch's
 
 
 def export_torch(program: CachedProgram, directory: str | Path, parameters: tuple[str, ...], *, compiled: bool) -> dict[str, Any]:
@@ -131,7 +119,7 @@ def export_torch(program: CachedProgram, directory: str | Path, parameters: tupl
     """
     from bwcache_compile.exporters import pt2 as writer
 
-    _refuse(program)
+    refuse(program)
     content = {"graph_format": "aoti" if compiled else "pt2", "opset": None, **describe(program, parameters)}
     add_layout(content, program)
     with new_bundle(directory) as folder:

@@ -9,14 +9,15 @@ from bwcache_compile.exporters.call import UNTIL
 
 _TENSOR = {"name": str, "dtype": str, "shape": [(int, str)]}
 _PLACE = {"argument": str, "path": [(int, str)]}
+_CONSTANT = (bool, int, float, str, NoneType)
 _FORM = {
     "model": str,
     "graph_format": str,
     "opset": (int, NoneType),
     "arguments": [str],
     "inputs": [{**_TENSOR, **_PLACE}],
-    "constants": [{**_PLACE, "value": (bool, int, float, str, NoneType)}],
-    "outputs": {"kind": str, "length": int, "items": [{**_TENSOR, "key": str, "position": int}]},
+    "constants": [{**_PLACE, "value": _CONSTANT}],
+    "outputs": {"form": {}, "items": [_TENSOR]},
     "symbols": [{"name": str, "input": str, "dimension": int, "factor": int, "offset": int}],
     "conditions": [str],
     "slots": [{**_TENSOR, "fill": (int, float, str)}],
@@ -26,7 +27,7 @@ _FORM = {
     "graphs": {},
     "files": {},
 }
-_MOST_OUTPUTS = 10_000
+_DEEPEST = 50
 
 
 def _misfit(value: Any, form: Any, place: str) -> str | None:
@@ -49,6 +50,21 @@ def _misfit(value: Any, form: Any, place: str) -> str | None:
     return next((found for entry in inside if (found := _misfit(*entry))), None)
 
 
+def _misput(form: Any, names: list[str], depth: int = 0) -> str | None:
+    """Say what `put_together` could not put together of tensors with these names."""
+    shown = f"the outputs are put together as {repr(form)[:60]}"
+    if not isinstance(form, dict) or len(form) != 1 or depth > _DEEPEST:
+        return shown
+    ((kind, inside),) = form.items()
+    if kind in ("tensor", "value"):
+        fits = inside in names if kind == "tensor" else type(inside) in _CONSTANT
+        return None if fits else shown
+    if type(inside) is not {"tuple": list, "list": list, "mapping": dict}.get(kind):
+        return shown
+    parts = inside.values() if isinstance(inside, dict) else inside
+    return next((found for part in parts if (found := _misput(part, names, depth + 1))), None)
+
+
 def _disagreement(manifest: dict[str, Any]) -> str | None:
     """Say which names or numbers contradict one another."""
     outputs = manifest["outputs"]
@@ -59,11 +75,9 @@ def _disagreement(manifest: dict[str, Any]) -> str | None:
     for slot in manifest["slots"]:
         if isinstance(slot["fill"], str) and slot["fill"] not in ("inf", "-inf", "nan"):
             return f"the slot {slot['name']} is filled with {slot['fill']!r}"
-    positions = [item["position"] for item in outputs["items"]]
-    if outputs["kind"] not in ("tensor", "tuple", "mapping") or not positions:
-        return f"the outputs are {outputs['kind']!r} of {len(positions)} tensors"
-    if not 0 <= min(positions) <= max(positions) < outputs["length"] <= _MOST_OUTPUTS:
-        return f"the outputs' positions {positions} are not within {outputs['length']}"
+    wrong = _misput(outputs["form"], [item["name"] for item in outputs["items"]])
+    if wrong is not None or not outputs["items"]:
+        return wrong or "there are no outputs"
     known = [entry["name"] for entry in manifest["inputs"]]
     for symbol in manifest["symbols"]:
         if symbol["input"] not in known or symbol["dimension"] < 0 or symbol["factor"] < 1:

@@ -17,11 +17,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.errors import ExportError
+from bwcache_compile.exporters.describe import graph_inputs
 from bwcache_compile.inline import inline_calls
 from bwcache_compile.program import REGION_MARK, CachedProgram, graph_module_copy
-
-_PREFIXES = {"cache_in_": "cache_in.", "policy_": "policy."}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,23 +75,6 @@ def _marked(module: GraphModule) -> None:
                 node.meta["custom"] = {"bwcache_node": node.name, "bwcache_module": origin, REGION_MARK: bool(node.meta.get(REGION_MARK))}
 
 
-def _cut_constants(program: CachedProgram, graph: Graph) -> None:
-    """Take away the inputs that are no tensors: the graph ignores their values.
-
-    Raises:
-        ExportError: An int is an open size of its own.
-    """
-    for node in graph.find_nodes(op="placeholder"):
-        if isinstance(node.meta.get("val"), Tensor):
-            continue
-        if node.users:
-            raise ExportError(
-                f"the input {node.name} of {program.model_name} is a Python number whose value is open; a file's inputs are tensors.\n"
-                "  Transform with dynamic_shapes that leaves it out, so that its value is built in."
-            )
-        graph.erase_node(node)
-
-
 def _own(module: GraphModule) -> GraphModule:
     """Give a graph copies of the graphs that it runs: the program's own stay as they are."""
     for node in module.graph.find_nodes(op="get_attr"):
@@ -137,13 +118,6 @@ def _lifted(attributes: dict[str, Any], source: Graph) -> tuple[GraphModule, lis
     return module, specs, parameters, constants
 
 
-def _outside(name: str) -> str:
-    for prefix, replacement in _PREFIXES.items():
-        if name.startswith(prefix):
-            return replacement + name.removeprefix(prefix)
-    return name
-
-
 def exported_program(
     module: GraphModule, signature: ExportGraphSignature, ranges: dict[Any, Any], parameters: dict[str, Any], constants: dict[str, Any]
 ) -> ExportedProgram:
@@ -165,14 +139,15 @@ def exported_program(
 
 
 def plain_graph(program: CachedProgram, kind: str, outputs: tuple[str, ...]) -> PlainGraph:
-    """Return one of a program's graphs, its calls written out, its weights lifted; nothing is traced again.
-
-    Raises:
-        ExportError: An input is a Python number whose value is open.
-    """
+    """Return one of a program's graphs, its calls written out, its weights lifted; nothing is traced again."""
     module = getattr(program, kind)
     flat = inline_calls(module)
-    _cut_constants(program, flat.graph)
+    inputs = []
+    for node, name in zip(flat.graph.find_nodes(op="placeholder"), graph_inputs(program, kind), strict=True):
+        if isinstance(node.meta.get("val"), Tensor):
+            inputs.append(name)
+        else:
+            flat.graph.erase_node(node)  # a constant, which is built in
     lifted, specs, parameters, constants = _lifted(flat.attributes, flat.graph)
     _marked(lifted)
     returned = lifted.graph.output_node().args[0]
@@ -180,6 +155,5 @@ def plain_graph(program: CachedProgram, kind: str, outputs: tuple[str, ...]) -> 
     kept = [node for node in returned if isinstance(node, Node)]
     lifted.graph.output_node().args = (tuple(kept),)
     output_specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in kept]
-    users = [spec.arg.name for spec in specs if spec.kind == InputKind.USER_INPUT]
     exported = exported_program(lifted, ExportGraphSignature(specs, output_specs), {}, parameters, constants)
-    return PlainGraph(kind, exported, tuple(_outside(name) for name in users), outputs)
+    return PlainGraph(kind, exported, tuple(inputs), outputs)

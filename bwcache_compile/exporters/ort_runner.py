@@ -51,6 +51,9 @@ class OrtRunner:
             except Exception as error:  # onnxruntime's errors have no common class of their own
                 raise BundleError(f"{path} does not run on {first}: {first_line(error)}{self._advice(first)}") from error
             self._check(kind)
+        half = [item["name"] for item in self._manifest["outputs"]["items"] if item["dtype"] == "bfloat16"]
+        if half and outputs == "numpy":
+            raise ConfigError(f'{half[0]} is bfloat16, which numpy has not; pass outputs="ortvalue", which has DLPack.')
 
     def _advice(self, provider: str) -> str:
         dtypes = {entry["dtype"] for entry in [*self._manifest["inputs"], *self._manifest["slots"]]}

@@ -12,7 +12,7 @@ from typing import Any
 from bwcache_compile.config import CacheConfig, policy_dtype
 from bwcache_compile.errors import BundleError, ConfigError, StateError
 from bwcache_compile.exporters.bundle import Bundle
-from bwcache_compile.exporters.call import UNTIL, Call, Output, Runner, bound, flat_call
+from bwcache_compile.exporters.call import UNTIL, Call, Runner, bound, flat_call, put_together
 from bwcache_compile.report import ContextReport, RawStep, Report, step_records
 
 _MAY_CHANGE = {"threshold", "reuse_interval", "tail", "warmup_steps", "num_steps"}
@@ -83,7 +83,7 @@ class Session:
             BundleError: The runtime failed.
         """
         values = self._step(bound(self.manifest, self._runner, args, kwargs))
-        return Output.put_together(self.manifest["outputs"], values)
+        return put_together(self.manifest["outputs"]["form"], values)
 
     def run_flat(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Run one step on inputs by the names that the graphs have for them; returns outputs by name."""

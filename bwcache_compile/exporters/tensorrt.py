@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 
 from bwcache_compile.errors import BundleError, ConfigError, ExportError
 from bwcache_compile.exporters.arithmetic import arithmetic
-from bwcache_compile.exporters.bundle import Bundle, add_files, file_hash, open_bundle
+from bwcache_compile.exporters.bundle import Bundle, add_files, file_hash, open_bundle, replaced_together
 from bwcache_compile.exporters.call import graph_shape
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.exporters.tensorrt_operators import LIST_VERSION, unlisted_operators
 
-RECORD = "engines.json"
+RECORD, TIMING = "engines.json", "timing.cache"
 Range = tuple[int, int, int]
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Of each input with an open size: its smallest, usual and largest shape."""
@@ -245,7 +244,7 @@ def build(
 
     Args:
         bundle: What `export` wrote.
-        directory: Gets `<kind>.engine`, `timing.cache`, which later builds use, and `engines.json`.
+        directory: Gets `<kind>.engine` and `engines.json`, all of them or none, and `timing.cache`, which later builds use.
         kinds: Graphs to build; all by default.
         profiles: Sizes to build for, one optimisation profile each; see `profile`. By default what `prepare` was told.
         version_compatible: Build for later TensorRT versions too. Such engines carry code that `load` must be allowed to run.
@@ -258,7 +257,8 @@ def build(
         What `engines.json` says.
 
     Raises:
-        ExportError: TensorRT is not installed, or does not take a graph. The message names the nodes.
+        ExportError: TensorRT is not installed, or does not take a graph, or `directory` cannot be written to. The message
+            names the nodes. Engines that were there are as they were.
         ConfigError: See `profile`.
     """
     trt, opened = _import(), _opened(bundle)
@@ -268,34 +268,33 @@ def build(
     shapes = {kind: [profile(manifest, kind, sizes) for sizes in profiles] for kind in kinds or manifest["graphs"]}
     flags = (*(("VERSION_COMPATIBLE",) if version_compatible else ()), *(("STRIP_PLAN", "REFIT_IDENTICAL") if stripped else ()))
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
     logger = trt.Logger(trt.Logger.WARNING)
     engines = {}
-    for kind, choices in shapes.items():
-        source, written = opened.graph_file(kind), target / f"{kind}.engine"
-        builder = trt.Builder(logger)
-        network, parser = _parsed(trt, builder, logger, source)
-        config = _configured(trt, builder, flags, tf32, workspace, target / "timing.cache")
-        if progress is not None:
-            config.progress_monitor = _monitor(trt, progress)
-        for choice in choices if any(choices) else ():
-            ends = builder.create_optimization_profile()
-            for name, (low, usual, high) in choice.items():
-                ends.set_shape(name, low, usual, high)
-            if config.add_optimization_profile(ends) < 0:
-                raise ExportError(f"TensorRT does not take the profile {choice} for {source.name}.")
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise ExportError(f"TensorRT built no engine of {source.name}; its log says why.")
-        del parser  # it holds the weights that the network refers to, until here
-        unfinished = target / f".{kind}.engine"
-        unfinished.write_bytes(plan)
-        os.replace(unfinished, written)
-        (target / "timing.cache").write_bytes(config.get_timing_cache().serialize())
-        source_hash = manifest["files"][source.name]["sha256"]
-        engines[kind] = {"sha256": file_hash(written), "graph_sha256": source_hash, "profiles": choices}
-    record = {"tensorrt": trt.__version__, "version_compatible": version_compatible, "stripped": stripped, "engines": engines}
-    (target / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    with replaced_together(target) as place:
+        for kind, choices in shapes.items():
+            source, written = opened.graph_file(kind), place / f"{kind}.engine"
+            builder = trt.Builder(logger)
+            network, parser = _parsed(trt, builder, logger, source)
+            config = _configured(trt, builder, flags, tf32, workspace, target / TIMING)
+            if progress is not None:
+                config.progress_monitor = _monitor(trt, progress)
+            for choice in choices if any(choices) else ():
+                ends = builder.create_optimization_profile()
+                for name, (low, usual, high) in choice.items():
+                    ends.set_shape(name, low, usual, high)
+                if config.add_optimization_profile(ends) < 0:
+                    raise ExportError(f"TensorRT does not take the profile {choice} for {source.name}.")
+            plan = builder.build_serialized_network(network, config)
+            if plan is None:
+                raise ExportError(f"TensorRT built no engine of {source.name}; its log says why.")
+            del parser  # it holds the weights that the network refers to, until here
+            written.write_bytes(plan)
+            with replaced_together(target) as at_once:  # good for the next build, whatever becomes of this one
+                (at_once / TIMING).write_bytes(config.get_timing_cache().serialize())
+            source_hash = manifest["files"][source.name]["sha256"]
+            engines[kind] = {"sha256": file_hash(written), "graph_sha256": source_hash, "profiles": choices}
+        record = {"tensorrt": trt.__version__, "version_compatible": version_compatible, "stripped": stripped, "engines": engines}
+        (place / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -129,11 +129,7 @@ class ProgramCache:
             raise StateError(f"{type(self._model).__name__} is in training mode; call .eval() first: caching is for inference.")
         key = call_key(args, kwargs)
         with self._lock:
-            self.watch.look()
-            if self._structure != self.watch.structure:
-                self._loaded.clear()
-                self._fixed.clear()
-                self._structure = self.watch.structure
+            self._look()
             if held is not None and (held.key != key or held.version[0] != self._structure):
                 held = None
             loaded = held.loaded if held is not None else self._find(key, args, kwargs, config)
@@ -148,6 +144,14 @@ class ProgramCache:
             self._last = loaded
             sizes = held.sizes if held is not None else loaded.symbols(key) or {}
             return Fit(loaded, key, sizes, (self.watch.structure, self.watch.weights), self.watch.changed)
+
+    def _look(self) -> None:
+        """Drop every program if the model is no longer what was captured."""
+        self.watch.look()
+        if self._structure != self.watch.structure:
+            self._loaded.clear()
+            self._fixed.clear()
+            self._structure = self.watch.structure
 
     def _find(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram | None:
         """Return a kept program that is right for a call; one of open sizes is checked once at each size that it serves."""
@@ -234,7 +238,9 @@ class ProgramCache:
 
     @property
     def all(self) -> tuple[CachedProgram, ...]:
-        """Every program that is kept."""
+        """Every program that is kept and fits the model as it is."""
+        with self._lock:
+            self._look()
         return tuple(loaded.program for loaded in self._loaded.values())
 
     @property

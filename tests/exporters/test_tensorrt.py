@@ -18,20 +18,8 @@ from bwcache_compile.exporters.bundle import open_bundle
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.exporters.tensorrt_operators import unlisted_operators
 from tests.exporters.helpers import Exported
-from tests.exporters.tensorrt_double import Double, bindings
+from tests.exporters.tensorrt_double import Double
 from tests.models import OneStream, noise
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType:
-    return bindings(tmp_path_factory.mktemp("stubs"))
-
-
-@pytest.fixture
-def trt(real: types.ModuleType, deployed: Exported, monkeypatch: pytest.MonkeyPatch) -> Double:
-    double = Double(real, deployed.manifest)
-    monkeypatch.setitem(sys.modules, "tensorrt", double)
-    return double
 
 
 def everything(folder: Path, engines: Path) -> Session:
@@ -92,16 +80,6 @@ def test_a_call_with_other_arguments_fails(trt: Double) -> None:
         trt.check()
 
 
-def test_progress(trt: Double) -> None:
-    seen: list[Any] = []
-    monitor = tensorrt._monitor(trt, lambda *now: seen.append(now) or len(seen) < 2)
-    assert isinstance(monitor, trt.real.IProgressMonitor)
-    monitor.phase_start("tactics", None, 3)
-    assert (monitor.step_complete("tactics", 0), monitor.step_complete("tactics", 1)) == (True, False)
-    monitor.phase_finish("tactics")
-    assert seen == [("tactics", 0, 3), ("tactics", 1, 3)]
-
-
 @pytest.mark.parametrize("guarded", [False, True])
 def test_the_session_is_torch(trt: Double, deployed: Exported, tmp_path: Path, guarded: bool) -> None:
     """Engines that run in ONNX Runtime: the session's buffers, addresses, profiles and decisions."""
@@ -143,28 +121,6 @@ ENGINES holds version-compatible engines, which carry code. Pass allow_code=True
 ENGINES holds no guarded engines that can be read: KeyError('guarded').
 ENGINES/reuse.engine is not the engine that was built: its SHA-256 differs.""",
     )
-
-
-def test_what_tensorrt_refuses_is_said(trt: Double, deployed: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Double, network: Any, logger: Any) -> Any:
-        error = self.of(
-            "ParserError", desc=lambda: "no such layer", node_name=lambda: "blocks.0.up/node_MatMul_3", node_operator=lambda: "MatMul"
-        )
-        return self.of("OnnxParser", parse_from_file=lambda path: False, num_errors=1, get_error=lambda i: error)
-
-    monkeypatch.setattr(Double, "_OnnxParser", refuse)
-    with pytest.raises(bw.ExportError) as refusal:
-        tensorrt.build(deployed.folder, tmp_path)
-    assert_expected_inline(
-        str(refusal.value),
-        """\
-TensorRT does not take compute.onnx:
-  MatMul blocks.0.up/node_MatMul_3: no such layer""",
-    )
-    trt.check()
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(bw.ExportError, match=r'engines need NVIDIA TensorRT: pip install "bwcache-compile\[tensorrt\]"'):
-        tensorrt.build(deployed.folder, tmp_path)
 
 
 def test_profiles(deployed: Exported) -> None:

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import onnx
 import pytest
-import torch
-from expecttest import assert_expected_inline
-from torch import Tensor
 
 import bwcache_compile as bw
 from bwcache_compile.exporters import export as exporting
@@ -56,7 +53,9 @@ def test_files(bundle: Path) -> None:
     (lambda m: m.update(conditions=None), "manifest.json: conditions is None, no list."),
     (lambda m: m["slots"][0].pop("fill"), "manifest.json: slots[0] lacks fill."),
     (lambda m: m["slots"].append(m["slots"][0]), "manifest.json: slots names output_0 twice."),
-    (lambda m: m["outputs"].update(length=10**9), "manifest.json: the outputs' positions [0] are not within 1000000000."),
+    (lambda m: m["outputs"].update(form={"tensor": "z"}), "manifest.json: the outputs are put together as {'tensor': 'z'}."),
+    (lambda m: m["outputs"].update(form={"tuple": [{"value": []}]}), "manifest.json: the outputs are put together as {'value': []}."),
+    (lambda m: m["outputs"].update(items=[], form={"value": 1}), "manifest.json: there are no outputs."),
     (lambda m: m["slots"][0].update(shape=[1, 6, 7]), "cache_in.output_0 of shape [1, 6, 32], and the manifest says [1, 6, 7]."),
     (lambda m: m["graphs"]["compute"]["outputs"].remove("reuse_left"), "the compute graph does not return reuse_left."),
     (lambda m: m["config"].update(num_steps=10**30), "graphs count steps up to 2147483647"),
@@ -121,67 +120,6 @@ def test_a_failed_export_leaves_what_was_there(bundle: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         bw.export(cached, bundle.parent / "new")
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
-
-
-def test_no_other_folder_is_overwritten(tmp_path: Path) -> None:
-    model = OneStream().eval()
-    cached = bw.transform(model, bw.CacheConfig(num_steps=8), example_args=model.example())
-    (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(bw.ExportError, match="exists and is no bundle; it is not overwritten"):
-        bw.export(cached, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
-
-
-def test_refusals(tmp_path: Path) -> None:
-    model = OneStream().eval()
-    example = model.example()
-    two = bw.transform(model, bw.CacheConfig(num_steps=8))
-    with pytest.raises(bw.ExportError) as none:
-        bw.export(two, tmp_path / "bundle")
-    assert str(none.value).startswith("this model holds 0 programs, and a bundle holds one. Pass signature=(args, kwargs)")
-    blocks = bw.CacheConfig(num_steps=8, granularity="block", reuse="residual")
-    guarded = bw.transform(model, blocks, guard="graph", example_args=example)
-    with pytest.raises(bw.ExportError, match="granularity='block' has as many guards as blocks, and a bundle has one"):
-        bw.export(guarded, tmp_path / "bundle")
-    joint = bw.transform(model, bw.CacheConfig(num_steps=8, decide="joint"), example_args=example)
-    with pytest.raises(bw.ExportError, match="decide='joint' is decided between contexts by the host"):
-        bw.export(joint, tmp_path / "bundle")
-    for arguments, message in (({"format": "tf"}, "format is 'tf'"), ({"opset": 9}, "opset is 9; choose one from 18 to 24")):
-        with pytest.raises(bw.ConfigError, match=message):
-            bw.export(joint, tmp_path / "bundle", **arguments)
-    with pytest.raises(bw.ConfigError, match="backend is 'tvm'"):
-        bw.load(tmp_path / "bundle", backend="tvm")
-    assert list(tmp_path.iterdir()) == []
-
-
-class Numbered(OneStream):
-    """Takes a number, which stays open where sizes are, and returns complex numbers on request."""
-
-    def __init__(self, turned: bool = False) -> None:
-        super().__init__()
-        self.turned = turned
-
-    def forward(self, x: Tensor, t: Tensor, rows: int) -> Tensor:
-        out = super().forward(x + torch.arange(rows).view(1, rows, 1), t)
-        return torch.complex(out, out) if self.turned else out
-
-
-def test_what_a_graph_neither_takes_nor_returns(tmp_path: Path) -> None:
-    messages = []
-    for model, shapes in ((Numbered(), "auto"), (Numbered(turned=True), None)):
-        args = (*OneStream().example(2), 6)
-        cached = bw.transform(model.eval(), bw.CacheConfig(num_steps=8), example_args=args, dynamic_shapes=shapes)
-        with pytest.raises(bw.ExportError) as refusal:
-            bw.export(cached, tmp_path / "bundle")
-        messages.append(str(refusal.value))
-    assert_expected_inline(
-        "\n".join(messages),
-        """\
-the input rows of Numbered is a Python number whose value is open; a file's inputs are tensors.
-  Transform with dynamic_shapes that leaves it out, so that its value is built in.
-the graphs return output, which is complex64; bundles return real numbers. Return real and imaginary parts.""",
-    )
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_graph_guard_is_exported_too(tmp_path: Path) -> None:

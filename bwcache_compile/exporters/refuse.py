@@ -1,0 +1,79 @@
+"""What a bundle cannot hold, said before anything is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bwcache_compile.dataflow import DataFlow
+from bwcache_compile.errors import ExportError
+from bwcache_compile.exporters.bundle import DTYPES
+from bwcache_compile.exporters.call import PAIRS
+from bwcache_compile.exporters.describe import describe_outputs, dtype_name
+from bwcache_compile.program import CachedProgram
+
+
+def _refuse_settings(program: CachedProgram) -> None:
+    config = program.planned().config
+    if config.granularity == "block":
+        raise ExportError(
+            "granularity='block' guards each block inside the graph, and a bundle has one guard, at the step.\n"
+            "  Transform with granularity='stack', which decides once a step for all blocks."
+        )
+    if config.decide == "joint":
+        raise ExportError(
+            "decide='joint' is decided by the host between contexts, and a bundle's graphs see one context.\n"
+            "  Use decide='separate', or call the model once with the contexts batched."
+        )
+
+
+def _refuse_writes(program: CachedProgram) -> None:
+    flow = DataFlow(program.compute.graph)
+    for writer in flow.outside_writers():
+        if writer.target is torch.ops.aten.detach_.default:  # stands behind each tensor made of numbers, and changes none
+            continue
+        roots = sorted((r for r in flow.touched(writer) if r in flow.writers and writer in flow.writers[r]), key=str)
+        kept = next(root for root in roots if root.op in ("placeholder", "get_attr"))
+        what = f"its input {kept.name}" if kept.op == "placeholder" else f"its buffer {kept.target}"
+        raise ExportError(
+            f"{program.model_name} writes to {what} while it runs (`{writer.name}`), and a bundle's graphs write to nothing.\n"
+            "  Return the value as an output, or keep it outside the model."
+        )
+
+
+def _refuse_inputs(program: CachedProgram) -> None:
+    for node in program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]:
+        value = node.meta.get("val")
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            raise ExportError(
+                f"the input {node.name} of {program.model_name} is a Python number whose value is open; a file's inputs are tensors.\n"
+                "  Transform with dynamic_shapes that leaves it out, so that its value is built in."
+            )
+        if isinstance(value, Tensor) and dtype_name(value.dtype) not in DTYPES:
+            raise ExportError(
+                f"the input {node.name} of {program.model_name} is {dtype_name(value.dtype)}, which bundles have not.\n"
+                f"  Convert it before the call, to one of {', '.join(DTYPES)}."
+            )
+
+
+def _refuse_results(program: CachedProgram) -> None:
+    real = [name for name in DTYPES if name not in PAIRS]
+    returned = {item["name"]: item["dtype"] for item in describe_outputs(program)["items"]}
+    for name, dtype in (returned | {slot.name: dtype_name(slot.dtype) for slot in program.planned().slots}).items():
+        if dtype.startswith("complex"):
+            raise ExportError(f"the graphs return {name}, which is {dtype}; bundles return real numbers. Return real and imaginary parts.")
+        if dtype not in real:
+            raise ExportError(f"the graphs return {name}, which is {dtype}.\n  Convert it in the model, to one of {', '.join(real)}.")
+
+
+def refuse(program: CachedProgram) -> None:
+    """Say what cannot be exported before anything is done.
+
+    Raises:
+        ExportError: A guard per block, contexts that decide together, a model that writes to its buffers or inputs, an open
+            Python number, or a dtype that bundles do not have.
+    """
+    _refuse_settings(program)
+    _refuse_writes(program)
+    _refuse_inputs(program)
+    _refuse_results(program)

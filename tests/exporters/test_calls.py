@@ -1,0 +1,47 @@
+"""What a call may look like: any names, `*args`, constants, and outputs put together in any way come back as they went."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import bwcache_compile as bw
+from tests.exporters.helpers import CONFIG
+from tests.models import OneStream
+
+
+class Odd(OneStream):
+    """Takes and returns what the graphs have names of their own for, and a good deal else."""
+
+    def forward(self, x: Tensor, t: Tensor, step: Tensor, *more: Tensor, policy_threshold: Tensor, cache_in_output_0: float) -> Any:
+        y = super().forward(x + sum(more), t * step) * policy_threshold * cache_in_output_0
+        return {"indicator": y, "x": x, "none": None, "count": 3, "parts": [t, (y, self.head.weight)], "cache_out.output_0": y + 1}
+
+
+def test_a_call_keeps_its_form(tmp_path: Path) -> None:
+    model, half = Odd(depth=2).eval(), torch.ones(1, dtype=torch.bfloat16)
+    keywords = {"policy_threshold": torch.tensor([0.5]), "cache_in_output_0": 1.5}
+    args = (*model.example(), torch.tensor([2.0]), torch.ones(1), half)
+    config = dataclasses.replace(CONFIG, calls_per_step=2)
+    cached = bw.transform(model, config, example_args=args, example_kwargs=keywords)
+    manifest = bw.export(cached, tmp_path / "bundle", guarded=True)
+    assert [entry["name"] for entry in manifest["inputs"]] == ["x", "t", "step.in", "more_0", "more_1", "policy_threshold"]
+    assert manifest["self_check"]["steps"] == "##..#."
+    for guarded in (False, True):
+        session = bw.load(tmp_path / "bundle", guarded=guarded)
+        for _ in range(6):
+            expected, spec = pytree.tree_flatten(cached(*args, **keywords))
+            actual, actual_spec = pytree.tree_flatten(dict(session(*args, **keywords)))
+            assert actual_spec == spec
+            for want, got in zip(expected, actual, strict=True):
+                if isinstance(want, Tensor):
+                    torch.testing.assert_close(torch.from_numpy(got), want.detach(), rtol=0, atol=1e-5)
+                else:
+                    assert got == want
+        assert str(session.report()) == str(cached.report())
+        cached.reset()
