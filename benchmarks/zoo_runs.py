@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,15 @@ def run_each(names: list[str], run: Callable[[str], dict[str, Any]], out: Path |
             write_record(out, {**head, "rows": {name: rows[name] for name in ZOO if name in rows}})
 
 
+def _tensors(returned: Any) -> Iterator[torch.Tensor]:
+    """Yield what a session returned, whatever form it has."""
+    if isinstance(returned, (dict, list, tuple)):
+        for value in returned.values() if isinstance(returned, dict) else returned:
+            yield from _tensors(value)
+    elif returned is not None:
+        yield torch.as_tensor(returned)
+
+
 def compare(entry: Entry, cached: bw.CachedModel, session: Any, handed: Callable[[Any], Any]) -> tuple[str, float]:
     """Run a model and a session of its bundle over all steps, on the inputs that the zoo draws for each.
 
@@ -84,9 +93,7 @@ def compare(entry: Entry, cached: bw.CachedModel, session: Any, handed: Callable
     for step in range(STEPS):
         with torch.no_grad():
             expected = [value for value in flat_outputs(cached(**entry.inputs(step))) if isinstance(value, torch.Tensor)]
-        returned = session(**handed(entry.inputs(step)))
-        returned = list(returned.values()) if isinstance(returned, dict) else returned if isinstance(returned, tuple) else [returned]
-        actual = [torch.as_tensor(value) for value in returned if value is not None]
+        actual = list(_tensors(session(**handed(entry.inputs(step)))))
         for want, got in zip(expected, actual, strict=True):
             if not torch.equal(want, got):
                 worst = max(worst, float((got.double() - want.double()).abs().max() / want.double().abs().max()))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bwcache_compile.errors import ExportError, first_line
+from bwcache_compile.exporters import onnx_rewrites as rewrites
 from bwcache_compile.exporters.complex_pairs import complex_as_pairs
 from bwcache_compile.exporters.fit import fit
 from bwcache_compile.exporters.graphs import PlainGraph
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSETS = range(18, 25)
-_SMALL = 1024
-"""Bytes up to which a constant stays in its graph: shapes must be there for shape inference."""
 _FX_NODE = "pkg.torch.onnx.fx_node"
 
 
@@ -77,132 +76,6 @@ def _find_region(model: ir.Model, origins: dict[str, dict[str, Any]]) -> tuple[d
     return region, unmarked
 
 
-def _graphs(model: ir.Model) -> Iterator[Any]:
-    yield from model.graphs()
-
-
-def _strip(model: ir.Model) -> None:
-    """Take away stack traces and whatever else speaks of the machine that exported."""
-    model.metadata_props.clear()
-    model.doc_string = None
-    for graph in _graphs(model):
-        graph.metadata_props.clear()
-        graph.doc_string = None
-        for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
-            value.metadata_props.clear()
-            value.doc_string = None
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-            value.doc_string = None
-
-
-def _copied_output(graph: Any, value: Any) -> Any:
-    """Return a value of its own for an output that is an input, a weight or another output already."""
-    import onnx_ir as ir
-
-    node = ir.node("Identity", [value])
-    graph.append(node)
-    copy = node.outputs[0]
-    copy.shape, copy.type = value.shape, value.type
-    return copy
-
-
-def _rename(graph: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
-    """Give inputs and outputs their names for the outside."""
-    taken = {*inputs, *outputs}
-    seen: set[Any] = set()
-    for i, value in enumerate(graph.outputs):
-        if value in seen or value.is_graph_input() or value.is_initializer():
-            graph.outputs[i] = _copied_output(graph, value)
-        seen.add(graph.outputs[i])
-    named = {*graph.inputs, *graph.outputs}
-    for node in graph.all_nodes():
-        for value in node.outputs:
-            if value.name in taken and value not in named:
-                value.name = f"{value.name}.inner"
-    for prefix in ("__bwcache__", ""):  # twice, since the new names may be the old ones in another order
-        for value, name in zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True):
-            value.name = prefix + name
-
-
-def _may_fold(node: Any) -> bool | None:
-    """Leave weights as the model has them: a transposed copy would lose its name, and the share it has in the file."""
-    weights = (value for value in node.inputs if value is not None and value.is_initializer() and value.const_value is not None)
-    return False if any(value.const_value.nbytes > _SMALL for value in weights) else None
-
-
-def _simplify(model: ir.Model) -> None:
-    """Fold constants, share what is computed twice, and drop what nobody reads.
-
-    `onnxscript.optimizer.optimize` would also rewrite by patterns, one of which takes `x + 1e-15` for `x + 0`: the linear
-    attention of Sana then divides zero by zero.
-    """
-    import onnxscript.optimizer
-    from onnx_ir.passes import common
-    from onnxscript.rewriter import onnx_fusions
-
-    common.InlinePass()(model)
-    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_may_fold)
-    for step in (
-        common.RemoveUnusedNodesPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.LiftSubgraphInitializersToMainGraphPass(),
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.OutputFixPass(),
-        common.NameFixPass(),
-    ):
-        step(model)
-    onnx_fusions.fuse(model)
-
-
-def _without_bool_where(graph: Any) -> None:
-    """Choose between flags by logic: ONNX Runtime has no `Where` on bool, which `masked_fill` of a mask becomes."""
-    import onnx_ir as ir
-
-    for node in [node for node in graph.all_nodes() if node.op_type == "Where"]:
-        condition, yes, no = node.inputs
-        if yes is None or yes.dtype != ir.DataType.BOOL:
-            continue
-        negated = ir.node("Not", [condition])
-        left, right = ir.node("And", [condition, yes]), ir.node("And", [negated.outputs[0], no])
-        either = ir.node("Or", [left.outputs[0], right.outputs[0]])
-        for part, role in ((negated, "not"), (left, "yes"), (right, "no"), (either, "either")):
-            part.name = f"{node.name}_{role}"
-            part.outputs[0].name = f"{node.outputs[0].name}_{role}"
-            part.metadata_props.update(node.metadata_props)
-            part.outputs[0].dtype = ir.DataType.BOOL
-        either.outputs[0].shape = node.outputs[0].shape
-        ir.convenience.replace_nodes_and_values(
-            node.graph, node, [node], [negated, left, right, either], [node.outputs[0]], [either.outputs[0]]
-        )
-
-
-def _store_transposed(model: ir.Model) -> None:
-    """Store each weight that is only read transposed as it is read, under the name `weight.T`.
-
-    onnxruntime would do so when it opens the model, and hold both copies meanwhile; in an `If` it keeps both.
-    """
-    import onnx_ir as ir
-
-    for value in list(model.graph.initializers.values()):
-        raw: Any = getattr(value.const_value, "raw", None)
-        users: list[Any] = [use.node for use in value.uses()]
-        if not isinstance(raw, torch.Tensor) or raw.nbytes <= _SMALL or [node.op_type for node in users] != ["Transpose"]:
-            continue
-        (node,) = users
-        order = node.attributes.get_ints("perm", tuple(reversed(range(raw.dim()))))
-        stored = ir.tensor_adapters.TorchTensor(raw.permute(*order), f"{value.name}.T")
-        transposed = ir.Value(name=stored.name, shape=ir.Shape(stored.shape), type=value.type, const_value=stored)
-        model.graph.register_initializer(transposed)
-        ir.convenience.replace_all_uses_with(node.outputs[0], transposed, replace_graph_outputs=True)
-        node.graph.remove(node, safe=True)
-        del model.graph.initializers[str(value.name)]
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's advice to its own developers to itself."""
@@ -219,22 +92,6 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _declare(model: ir.Model, shapes: dict[str, list[int | str]]) -> None:
-    """Write the shapes of inputs and outputs as the program knows them, and none inside where sizes are open.
-
-    While it decomposes, torch asks its solver, which answers for the size at hand: what it notes down may be too narrow.
-    """
-    import onnx_ir as ir
-
-    if any(isinstance(size, str) for shape in shapes.values() for size in shape):
-        for graph in _graphs(model):
-            for node in graph:
-                for value in node.outputs:
-                    value.shape = None
-    for value in [*model.graph.inputs, *model.graph.outputs]:
-        value.shape = ir.Shape(shapes[str(value.name)])
-
-
 def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]) -> OnnxGraph:
     """Write one graph as an ONNX model; `shapes` are those of its inputs and outputs.
 
@@ -248,8 +105,8 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]
             program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False, optimize=False)
             assert program is not None
             model: Any = program.model
-            _simplify(model)
-            _store_transposed(model)
+            rewrites.simplify(model)
+            rewrites.store_transposed(model)
     except ExportError:
         raise
     except Exception as error:  # every front end raises its own kinds
@@ -258,11 +115,11 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]
             cause = cause.__cause__
         reason = f"{type(cause).__name__}: {first_line(cause)}"
         raise ExportError(f"torch.onnx does not take the {plain.kind} graph at opset {opset}: {reason}") from error
-    _without_bool_where(model.graph)
+    rewrites.without_bool_where(model.graph)
     region, unmarked = _find_region(model, _origins(program))
-    _strip(model)
-    _rename(model.graph, plain.inputs, plain.outputs)
-    _declare(model, shapes)
+    rewrites.strip(model)
+    rewrites.rename(model.graph, plain.inputs, plain.outputs)
+    rewrites.declare(model, shapes)
     model.graph.name = plain.kind
     return OnnxGraph(plain.kind, model, region, unmarked)
 
@@ -276,10 +133,11 @@ def save(graph: OnnxGraph, path: Path, weights: WeightFile) -> None:
     import onnx
     import onnx_ir as ir
 
-    for inner in _graphs(graph.model):
+    graphs: Any = graph.model.graphs()
+    for inner in graphs:
         for value in inner.initializers.values():
             tensor = value.const_value
-            if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes <= _SMALL:
+            if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes <= rewrites.SMALL:
                 continue
             data = tensor.tobytes()
             offset = weights.place(data)

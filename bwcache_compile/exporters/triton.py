@@ -16,7 +16,7 @@ from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.bundle import Bundle, open_bundle
 from bwcache_compile.exporters.call import PAIRS, UNTIL, graph_shape
 from bwcache_compile.exporters.external_data import external_locations
-from bwcache_compile.exporters.tensorrt import symbols_at
+from bwcache_compile.exporters.open_sizes import symbols_at
 
 CONTROLS = {"START": "bool", "END": "bool", "CORRID": "uint64"}
 """The inputs that Triton fills in itself. A started sequence computes; the other two are for whoever changes the graph."""

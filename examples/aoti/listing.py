@@ -13,7 +13,7 @@ from typing import Any
 
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.bundle import open_bundle
-from bwcache_compile.exporters.tensorrt import symbols_at
+from bwcache_compile.exporters.open_sizes import symbols_at
 
 
 def lines(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tuple[Any, ...]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 import bwcache_compile as bw
 from bwcache_compile.exporters import tensorrt
 from bwcache_compile.exporters.bundle import open_bundle
+from bwcache_compile.exporters.open_sizes import profile
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.exporters.tensorrt_operators import unlisted_operators
 from tests.exporters.helpers import Exported
@@ -125,13 +126,13 @@ ENGINES/reuse.engine is not the engine that was built: its SHA-256 differs.""",
 
 def test_profiles(deployed: Exported) -> None:
     shapes = {
-        "by default": tensorrt.profile(deployed.manifest, "reuse"),
-        "asked for": tensorrt.profile(deployed.manifest, "compute", {"x[0]": (2, 2, 2), "x[1]": (16, 64, 320)}),
+        "by default": profile(deployed.manifest, "reuse"),
+        "asked for": profile(deployed.manifest, "compute", {"x[0]": (2, 2, 2), "x[1]": (16, 64, 320)}),
     }
     lines = [line for title, group in shapes.items() for line in (title, *(f"  {name}: {ends}" for name, ends in group.items()))]
     for sizes in ({"y[0]": (1, 2, 3)}, {"x[1]": (8, 4, 16)}, {"x[0]": (1, 2, 4)}):
         with pytest.raises(bw.ConfigError) as refusal:
-            tensorrt.profile(deployed.manifest, "compute", sizes)  # type: ignore[arg-type]
+            profile(deployed.manifest, "compute", sizes)  # type: ignore[arg-type]
         lines.append(str(refusal.value))
     assert_expected_inline(
         "\n".join(lines),
