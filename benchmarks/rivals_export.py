@@ -2,11 +2,12 @@
 
     python benchmarks/rivals_export.py --out benchmarks/results/rivals_export.json
 
-Each rival patches a Wan model of 4 blocks (8 attentions) and is exported with `dynamo=True`: before any call ("cold"), and after five
-steps, when its cache is full and the next step would reuse ("warm"). Counted are attention operators, `If` operators, and inputs
-that the model does not have, which is where state would come in. The error is that of the exported graph against the model
-without a cache, on other inputs: 0 means that the cache is gone, more that parts of it are baked in as constants. Rivals that are
-not installed are said to be so. cache-dit: `pip install cache-dit`.
+Each rival patches a Wan model of 4 blocks (8 attentions), is told what a pipeline tells it (context, step, noise, time), and is
+exported with `dynamo=True`: before any call ("cold"), and after five steps, when its cache is full and the next step reuses ("warm"): fewer
+attentions run when that step is called eagerly. Counted in the file are attention operators, `If` operators, and inputs that the
+model does not have, which is where state would come in. The error is that of the exported graph against the model without a cache, on
+other inputs: 0 means that the cache is gone, more that parts of it are baked in as constants. Rivals that are not installed are
+said to be so. cache-dit: `pip install cache-dit`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import onnxruntime as ort
 import torch
 from diffusers import hooks
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -37,7 +39,7 @@ import bwcache_compile as bw
 from benchmarks.record import write_record
 from benchmarks.steps import inputs, wan
 
-OPSET, LAYERS, WARM_STEPS = 23, 4, 5
+OPSET, LAYERS, STEPS, WARM_STEPS = 23, 4, 8, 5
 
 
 def call_at(step: int) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def _cache_dit(model: nn.Module, now: Now) -> None:
     import cache_dit
 
     config = cache_dit.DBCacheConfig(
-        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1, residual_diff_threshold=10.0, num_inference_steps=8
+        Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1, residual_diff_threshold=10.0, num_inference_steps=STEPS
     )
     cache_dit.enable_cache(model, cache_config=config)
 
@@ -91,14 +93,18 @@ def _cache_dit(model: nn.Module, now: Now) -> None:
 RIVALS: dict[str, Callable[[nn.Module, Now], None]] = {
     "no cache": lambda model, now: None,
     "FirstBlockCache": _diffusers("FirstBlockCacheConfig", threshold=10.0),
-    "MagCache": _diffusers("MagCacheConfig", threshold=10.0, num_inference_steps=8, retention_ratio=0.1, mag_ratios=[1.0] * 8),
-    "TaylorSeer": _diffusers("TaylorSeerCacheConfig", cache_interval=4, disable_cache_before_step=1, taylor_factors_dtype=torch.float32),
+    "MagCache": _diffusers("MagCacheConfig", threshold=10.0, num_inference_steps=STEPS, retention_ratio=0.1, mag_ratios=[1.0] * STEPS),
+    "TaylorSeer": _diffusers(
+        "TaylorSeerCacheConfig",
+        cache_interval=4, disable_cache_before_step=1, taylor_factors_dtype=torch.float32,
+        cache_identifiers=[r"blocks\..*attn[12]"],  # the default patterns match nothing in Wan
+    ),
     "PyramidAttentionBroadcast": _diffusers(
         "PyramidAttentionBroadcastConfig", "current_timestep_callback",
         spatial_attention_block_skip_range=4, cross_attention_block_skip_range=4,
     ),
     "FasterCache": _diffusers("FasterCacheConfig", "current_timestep_callback", is_guidance_distilled=True),
-    "SeaCache": _diffusers("SeaCacheConfig", threshold=10.0, raw_vision_callback=lambda *args, **kwargs: [kwargs["hidden_states"][0]]),
+    "SeaCache": _diffusers("SeaCacheConfig", threshold=10.0, max_consecutive_cached=0),
     "cache-dit DBCache": _cache_dit,
 }  # fmt: skip
 
@@ -109,20 +115,66 @@ def counted(operators: Counter[str], names: list[str]) -> dict[str, int]:
     return {"attention": operators["Attention"], "if": operators["If"], "state_inputs": len(set(names) - own)}
 
 
+class Pipeline:
+    """A model with a rival's cache turned on, called step by step as a pipeline does."""
+
+    def __init__(self, enable: Callable[[nn.Module, Now], None]) -> None:
+        """Patch a model."""
+        self.model: Any = wan(LAYERS, width=64)
+        self.caller, self.time = Called(self.model), 0
+        enable(self.model, lambda: self.time)
+
+    @contextlib.contextmanager
+    def at(self, step: int) -> Iterator[dict[str, Any]]:
+        """Tell the cache which step runs, and give its arguments."""
+        call = call_at(step)
+        self.time = int(call["timestep"])
+        with self.model.cache_context("cond", step_index=step, sigma=self.time / 1000, num_inference_steps=STEPS):
+            yield call
+
+    def run(self, steps: int) -> None:
+        """Run the first steps."""
+        for step in range(steps):
+            with self.at(step) as call:
+                self.caller(**call)
+
+
+class Attentions(TorchFunctionMode):
+    """Counts attentions that run eagerly."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, and run."""
+        self.count += func is nn.functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def attentions_at(enable: Callable[[nn.Module, Now], None], step: int) -> int:
+    """Count the attentions that a step runs eagerly: fewer than all of them where the cache is used."""
+    pipeline, attentions = Pipeline(enable), Attentions()
+    with _quiet():
+        pipeline.run(step)
+        with pipeline.at(step) as call, attentions:
+            pipeline.caller(**call)
+    return attentions.count
+
+
 def run_rival(enable: Callable[[nn.Module, Now], None], steps: int) -> dict[str, Any]:
     """Export a patched model after some steps; count, and compare with the model without a cache on a later step's inputs."""
-    model: Any = wan(LAYERS, width=64)
-    later, caller, time = call_at(steps + 2), Called(model), 1000
-    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        (expected,) = model(**later)
-        enable(model, lambda: time)
-        with model.cache_context("cond"):
-            for step in range(steps + 1):
-                call = call_at(step)
-                time = int(call["timestep"])
-                if step < steps:
-                    caller(**call)
-            program = torch.onnx.export(caller, (), kwargs=call, dynamo=True, opset_version=OPSET, verbose=False)
+    later = call_at(steps + 2)
+    with _quiet():
+        (expected,) = wan(LAYERS, width=64)(**later)
+        pipeline = Pipeline(enable)
+        pipeline.run(steps)
+        with pipeline.at(steps) as call:
+            program = torch.onnx.export(pipeline.caller, (), kwargs=call, dynamo=True, opset_version=OPSET, verbose=False)
     assert program is not None
     graph = program.model.graph
     result: dict[str, Any] = counted(Counter(node.op_type for node in graph.all_nodes()), [str(value.name) for value in graph.inputs])
@@ -138,21 +190,23 @@ def run_rival(enable: Callable[[nn.Module, Now], None], steps: int) -> dict[str,
 def rival(name: str, steps: int) -> dict[str, Any]:
     """Return a rival's row, or why there is none."""
     try:
-        return run_rival(RIVALS[name], steps)
+        eager = {"eager_attention": attentions_at(RIVALS[name], steps)}
     except ModuleNotFoundError as error:
         return {"absent": "not installed" if error.name == "cache_dit" else str(error)}
-    except Exception as error:  # whatever rivals and exporters raise is the result
+    try:
+        return {**eager, **run_rival(RIVALS[name], steps)}
+    except Exception as error:  # whatever exporters raise is the result
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        return {"failed": f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"}
+        return {**eager, "failed": f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"}
 
 
 def ours() -> dict[str, dict[str, Any]]:
     """Export a bundle and count each of its graphs; the error is that of several steps, reused ones among them, beside torch."""
     import onnx
 
-    config = bw.CacheConfig(num_steps=8, threshold=math.inf)
+    config = bw.CacheConfig(num_steps=STEPS, threshold=math.inf)
     cached = bw.transform(wan(LAYERS, width=64), config, example_kwargs=call_at(0))
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -168,10 +222,11 @@ def ours() -> dict[str, dict[str, Any]]:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Write the rows as Markdown."""
-    lines = ["| exported from | attention | If | state inputs | error |", "|---|---|---|---|---|"]
+    lines = ["| exported from | attention in eager | attention | If | state inputs | error |", "|---|---|---|---|---|---|"]
     for name, row in rows.items():
         note = row.get("absent") or row.get("failed")
-        cells = ["", "", "", note] if note else [row["attention"], row["if"], row["state_inputs"], f"{row['error']:.1e}"]
+        counts = [row.get("eager_attention", ""), row.get("attention", ""), row.get("if", ""), row.get("state_inputs", "")]
+        cells = [*counts, note or f"{row['error']:.1e}"]
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
