@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule, Interpreter
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.compare import clone_tensors, difference, flat_outputs
+from bwcache_compile.compare import clone_tensors, difference, difference_from, flat_outputs
 from bwcache_compile.dataflow import writes_escape
 from bwcache_compile.errors import CaptureError, ConfigError
 from bwcache_compile.known import KnownValues
@@ -101,15 +102,32 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
     return flat_program(exported, type(model).__name__)
 
 
+def _runs_under_modes(module: GraphModule) -> bool:
+    """Whether a graph runs others under autocast or another mode of gradients: blocks in there are out of sight."""
+    return any(isinstance(node.target, HigherOrderOperator) and "wrap_with" in str(node.target) for node in module.graph.nodes)
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """Return the same operators, in-place ones apart, with what runs under a mode written out: an autocast becomes casts."""
+    nested = [m for m in exported.graph_module.modules() if isinstance(m, GraphModule) and m is not exported.graph_module]
+    for module in nested:
+        vars(module)["forward"] = Interpreter(module).run  # node by node, so that each operator says which module it ran in
+    try:
+        return exported.run_decompositions({})
+    finally:
+        for module in nested:
+            del vars(module)["forward"]
+
+
 def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
     """Return an exported program as a flat graph over its own weights; nothing runs, nothing is checked.
 
-    Where blocks write in place to more than their own memory, the graph is the functional one.
+    Where blocks write in place to more than their own memory, or run under a mode, the graph is the functional one.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if writes_escape(exported.graph_module):
-            exported = exported.run_decompositions({})  # in-place operators apart, the same operators
+        if _runs_under_modes(exported.graph_module) or writes_escape(exported.graph_module):
+            exported = _functional(exported)
         captured = _unlifted(exported)
     inputs = captured.graph.find_nodes(op="placeholder")
     sizes = open_sizes([node.meta.get("val") for node in inputs], exported.range_constraints)
@@ -127,6 +145,17 @@ def _check_repeatable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
             "  A capture cannot be checked against it. Make its kernels deterministic (torch.use_deterministic_algorithms)"
             " and take randomness out of its forward."
         )
+
+
+def _check_outputs(name: str, expected: list[Any]) -> None:
+    """Refuse outputs that no graph returns."""
+    for leaf in expected:
+        if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
+            raise CaptureError(
+                f"{name} returns a {type(leaf).__name__}, and a graph returns tensors, numbers, strings and None. Return the tensors that"
+                " it holds, or register its class: torch.export.register_dataclass for a dataclass, else"
+                " torch.utils._pytree.register_pytree_node."
+            )
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> CachedProgram:
@@ -152,6 +181,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     shapes = _all_open(model, args, kwargs) if dynamic_shapes == "auto" else _completed(model, args, kwargs, dynamic_shapes)
     with torch.no_grad():
         expected = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
+    _check_outputs(name, expected)
     failures: list[str] = []
     for strict in (False, True):
         mode = "strict" if strict else "non-strict"
@@ -164,7 +194,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
             continue
         with torch.no_grad():
             flat, _ = pytree.tree_flatten((clone_tensors(args), clone_tensors(kwargs)))
-            wrong = difference(expected, list(program.compute(*flat)))
+            returned = list(program.compute(*flat))
+        wrong = difference_from(model, args, kwargs, expected, returned)
         if wrong is None:
             return program
         _check_repeatable(model, args, kwargs, expected)

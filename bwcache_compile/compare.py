@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from bwcache_compile.errors import CacheWarning
 
 
 def flat_outputs(outputs: Any) -> list[Any]:
@@ -34,3 +37,20 @@ def difference(expected: list[Any], actual: list[Any]) -> str | None:
             worst = (want.double() - got.double()).abs().max().item()
             return f"output {i} differs by up to {worst:.3g}"
     return None
+
+
+def difference_from(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Any], actual: list[Any]) -> str | None:
+    """Say how a graph's outputs differ from a model's, or from those of the model with the functions that it compiles uncompiled."""
+    wrong = difference(expected, actual)
+    if wrong is not None:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            plain = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
+        if difference(plain, actual) is None:
+            warnings.warn(
+                f"{type(model).__name__} compiles functions of its own, whose kernels round differently: the captured graph is the model"
+                " with these uncompiled, bit for bit. torch.compile the cached model to have all of it compiled.",
+                CacheWarning,
+                stacklevel=2,
+            )
+            return None
+    return wrong

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -113,3 +115,25 @@ def test_a_rotary_table_of_another_size_is_right_or_refused() -> None:
             assert "CogVideoXTransformer3DModel could not be captured as one graph" in str(error)  # noqa: PT017
         else:
             assert torch.equal(actual, expected)
+
+
+def _a_little_off(graph: Any, _: Any) -> Any:
+    return lambda *args: tuple(out * (1 + 1e-6) for out in graph(*args))
+
+
+@functools.partial(torch.compile, backend=_a_little_off)
+def squashed(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+class CompilesItself(OneStream):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(squashed(x), t)
+
+
+def test_functions_that_a_model_compiles_are_captured_uncompiled() -> None:
+    model = CompilesItself().eval()
+    with pytest.warns(bw.CacheWarning, match=r"^CompilesItself compiles functions of its own"):
+        program = capture(model, model.example(), {})
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        assert torch.equal(program.compute(*model.example())[0], model(*model.example()))

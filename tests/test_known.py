@@ -79,7 +79,7 @@ class Grids(OneStream):
 
 def test_a_second_size_has_a_program_of_its_own_where_open_sizes_cannot_be_traced() -> None:
     model: nn.Module = Grids().eval().requires_grad_(False)
-    cached = bw.transform(model, bw.CacheConfig(threshold=0, num_steps=2), dynamic_shapes="auto")
+    cached = bw.transform(model, bw.CacheConfig(threshold=0, num_steps=2))
     for rows in (6, 5):
         x, t = torch.randn(2, rows, 4), torch.tensor([0.5, 0.5])
         with torch.no_grad():

@@ -14,6 +14,7 @@ from bwcache_compile.errors import CacheWarning, StateError
 from bwcache_compile.report import ContextReport, RawStep, step_records
 from bwcache_compile.runtime.clock import Clock
 from bwcache_compile.runtime.programs import Fit
+from bwcache_compile.runtime.signature import changed_numbers
 from bwcache_compile.runtime.state import CacheState
 
 UNNAMED = "default"
@@ -43,6 +44,7 @@ class Context:
         self.name = name
         self.group = ""
         self.agreed_at = -1
+        self.renumbered = False
         self.trigger: Tensor | None = None
         self.lock = threading.Lock()
         self.state: CacheState | None = None
@@ -85,6 +87,23 @@ def _starts_over(context: Context, moment: Moment, state: CacheState, flat: list
     return context.clock.went_back(flat)
 
 
+def _check_numbers(context: Context, changed: dict[int, tuple[Any, Any]], fit: Fit) -> None:
+    """Refuse a Python number that changes at every call; one change may be another run's.
+
+    Raises:
+        StateError: It changed at the call before, too.
+    """
+    if context.renumbered and changed:
+        at, (old, new) = next(iter(changed.items()))
+        name = fit.loaded.program.signature.inputs[at]
+        raise StateError(
+            f"`{name}` is a Python number that changes from call to call ({old}, then {new}). A graph has such numbers built in, so"
+            f" nothing could be kept from one step to the next. Pass it as a tensor, such as torch.tensor({new}). If each of these calls"
+            " is a run of its own, call cached.reset() between them."
+        )
+    context.renumbered = bool(changed)
+
+
 def arrive(context: Context, moment: Moment, fit: Fit, flat: list[Any], num_steps: int | None) -> CacheState:
     """Bring a context to the step of a call: a new generation, a lost cache, or simply the next step.
 
@@ -102,12 +121,14 @@ def arrive(context: Context, moment: Moment, fit: Fit, flat: list[Any], num_step
         The state to run on; its `step` is the step of this call.
 
     Raises:
-        StateError: The call is at the same moment as the one before it, or its step index is out of range.
+        StateError: The call is at the same moment as the one before it, its step index is out of range, or a Python number
+            in its inputs changes at every call.
     """
     given, before = moment.step_index, context.fit
     if given is not None and num_steps is not None and not 0 <= given < num_steps:
         raise StateError(f"step_index {given} is outside the {num_steps} steps of a generation (0 .. {num_steps - 1}).")
     state = context.state
+    _check_numbers(context, changed_numbers(before.key, fit.key) if before is not None and num_steps != 1 else {}, fit)
     step = given if given is not None else state.step if state else 0
     events = None
     if state is None or before is None or (num_steps is not None and step >= num_steps) or step < state.step:

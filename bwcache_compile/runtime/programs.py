@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.compare import clone_tensors, difference, flat_outputs
+from bwcache_compile.compare import clone_tensors, difference_from, flat_outputs
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CacheWarning, CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError
 from bwcache_compile.graph_text import GraphDiff
@@ -82,7 +82,7 @@ def _difference_at(
             returned = list(loaded.modules[loaded.kind(state)](*operands))
         except RuntimeError as error:
             return f"it fails with {str(error).splitlines()[0]}"
-    return difference(expected, returned[: len(expected)])
+    return difference_from(model, args, kwargs, expected, returned[: len(expected)])
 
 
 class ProgramCache:
@@ -172,12 +172,12 @@ class ProgramCache:
     def _capture(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram:
         alike = [other for other in self._loaded if other.kind == key.kind]
         asked = self._shapes if self._shapes is not None else "auto" if alike else None
-        if asked == "auto" and key.kind in self._fixed:
+        if alike and key.kind in self._fixed:
             asked = None
         try:
             loaded = self._make(key, args, kwargs, config, asked)
         except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
-            if asked != "auto":
+            if asked is None or not alike:
                 raise
             self._fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
             loaded = self._make(key, args, kwargs, config, None)

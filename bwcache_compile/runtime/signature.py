@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -19,8 +20,23 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class CallKey(NamedTuple):
     """What a call looks like. Calls of one kind differ in sizes alone, and a program of open sizes may serve them all."""
 
-    kind: Hashable
+    kind: tuple[str, tuple[Hashable, ...], Hashable]
     sizes: CallSizes
+
+
+def changed_numbers(before: CallKey, now: CallKey) -> dict[int, tuple[Any, Any]]:
+    """Return the Python numbers that changed between two calls, by position; nothing where anything else changed too."""
+    changed: dict[int, tuple[Any, Any]] = {}
+    if (before.kind[0], before.kind[2]) != (now.kind[0], now.kind[2]):
+        return {}
+    for i, (was, kind, old, new) in enumerate(zip(before.kind[1], now.kind[1], before.sizes, now.sizes, strict=True)):
+        if kind is int and was is int:
+            changed |= {i: (old, new)} if old != new else {}
+        elif isinstance(was, tuple) and isinstance(kind, tuple) and was[0] is kind[0] is float:
+            changed |= {i: (was[1], kind[1])} if was != kind else {}
+        elif (was, old) != (kind, new):
+            return {}
+    return changed
 
 
 def ordered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -38,11 +54,12 @@ def _leaf_kind(leaf: Any) -> Hashable:
         return (leaf.dim(), leaf.dtype, leaf.device)
     if type(leaf) is int:
         return int
-    if leaf is None or isinstance(leaf, (bool, int, float, str, bytes, torch.dtype, torch.device)):
+    if leaf is None or isinstance(leaf, (bool, int, float, str, bytes, enum.Enum, torch.dtype, torch.device)):
         return (type(leaf), leaf)
     raise ConfigError(
         f"an input is a {type(leaf).__name__}; a program is chosen by tensors, numbers, strings and None. Pass the tensors"
-        " that it holds, or register its class with torch.utils._pytree.register_pytree_node."
+        " that it holds, or register its class: torch.export.register_dataclass for a dataclass, else"
+        " torch.utils._pytree.register_pytree_node."
     )
 
 

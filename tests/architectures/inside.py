@@ -59,6 +59,14 @@ class Autocast(InAList):
         self.blocks = nn.ModuleList(CastBlock() for _ in range(3))
 
 
+class AutocastAround(InAList):
+    """All blocks run in one autocast."""
+
+    def trunk(self, x: Tensor, c: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().trunk(x, c)
+
+
 class Rotated(Modulated):
     """Turns pairs of channels by complex numbers in double precision, sample by sample over each sample's own length."""
 
@@ -157,4 +165,4 @@ class Einsums(InAList):
         self.blocks = nn.ModuleList(Weighted() for _ in range(3))
 
 
-INSIDE = (InPlaceSums, PartsInPlace, Autocast, ListsOfSamples, MixtureOfExperts, Masked, Einsums)
+INSIDE = (InPlaceSums, PartsInPlace, Autocast, AutocastAround, ListsOfSamples, MixtureOfExperts, Masked, Einsums)

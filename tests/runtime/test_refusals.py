@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,27 @@ def _closed(model: OneStream) -> None:
 def _other_state(model: OneStream) -> None:
     cached = bw.transform(model, STATIC)
     cached.step(model.example(batch=2), {}, cached.init_state(model.example()))
+
+
+@dataclasses.dataclass
+class Prediction:
+    sample: torch.Tensor
+
+
+class Wrapping(OneStream):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> Prediction:  # type: ignore[override]
+        return Prediction(super().forward(x, t))
+
+
+class NumberedSteps(OneStream):
+    def forward(self, x: torch.Tensor, t: float) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x, torch.tensor([t], dtype=torch.float32))
+
+
+def _numbers(times: tuple[float, ...]) -> None:
+    cached = bw.transform(NumberedSteps().eval(), STATIC)
+    for time in times:
+        run(cached, OneStream().example()[0], time)
 
 
 def _shaping_setting(model: OneStream) -> None:
@@ -74,7 +96,27 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
         lambda m: run(bw.transform(m, STATIC), m.example(), object()),
         bw.ConfigError,
         "an input is a object; a program is chosen by tensors, numbers, strings and None. Pass the tensors that it holds, or register"
-        " its class with torch.utils._pytree.register_pytree_node.",
+        " its class: torch.export.register_dataclass for a dataclass, else torch.utils._pytree.register_pytree_node.",
+    ),
+    "output": (
+        lambda m: run(bw.transform(Wrapping().eval(), STATIC), *m.example()),
+        bw.CaptureError,
+        "Wrapping returns a Prediction, and a graph returns tensors, numbers, strings and None. Return the tensors that it holds, or"
+        " register its class: torch.export.register_dataclass for a dataclass, else torch.utils._pytree.register_pytree_node.",
+    ),
+    "float steps": (
+        lambda m: _numbers((0.9, 0.8, 0.7)),
+        bw.StateError,
+        "`t` is a Python number that changes from call to call (0.8, then 0.7). A graph has such numbers built in, so nothing could be"
+        " kept from one step to the next. Pass it as a tensor, such as torch.tensor(0.7). If each of these calls is a run of its own,"
+        " call cached.reset() between them.",
+    ),
+    "int steps": (
+        lambda m: _numbers((9, 8, 7)),
+        bw.StateError,
+        "`t` is a Python number that changes from call to call (8, then 7). A graph has such numbers built in, so nothing could be"
+        " kept from one step to the next. Pass it as a tensor, such as torch.tensor(7). If each of these calls is a run of its own,"
+        " call cached.reset() between them.",
     ),
     "gradients": (
         lambda m: bw.transform(m, STATIC)(m.example()[0].requires_grad_(), m.example()[1]),
@@ -101,6 +143,13 @@ def test_refusals(action: Callable[[OneStream], Any], kind: type[Exception], mes
     with pytest.raises(kind) as caught:
         action(OneStream().eval())
     assert str(caught.value) == message
+
+
+def test_a_number_may_change_between_runs() -> None:
+    cached = bw.transform(NumberedSteps().eval(), STATIC)
+    for time in (0.9, 0.9, 0.7, 0.7):
+        run(cached, OneStream().example()[0], time)
+    assert cached.report().contexts["default"].reused == 1
 
 
 def _model_offload(model: Any) -> str:
