@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from bwcache_compile.errors import ConfigError, ExportError
-from bwcache_compile.exporters.bundle import Bundle, new_bundle, open_bundle, write_manifest
+from bwcache_compile.exporters.bundle import Bundle, open_bundle
 from bwcache_compile.exporters.check import check_runs, check_structure, tolerance_of
 from bwcache_compile.exporters.describe import add_layout, check_sizes, declared_shapes, describe, describe_outputs
 from bwcache_compile.exporters.graphs import PlainGraph, plain_graph
 from bwcache_compile.exporters.load import ort_session, torch_session
 from bwcache_compile.exporters.refuse import refuse
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
+from bwcache_compile.exporters.write import new_bundle, write_manifest
 from bwcache_compile.program import CachedProgram
 
 

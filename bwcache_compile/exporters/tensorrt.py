@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bwcache_compile.errors import BundleError, ExportError
-from bwcache_compile.exporters.bundle import Bundle, add_files, file_hash, open_bundle, replaced_together
+from bwcache_compile.exporters.bundle import Bundle, file_hash, open_bundle
 from bwcache_compile.exporters.open_sizes import Range, profile
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.exporters.tensorrt_operators import LIST_VERSION, unlisted_operators
+from bwcache_compile.exporters.write import add_files, replaced_together
 
 RECORD, TIMING = "engines.json", "timing.cache"
 

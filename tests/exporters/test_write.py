@@ -12,7 +12,8 @@ import pytest
 from expecttest import assert_expected_inline
 
 import bwcache_compile as bw
-from bwcache_compile.exporters.bundle import Bundle, add_files, new_bundle, write_manifest
+from bwcache_compile.exporters.bundle import Bundle
+from bwcache_compile.exporters.write import add_files, new_bundle, write_manifest
 
 Write = Callable[[Path], None]
 

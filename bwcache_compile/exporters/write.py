@@ -1,0 +1,144 @@
+"""Writing bundles: a folder or a file takes its place when it is whole, and nothing but a bundle is replaced. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bwcache_compile.errors import ExportError
+from bwcache_compile.exporters.bundle import FORMAT, MANIFEST, VERSION, Bundle, file_hash
+
+
+def _encoded(value: Any) -> Any:
+    """Write what JSON has no number for as a string."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _encoded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(item) for item in value]
+    return value
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Describe every file of a folder and write the manifest, which is what makes it a bundle."""
+    files = {path.name: _described(path) for path in sorted(folder.iterdir())}
+    head = {"format": FORMAT, "format_version": VERSION}
+    (folder / MANIFEST).write_text(_json({**head, **content, "files": files}))
+
+
+def add_files(bundle: Bundle, texts: dict[str, str], content: dict[str, Any]) -> None:
+    """Put text files into a bundle, and take them down in its manifest with `content`; all of it or nothing.
+
+    Raises:
+        ExportError: The folder cannot be written to.
+    """
+    with replaced_together(bundle.folder) as place:
+        for name, text in texts.items():
+            (place / name).write_text(text)
+        files = bundle.manifest["files"] | {name: _described(place / name) for name in texts}
+        (place / MANIFEST).write_text(_json({**bundle.manifest, **content, "files": files}))
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(_encoded(content), indent=1, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def replaced_together(folder: Path) -> Iterator[Path]:
+    """Give a place to write files to, which take the places of those of the same names in `folder` if all goes well.
+
+    Raises:
+        ExportError: The folder cannot be written to. Every file there is what it was.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_named_failures(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix=".new.", dir=folder))
+        new, old = Path(place, "new"), Path(place, "old")
+        new.mkdir()
+        old.mkdir()
+        yield new
+        names = [path.name for path in new.iterdir()]
+        try:
+            for name in names:
+                if (folder / name).exists():
+                    os.rename(folder / name, old / name)
+                os.rename(new / name, folder / name)
+        except BaseException:
+            for name in names:
+                if (old / name).exists():
+                    os.replace(old / name, folder / name)
+                elif not (new / name).exists():
+                    (folder / name).unlink()
+            raise
+
+
+@contextlib.contextmanager
+def _named_failures(target: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {error}.\n  Choose another directory, or make room there.") from error
+
+
+def _refuse_others(target: Path) -> None:
+    """Leave alone what no export wrote.
+
+    Raises:
+        ExportError: There is something else, or something beside a bundle.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        manifest = json.loads((target / MANIFEST).read_bytes())
+        files = {MANIFEST, *manifest["files"]} if manifest["format"] == FORMAT else set()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        files = set()
+    if not files:
+        raise ExportError(f"{target} exists and is no bundle; it is not overwritten. Choose another directory.")
+    others = sorted(path.name for path in target.iterdir() if path.name not in files)
+    if others:
+        raise ExportError(
+            f"{target} holds {', '.join(others[:3])}, which is no part of the bundle there; it is not overwritten.\n"
+            "  Choose another directory, or take it away."
+        )
+
+
+@contextlib.contextmanager
+def new_bundle(directory: str | Path) -> Iterator[Path]:
+    """Give a folder to write to, which takes the place of `directory` if all goes well; else nothing is left of it.
+
+    Raises:
+        ExportError: `directory` holds something that is no bundle's, or cannot be written to.
+    """
+    with _named_failures(directory):
+        target = Path(directory).resolve()  # a link stays one
+        _refuse_others(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        folder, replaced = place / "new", place / "old"
+        try:
+            folder.mkdir()
+            yield folder
+            try:
+                if target.exists():
+                    os.rename(target, replaced)
+                os.rename(folder, target)
+            except BaseException:
+                if replaced.exists() and not target.exists():
+                    os.rename(replaced, target)
+                raise
+        finally:
+            shutil.rmtree(place)
