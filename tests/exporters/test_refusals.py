@@ -81,6 +81,8 @@ ConfigError: opset is 9; choose one from 18 to 24.
 ConfigError: opset is 20.0; choose one from 18 to 24.
 ConfigError: guarded=True writes one more ONNX graph; format is 'pt2'. Leave it out, or choose format="onnx".""",
     )
+    with pytest.raises(bw.ConfigError, match=r"the parameter patch\.weight of OneStream has no data here \(device meta\)"):
+        bw.export(changed.to("meta"), tmp_path / "bundle")  # type: ignore[arg-type]
 
 
 class Numbered(OneStream):

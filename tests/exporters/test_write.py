@@ -47,7 +47,7 @@ def refused(folder: Path, *places: Path) -> str:
 
 def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("dear")
-    for name, manifest in (("letters", None), ("app", '{"name": "of another kind"}'), ("damaged", "{")):
+    for name, manifest in (("letters", None), ("app", '{"format": "of another kind", "files": ["letter"]}'), ("damaged", "{")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "letter").write_text("dear")
         if manifest is not None:
