@@ -134,6 +134,11 @@ def _symbols(manifest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> di
     return symbols
 
 
+def _same_constant(found: Any, value: Any) -> bool:
+    """Whether an argument is what was built in: of its type, or of an enum of numbers or texts; True is not 1."""
+    return isinstance(found, type(value)) and isinstance(found, bool) == isinstance(value, bool) and bool(found == value)
+
+
 def bound(manifest: dict[str, Any], runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Match a call's arguments to the graphs' inputs.
 
@@ -155,7 +160,7 @@ def bound(manifest: dict[str, Any], runner: Runner, args: tuple[Any, ...], kwarg
     for entry in manifest["constants"]:
         if entry["argument"] in given:
             found = _inside(given[entry["argument"]], entry["path"], entry["argument"])
-            if type(found) is not type(entry["value"]) or found != entry["value"]:
+            if not _same_constant(found, entry["value"]):
                 raise StateError(f"{entry['argument']} is {found!r}, and the bundle was made for {entry['value']!r}.")
     unknown = sorted(name for name in set(given) - expected if not _holds_nothing(given[name]))
     if unknown:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -15,17 +17,25 @@ from tests.exporters.helpers import CONFIG
 from tests.models import OneStream
 
 
+class Mode(enum.IntEnum):
+    PLAIN = 0
+    TURNED = 1
+
+
 class Odd(OneStream):
     """Takes and returns what the graphs have names of their own for, and a good deal else."""
 
-    def forward(self, x: Tensor, t: Tensor, step: Tensor, *more: Tensor, policy_threshold: Tensor, cache_in_output_0: float) -> Any:
+    def forward(
+        self, x: Tensor, t: Tensor, step: Tensor, *more: Tensor, policy_threshold: Tensor, cache_in_output_0: float, mode: Mode
+    ) -> Any:
         y = super().forward(x + sum(more), t * step) * policy_threshold * cache_in_output_0
+        y = -y if mode == Mode.TURNED else y
         return {"indicator": y, "x": x, "none": None, "count": 3, "parts": [t, (y, self.head.weight)], "cache_out.output_0": y + 1}
 
 
 def test_a_call_keeps_its_form(tmp_path: Path) -> None:
     model, half = Odd(depth=2).eval(), torch.ones(1, dtype=torch.bfloat16)
-    keywords = {"policy_threshold": torch.tensor([0.5]), "cache_in_output_0": 1.5}
+    keywords = {"policy_threshold": torch.tensor([0.5]), "cache_in_output_0": 1.5, "mode": Mode.TURNED}
     args = (*model.example(), torch.tensor([2.0]), torch.ones(1), half)
     config = dataclasses.replace(CONFIG, calls_per_step=2)
     cached = bw.transform(model, config, example_args=args, example_kwargs=keywords)
@@ -45,3 +55,5 @@ def test_a_call_keeps_its_form(tmp_path: Path) -> None:
                     assert got == want
         assert str(session.report()) == str(cached.report())
         cached.reset()
+        with pytest.raises(bw.StateError, match="mode is True, and the bundle was made for 1"):
+            session(*args, **{**keywords, "mode": True})
