@@ -203,6 +203,12 @@ def export(
     if guarded and format != "onnx":
         raise ConfigError(f'guarded=True writes one more ONNX graph; format is {format!r}. Leave it out, or choose format="onnx".')
     program = _one_program(cached, signature)
+    built_in = [program.signature.inputs[i] for i in program.signature.read if isinstance(i, int)]
+    if built_in:
+        raise ExportError(
+            f"the values of {', '.join(map(repr, built_in))} are built into the graph, as the model reads them in Python (a branch,"
+            " .item(), .tolist()), and a bundle would take others without a word. Work with masks instead of lengths in the model."
+        )
     if format != "onnx":
         return export_torch(program, directory, cached.call_parameters, compiled=format == "aoti")
     return export_onnx(program, directory, cached.call_parameters, guarded=guarded, opset=opset)

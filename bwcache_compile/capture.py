@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import operator
 import threading
 import traceback
 import warnings
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,12 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.compare import clone_tensors, difference, difference_from, flat_outputs
 from bwcache_compile.dataflow import writes_escape
 from bwcache_compile.errors import CaptureError, ConfigError
-from bwcache_compile.known import KnownValues
+from bwcache_compile.known import KnownValues, sources
 from bwcache_compile.program import CachedProgram, Captured, Signature
 from bwcache_compile.sizes import open_sizes
+
+Mode = Literal["non-strict", "strict", "reading"]
+"""Ways to trace, in the order in which they are tried; the last builds in what Python reads of masks and lengths."""
 
 _ONE_EXPORT = threading.RLock()
 """Held while exporting, which puts hooks on every module of the process and takes them off again in the order it knows."""
@@ -93,13 +97,16 @@ def _completed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return {name: shapes.get(name) for name in names}
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, strict: bool) -> CachedProgram:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, mode: Mode) -> CachedProgram:
+    known, values = KnownValues(), sources(model, args, kwargs) if mode == "reading" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's advice to its own developers
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # it leaves marks on what it is given
-        with contextlib.nullcontext() if strict else KnownValues():
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
-    return flat_program(exported, type(model).__name__)
+        with contextlib.nullcontext() if mode == "strict" else known, known.knowing(model, values):
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=mode == "strict")
+    program = flat_program(exported, type(model).__name__)
+    read = {name: values[name].clone() for name in known.read}
+    return program.replace(signature=dataclasses.replace(program.signature, read=read)) if read else program
 
 
 def _runs_under_modes(module: GraphModule) -> bool:
@@ -162,7 +169,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     """Capture a model as a flat graph over its own parameters.
 
     The model runs once eagerly first: exporting a model that never ran can damage it, and that run is the reference.
-    Then non-strict export is tried, then strict; a capture is used only if it returns the reference bit for bit.
+    Then non-strict export is tried, then strict, then one that builds in the values of masks and lengths that Python reads;
+    a capture is used only if it returns the reference bit for bit.
 
     Args:
         model: In evaluation mode.
@@ -183,12 +191,17 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         expected = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
     _check_outputs(name, expected)
     failures: list[str] = []
-    for strict in (False, True):
-        mode = "strict" if strict else "non-strict"
+    raised = False
+    for mode in get_args(Mode):
+        if mode == "reading" and not raised:
+            break
         try:
             with _ONE_EXPORT, torch.no_grad():
-                program = _export(model, args, kwargs, shapes, strict)
-        except Exception as error:  # every front end raises its own kinds; they are reported together below
+                program = _export(model, args, kwargs, shapes, mode)
+        except Exception as error:
+            if mode == "reading":
+                break
+            raised = True  # every front end raises its own kinds; they are reported together below
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             failures.append(f"{mode}: {type(error).__name__}: {reason}\n    at {_source_of(error, model)}")
             continue
@@ -198,6 +211,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         wrong = difference_from(model, args, kwargs, expected, returned)
         if wrong is None:
             return program
+        if mode == "reading":
+            break
         _check_repeatable(model, args, kwargs, expected)
         failures.append(f"{mode}: the captured graph computes something else than the model: {wrong}")
     raise CaptureError(

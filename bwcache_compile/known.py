@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import SymBool, SymFloat, SymInt, Tensor
+from torch import SymBool, SymFloat, SymInt, Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -45,6 +46,25 @@ def _small(tensors: Iterable[Tensor]) -> bool:
 _IN_PLACE = {"__setitem__", *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"))}
 
 
+_STATIC = {
+    "__get__", "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
+    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_tensor", "type",
+}  # fmt: skip
+"""What they tell of a tensor is no value of its."""
+
+Source = int | str
+"""Where a value comes from that the model does not make itself: a position among the leaves of the call, or a buffer's name."""
+
+
+def sources(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Source, Tensor]:
+    """Return what a model may read in Python beside shapes: short masks, lengths and sizes of a call, and short buffers."""
+    leaves = pytree.tree_leaves((args, {name: kwargs[name] for name in sorted(kwargs)}))
+    found: dict[Source, Tensor] = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    found |= {name: buffer for name, buffer in model.named_buffers() if buffer is not None}
+    static = {name: t for name, t in found.items() if all(isinstance(size, int) for size in t.shape)}
+    return {name: t for name, t in static.items() if _small([t]) and (t.dim() <= 1 or isinstance(name, str) or not t.is_floating_point())}
+
+
 def _written(name: str, args: Any, kwargs: Any) -> list[Tensor]:
     """Return the tensors that a function writes to, going by its name."""
     in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
@@ -64,11 +84,30 @@ class KnownValues(TorchFunctionMode):
         """Know nothing yet."""
         super().__init__()
         self._real: Any = WeakIdKeyDictionary()
+        self._origins: Any = WeakIdKeyDictionary()
+        self.read: set[Source] = set()
 
     def value(self, traced: Tensor) -> Tensor | None:
         """Return what a tensor holds, where that is known."""
         known: Tensor | None = self._real.get(traced)
         return known
+
+    @contextlib.contextmanager
+    def knowing(self, model: nn.Module, values: dict[Source, Tensor]) -> Iterator[None]:
+        """Know these values too while the model is traced; `read` says afterwards which ones the graph depends on."""
+        real = {name: value.clone() for name, value in values.items()}  # what the model writes in place is written to these too
+
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            traced = sources(model, args, kwargs)
+            for name in real.keys() & traced.keys():
+                self._real[traced[name]] = real[name]
+                self._origins[traced[name]] = self._origins_of([traced[name]]) | {name}  # one tensor may be passed twice
+
+        handle = model.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; where it follows from what is known, run it on the known values too."""
@@ -80,12 +119,18 @@ class KnownValues(TorchFunctionMode):
         told = not any(part in name for part in _UNTOLD)
         told = told and not any(isinstance(leaf, _SYMBOLS) for leaf in _leaves((args, kwargs)))
         if told and given and all(tensor in self._real for tensor in given):
-            real = self._run(func, args, kwargs)
-            if not _tensors(real) and not _written(name, args, kwargs):
+            real, origins = self._run(func, args, kwargs), self._origins_of(given)
+            written = _written(name, args, kwargs)
+            if not _tensors(real) and not written:
+                self.read |= origins if name not in _STATIC else frozenset()
                 return real
-            return self._beside(func(*args, **kwargs), real)
+            for tensor in (other for one in written for other in self._sharing(one)):
+                self._origins[tensor] = origins | self._origins_of([tensor])
+            return self._beside(func(*args, **kwargs), real, origins)
         self._forget(_written(name, args, kwargs))
         result = func(*args, **kwargs)
+        if name in ("masked_select", "__getitem__") and len(args) == 2 and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
+            self._measure(result, args[0].shape, args[1])
         if told and name in _MADE_OF_NUMBERS and not given and _small(_tensors(result)):
             return self._beside(result, self._run(func, args, kwargs))
         if told and name in _MADE_BESIDE and not _tensors((args[1:], kwargs)) and _small([result]):
@@ -104,16 +149,37 @@ class KnownValues(TorchFunctionMode):
         with _disable_current_modes():
             return func(*real_args, **real_kwargs)
 
-    def _beside(self, result: Any, real: Any) -> Any:
+    def _origins_of(self, given: list[Tensor]) -> frozenset[Source]:
+        return frozenset().union(*(self._origins.get(tensor, ()) for tensor in given))
+
+    def _measure(self, result: Tensor, shape: torch.Size, mask: Tensor) -> None:
+        """Say how many rows or elements a known mask takes."""
+        if mask in self._real and isinstance(result.shape[0], SymInt):
+            real = self._real[mask]
+            with _disable_current_modes():
+                count = int((real.expand(torch.broadcast_shapes(real.shape, shape)) if result.dim() == 1 else real).sum())
+            torch._check(result.shape[0] == count)
+            self.read |= self._origins_of([mask])
+
+    def _beside(self, result: Any, real: Any, origins: frozenset[Source] = frozenset()) -> Any:
         for traced, known in zip(_tensors(result), _tensors(real), strict=True):
+            for size, count in zip(traced.shape, known.shape, strict=True):
+                if isinstance(size, SymInt):
+                    torch._check(size == count)
+                    self.read |= origins
             if _small([known]):
                 self._real[traced] = known
+                self._origins[traced] = origins | self._origins_of([traced])
         return result
 
     def _forget(self, written: list[Tensor]) -> None:
         """Forget tensors that something unknown is written to, and all that share memory with them."""
-        for tensor in written:
-            if tensor in self._real:
-                memory = self._real[tensor].untyped_storage().data_ptr()
-                for other in [t for t, real in self._real.items() if real.untyped_storage().data_ptr() == memory]:
-                    del self._real[other]
+        for other in [other for tensor in written for other in self._sharing(tensor)]:
+            self._real.pop(other, None)
+
+    def _sharing(self, tensor: Tensor) -> list[Tensor]:
+        """Return all known tensors that share memory with a tensor, itself included."""
+        if tensor not in self._real:
+            return []
+        memory = self._real[tensor].untyped_storage().data_ptr()
+        return [other for other, real in self._real.items() if real.untyped_storage().data_ptr() == memory]

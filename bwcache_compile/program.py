@@ -210,13 +210,21 @@ class Signature:
     """How a flat graph call corresponds to the model's call.
 
     `inputs` names the graph's user inputs in flat order; positions that hold a constant (None, bool, str, int) are
-    inputs too, whose value the graph ignores. `sizes` says which sizes may change; None: none may.
+    inputs too, whose value the graph ignores. `sizes` says which sizes may change; None: none may. `read` holds the
+    tensors whose values the model read in Python, by position among the inputs or by a buffer's name: the graph is right
+    for these values alone.
     """
 
     in_spec: TreeSpec
     out_spec: TreeSpec
     inputs: tuple[str, ...]
     sizes: OpenSizes | None = None
+    read: Mapping[int | str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def read_names(self) -> list[str]:
+        """Names of the inputs and buffers whose values are built in."""
+        return sorted(name if isinstance(name, str) else self.inputs[name] for name in self.read)
 
 
 def graph_module_copy(module: GraphModule) -> GraphModule:

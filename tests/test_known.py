@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +94,63 @@ def test_a_capture_leaves_no_marks_on_what_it_is_given() -> None:
     with pytest.raises(bw.CaptureError):
         capture(Grids().eval(), (x, t), {}, "auto")
     assert not vars(x)
+
+
+class Lengths(OneStream):
+    """Cuts the text at the lengths that a mask tells, and attends to what is left; a buffer says how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Linear(3, 8)
+        self.register_buffer("times", torch.tensor([2]))
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        ends = torch.zeros(len(mask) + 1, dtype=torch.int64)
+        for i in range(len(mask)):
+            ends[i + 1] = ends[i] + mask[i].sum()
+        packed = self.words(text).masked_select(mask.unsqueeze(-1).bool()).view(-1, 8)
+        assert max(mask.sum(dim=1).tolist()) <= len(packed)
+        means = torch.stack([packed[ends[i] : ends[i + 1]].mean(dim=0) for i in range(len(mask))])
+        h, c = self.patch(x), self.embed(t) + means.unsqueeze(1) * int(self.times)
+        for block in self.blocks:
+            h = block(h, c)
+        return self.head(h)
+
+
+def call(step: int, *lengths: int) -> tuple[Tensor, ...]:
+    mask = (torch.arange(5) < torch.tensor(lengths).unsqueeze(1)).long()
+    return *OneStream().example(batch=2, step=step), torch.linspace(0, 1, 30).view(2, 5, 3), mask
+
+
+@torch.no_grad()
+def check(cached: nn.Module, model: nn.Module, *inputs: Tensor) -> None:
+    assert torch.equal(cached(*inputs), model(*inputs))
+
+
+@pytest.fixture(scope="module")
+def lengths_model() -> Lengths:
+    return Lengths().eval().requires_grad_(False)
+
+
+def test_masks_that_python_reads_have_programs_of_their_own(lengths_model: Lengths) -> None:
+    cached = bw.transform(lengths_model, bw.CacheConfig(threshold=0, num_steps=2))
+    for step, lengths in ((0, (3, 5)), (1, (3, 5)), (0, (2, 4)), (1, (2, 4)), (0, (3, 5)), (1, (3, 5))):
+        check(cached, lengths_model, *call(step, *lengths))
+    assert cached.report().captures == 2
+    assert "the values of mask are built in: others have programs of their own" in cached.plan.notes
+    lengths_model.times.add_(1)
+    check(cached, lengths_model, *call(0, 3, 5))
+    assert cached.report().captures == 3
+
+
+def test_what_is_built_in_is_refused_elsewhere(lengths_model: Lengths, tmp_path: Path) -> None:
+    config = bw.CacheConfig(policy="static", steps_mask=(0, 1, 1))
+    cached = bw.transform(lengths_model, config, example_args=call(0, 3, 5))
+    with torch.no_grad():
+        cached(*call(0, 3, 5))
+        with pytest.raises(bw.StateError, match=r"^`mask` holds other values than at step 0, and the model reads them in Python"):
+            cached(*call(1, 3, 4))
+        cached.reset()
+        cached(*call(0, 3, 4))
+    with pytest.raises(bw.ExportError, match=r"^the values of 'mask' are built into the graph"):
+        bw.export(cached, tmp_path / "bundle", signature=(call(0, 3, 5), {}))

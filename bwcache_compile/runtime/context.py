@@ -87,6 +87,22 @@ def _starts_over(context: Context, moment: Moment, state: CacheState, flat: list
     return context.clock.went_back(flat)
 
 
+def _check_values(state: CacheState, before: Fit, fit: Fit, num_steps: int | None) -> None:
+    """Refuse values that are built into a program and change in the middle of a run.
+
+    Raises:
+        StateError: They did.
+    """
+    old = dict(before.key.values)
+    names = [fit.loaded.program.signature.inputs[i] for i, value in fit.key.values if old.get(i, value) != value]
+    if names and before.key._replace(values=()) == fit.key._replace(values=()) and 0 < state.step < (num_steps or 0):
+        raise StateError(
+            f"`{names[0]}` holds other values than at step {state.step - 1}, and the model reads them in Python (a branch, .item(),"
+            " .tolist()): they are built into its graph, and nothing could be kept from one step to the next. Take that Python out of"
+            " the model's forward. If the run before was broken off, call cached.reset()."
+        )
+
+
 def _check_numbers(context: Context, changed: dict[int, tuple[Any, Any]], fit: Fit) -> None:
     """Refuse a Python number that changes at every call; one change may be another run's.
 
@@ -121,14 +137,16 @@ def arrive(context: Context, moment: Moment, fit: Fit, flat: list[Any], num_step
         The state to run on; its `step` is the step of this call.
 
     Raises:
-        StateError: The call is at the same moment as the one before it, its step index is out of range, or a Python number
-            in its inputs changes at every call.
+        StateError: The call is at the same moment as the one before it, its step index is out of range, a Python number
+            in its inputs changes at every call, or values that the model reads in Python changed.
     """
     given, before = moment.step_index, context.fit
     if given is not None and num_steps is not None and not 0 <= given < num_steps:
         raise StateError(f"step_index {given} is outside the {num_steps} steps of a generation (0 .. {num_steps - 1}).")
     state = context.state
     _check_numbers(context, changed_numbers(before.key, fit.key) if before is not None and num_steps != 1 else {}, fit)
+    if state is not None and before is not None:
+        _check_values(state, before, fit, num_steps)
     step = given if given is not None else state.step if state else 0
     events = None
     if state is None or before is None or (num_steps is not None and step >= num_steps) or step < state.step:

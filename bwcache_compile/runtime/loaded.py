@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo import maybe_mark_dynamic
 from torch.utils import _pytree as pytree
 
@@ -69,6 +69,11 @@ class LoadedProgram:
             "reuse": [names.index(name) for name in program.reuse_slots],
             "guarded": list(range(len(names))),
         }
+
+    def reads(self, model: nn.Module, flat: Sequence[Any]) -> bool:
+        """Whether tensors whose values are built in hold the same values now."""
+        now = {name: model.get_buffer(name) if isinstance(name, str) else flat[name] for name in self.program.signature.read}
+        return all(torch.equal(value, now[name]) for name, value in self.program.signature.read.items())
 
     def symbols(self, key: CallKey) -> Mapping[str, int] | None:
         """Return the values of the program's open sizes at a call, or None if it does not serve such calls."""

@@ -130,7 +130,9 @@ class ProgramCache:
         key = call_key(args, kwargs)
         with self._lock:
             self._look()
-            if held is not None and (held.key != key or held.version[0] != self._structure):
+            flat = pytree.tree_leaves((args, kwargs))
+            alike = held is not None and held.key._replace(values=()) == key and held.loaded.reads(self._model, flat)
+            if held is not None and (not alike or held.version[0] != self._structure):
                 held = None
             loaded = held.loaded if held is not None else self._find(key, args, kwargs, config)
             if loaded is None:
@@ -143,7 +145,9 @@ class ProgramCache:
                 self._loaded.popitem(last=False)
             self._last = loaded
             sizes = held.sizes if held is not None else loaded.symbols(key) or {}
-            return Fit(loaded, key, sizes, (self.watch.structure, self.watch.weights), self.watch.changed)
+            return Fit(
+                loaded, key._replace(values=loaded.key.values), sizes, (self.watch.structure, self.watch.weights), self.watch.changed
+            )
 
     def _look(self) -> None:
         """Drop every program if the model is no longer what was captured."""
@@ -157,7 +161,7 @@ class ProgramCache:
         """Return a kept program that is right for a call; one of open sizes is checked once at each size that it serves."""
         for loaded in [self._loaded[key]] if key in self._loaded else reversed(self._loaded.values()):
             sizes = loaded.symbols(key)
-            if sizes is None:
+            if sizes is None or not loaded.reads(self._model, pytree.tree_leaves((args, kwargs))):
                 continue
             if key.sizes not in loaded.checked:
                 wrong = _difference_at(self._model, loaded, args, kwargs, config, sizes)
@@ -170,7 +174,7 @@ class ProgramCache:
         return None
 
     def _capture(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram:
-        alike = [other for other in self._loaded if other.kind == key.kind]
+        alike = [other for other in self._loaded if other.kind == key.kind and other.sizes != key.sizes]
         asked = self._shapes if self._shapes is not None else "auto" if alike else None
         if alike and key.kind in self._fixed:
             asked = None
@@ -182,9 +186,9 @@ class ProgramCache:
             self._fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
             loaded = self._make(key, args, kwargs, config, None)
         for other in alike:
-            if loaded.symbols(other) is not None:
+            if loaded.symbols(other) is not None and not loaded.program.signature.read:
                 del self._loaded[other]
-        self._loaded[key] = loaded
+        self._loaded[loaded.key] = loaded
         self._alive.add(loaded)
         self.captured += 1
         if self.captured == 3 * MAX_PROGRAMS:
@@ -203,14 +207,19 @@ class ProgramCache:
         if notes:
             plan = program.planned()
             program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *notes)))
-        loaded = LoadedProgram(program, key)
+        built_in = tuple((i, tuple(value.flatten().tolist())) for i, value in program.signature.read.items() if isinstance(i, int))
+        loaded = LoadedProgram(program, key._replace(values=built_in))
         self.watch.absorb()
         if self._compile_options is not None:
             loaded.compile(self._compile_options)
         return loaded
 
     def _notes(self, key: CallKey, program: CachedProgram) -> list[str]:
-        """Say which sizes changed from call to call and are fixed nevertheless."""
+        """Say which values are built in, and which sizes changed from call to call and are fixed nevertheless."""
+        read = program.signature.read_names
+        return [f"the values of {name} are built in: others have programs of their own" for name in read] + self._size_notes(key, program)
+
+    def _size_notes(self, key: CallKey, program: CachedProgram) -> list[str]:
         if program.signature.sizes is None:
             return [f"each size has a program of its own: {self._fixed[key.kind]}"] if key.kind in self._fixed else []
         notes = []
@@ -254,6 +263,11 @@ class ProgramCache:
             raise StateError(
                 f"cached.step inside torch.compile needs a model that is captured for one signature, not {len(self._loaded)}:"
                 " transform the model with guard='graph' and example_args / example_kwargs, and call it with inputs of those shapes."
+            )
+        if next(iter(self._loaded.values())).key.values:
+            raise StateError(
+                "cached.step inside torch.compile cannot tell whether values that the model reads in Python have changed; call"
+                " cached.step as it is, or torch.compile the cached model."
             )
         return next(iter(self._loaded.values()))
 

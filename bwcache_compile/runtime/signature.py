@@ -18,10 +18,14 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class CallKey(NamedTuple):
-    """What a call looks like. Calls of one kind differ in sizes alone, and a program of open sizes may serve them all."""
+    """What a call looks like. Calls of one kind differ in sizes alone, and a program of open sizes may serve them all.
+
+    `values` holds what a program read in Python of the call's tensors, by position.
+    """
 
     kind: tuple[str, tuple[Hashable, ...], Hashable]
     sizes: CallSizes
+    values: tuple[tuple[int, Hashable], ...] = ()
 
 
 def changed_numbers(before: CallKey, now: CallKey) -> dict[int, tuple[Any, Any]]:
