@@ -191,9 +191,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         expected = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
     _check_outputs(name, expected)
     failures: list[str] = []
-    raised = False
+    stopped_at = ""
     for mode in get_args(Mode):
-        if mode == "reading" and not raised:
+        if mode == "reading" and not stopped_at:
             break
         try:
             with _ONE_EXPORT, torch.no_grad():
@@ -201,16 +201,17 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         except Exception as error:
             if mode == "reading":
                 break
-            raised = True  # every front end raises its own kinds; they are reported together below
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            failures.append(f"{mode}: {type(error).__name__}: {reason}\n    at {_source_of(error, model)}")
+            # every front end raises its own kinds; they are reported together below
+            reason, source = (str(error).strip().splitlines() or [type(error).__name__])[0], _source_of(error, model)
+            stopped_at = stopped_at or source
+            failures.append(f"{mode}: {type(error).__name__}: {reason}\n    at {source}")
             continue
         with torch.no_grad():
             flat, _ = pytree.tree_flatten((clone_tensors(args), clone_tensors(kwargs)))
             returned = list(program.compute(*flat))
         wrong = difference_from(model, args, kwargs, expected, returned)
         if wrong is None:
-            return program
+            return program.replace(signature=dataclasses.replace(program.signature, read_at=stopped_at)) if mode == "reading" else program
         if mode == "reading":
             break
         _check_repeatable(model, args, kwargs, expected)

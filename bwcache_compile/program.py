@@ -212,7 +212,7 @@ class Signature:
     `inputs` names the graph's user inputs in flat order; positions that hold a constant (None, bool, str, int) are
     inputs too, whose value the graph ignores. `sizes` says which sizes may change; None: none may. `read` holds the
     tensors whose values the model read in Python, by position among the inputs or by a buffer's name: the graph is right
-    for these values alone.
+    for these values alone. `read_at` is the first line that reads some.
     """
 
     in_spec: TreeSpec
@@ -220,6 +220,7 @@ class Signature:
     inputs: tuple[str, ...]
     sizes: OpenSizes | None = None
     read: Mapping[int | str, Tensor] = dataclasses.field(default_factory=dict)
+    read_at: str = ""
 
     @property
     def read_names(self) -> list[str]:

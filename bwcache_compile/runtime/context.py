@@ -97,9 +97,11 @@ def _check_values(state: CacheState, before: Fit, fit: Fit, num_steps: int | Non
     names = [fit.loaded.program.signature.inputs[i] for i, value in fit.key.values if old.get(i, value) != value]
     if names and before.key._replace(values=()) == fit.key._replace(values=()) and 0 < state.step < (num_steps or 0):
         raise StateError(
-            f"`{names[0]}` holds other values than at step {state.step - 1}, and the model reads them in Python (a branch, .item(),"
-            " .tolist()): they are built into its graph, and nothing could be kept from one step to the next. Take that Python out of"
-            " the model's forward. If the run before was broken off, call cached.reset()."
+            f"`{names[0]}` holds other values than at step {state.step - 1}, and the model reads such values in Python, which builds them"
+            " into its graph; nothing could be kept from one step to the next.\n"
+            f"    at {fit.loaded.program.signature.read_at}\n"
+            "  Take that Python (a branch, .item(), .tolist()) out of the model's forward. If the run before was broken off, call"
+            " cached.reset()."
         )
 
 

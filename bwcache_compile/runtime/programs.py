@@ -216,8 +216,12 @@ class ProgramCache:
 
     def _notes(self, key: CallKey, program: CachedProgram) -> list[str]:
         """Say which values are built in, and which sizes changed from call to call and are fixed nevertheless."""
-        read = program.signature.read_names
-        return [f"the values of {name} are built in: others have programs of their own" for name in read] + self._size_notes(key, program)
+        signature = program.signature
+        read = [
+            f"the values of {name} are built in, others have programs of their own; read at {signature.read_at}"
+            for name in signature.read_names
+        ]
+        return read + self._size_notes(key, program)
 
     def _size_notes(self, key: CallKey, program: CachedProgram) -> list[str]:
         if program.signature.sizes is None:
