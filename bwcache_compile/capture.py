@@ -149,8 +149,9 @@ def _check_repeatable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     if noise is not None:
         raise CaptureError(
             f"{type(model).__name__} does not return the same twice for the same inputs: {noise}.\n"
-            "  A capture cannot be checked against it. Make its kernels deterministic (torch.use_deterministic_algorithms)"
-            " and take randomness out of its forward."
+            "  A capture cannot be checked against it. Either its forward draws random numbers or its kernels are not deterministic: take"
+            " the randomness out, and call torch.use_deterministic_algorithms(True). Or it keeps state from call to call (a counter of"
+            " steps, a cache of its own, an attribute that it writes): switch that off, or pass what it counts as an input."
         )
 
 

@@ -84,6 +84,22 @@ def test_a_model_that_differs_from_itself_is_named() -> None:
         capture(model, model.example(), {})
 
 
+class CountsCalls(OneStream):
+    calls = 0
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x, t) * self.calls
+
+
+def test_a_model_that_counts_its_calls_is_told_so() -> None:
+    model = CountsCalls().eval()
+    with pytest.raises(
+        bw.CaptureError, match=r"the same twice.*\n.*draws random numbers or .*Or it keeps state from call to call \(a counter"
+    ):
+        capture(model, model.example(), {})
+
+
 def test_weights_are_shared_by_identity() -> None:
     model = OneStream().eval()
     program = capture(model, model.example(), {})
