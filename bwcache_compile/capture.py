@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Interpreter
@@ -126,6 +127,12 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
             del vars(module)["forward"]
 
 
+def _is_zero(leaf: Any) -> bool:
+    """Whether an example is of whole numbers, and none is above 0."""
+    held = isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) and leaf.device.type != "meta"
+    return held and not leaf.is_floating_point() and not leaf.is_complex() and not bool((leaf > 0).any())
+
+
 def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
     """Return an exported program as a flat graph over its own weights; nothing runs, nothing is checked.
 
@@ -138,7 +145,10 @@ def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
         captured = _unlifted(exported)
     inputs = captured.graph.find_nodes(op="placeholder")
     sizes = open_sizes([node.meta.get("val") for node in inputs], exported.range_constraints)
-    signature = Signature(exported.call_spec.in_spec, exported.call_spec.out_spec, tuple(node.name for node in inputs), sizes)
+    names = tuple(node.name for node in inputs)
+    leaves = pytree.tree_leaves(exported.example_inputs) if exported.example_inputs else [None] * len(names)
+    zeros = frozenset(name for name, leaf in zip(names, leaves, strict=True) if _is_zero(leaf))
+    signature = Signature(exported.call_spec.in_spec, exported.call_spec.out_spec, names, sizes, zeros=zeros)
     return CachedProgram(captured.module(), captured, signature, name)
 
 

@@ -212,7 +212,8 @@ class Signature:
     `inputs` names the graph's user inputs in flat order; positions that hold a constant (None, bool, str, int) are
     inputs too, whose value the graph ignores. `sizes` says which sizes may change; None: none may. `read` holds the
     tensors whose values the model read in Python, by position among the inputs or by a buffer's name: the graph is right
-    for these values alone. `read_at` is the first line that reads some.
+    for these values alone. `read_at` is the first line that reads some. `zeros` names the inputs of whole numbers whose example
+    held nothing above 0, such as an index into a table of one row: ones would be out of bounds there.
     """
 
     in_spec: TreeSpec
@@ -221,6 +222,7 @@ class Signature:
     sizes: OpenSizes | None = None
     read: Mapping[int | str, Tensor] = dataclasses.field(default_factory=dict)
     read_at: str = ""
+    zeros: frozenset[str] = frozenset()
 
     @property
     def read_names(self) -> list[str]:

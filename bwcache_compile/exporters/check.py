@@ -129,7 +129,7 @@ def other_sizes(program: CachedProgram, conditions: list[str]) -> dict[str, int]
 
 
 def _random_inputs(program: CachedProgram, step: int, known: Mapping[str, int]) -> list[Any]:
-    """Draw one step's flat inputs: floats that move a little, ones for everything else."""
+    """Draw one step's flat inputs: floats that move a little, and for everything else ones, or zeros where the example held no more."""
     sizes, device = program.signature.sizes, program.planned().device
     generator = torch.Generator().manual_seed(0)
     flat: list[Any] = []
@@ -145,7 +145,8 @@ def _random_inputs(program: CachedProgram, step: int, known: Mapping[str, int]) 
             drawn = (base + 0.02 * step * drift).to(value.dtype).to(device)
             flat.append(in_order(drawn, slot_order(value)))
         else:
-            flat.append(torch.ones(shape, dtype=value.dtype, device=device))
+            fill = 0 if program.signature.inputs[i] in program.signature.zeros else 1
+            flat.append(torch.full(shape, fill, dtype=value.dtype, device=device))
     return flat
 
 

@@ -90,8 +90,8 @@ class OrtRunner:
         try:
             if isinstance(given, (int, float, bool, list, tuple, np.generic)):
                 given = np.asarray(given, dtype=dtype)
-            if dtype in PAIRS and not isinstance(given, np.ndarray):
-                given = np.from_dlpack(given)
+            if (dtype in PAIRS or dtype == "bool") and not isinstance(given, np.ndarray):
+                given = np.from_dlpack(given)  # onnxruntime takes neither kind by DLPack
             if isinstance(given, np.ndarray):
                 return ort.OrtValue.ortvalue_from_numpy(_pairs(given) if dtype in PAIRS else np.asarray(given, order="C"))
             if hasattr(given, "__dlpack__"):

@@ -7,6 +7,7 @@ import enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -57,3 +58,23 @@ def test_a_call_keeps_its_form(tmp_path: Path) -> None:
         cached.reset()
         with pytest.raises(bw.StateError, match="mode is True, and the bundle was made for 1"):
             session(*args, **{**keywords, "mode": True})
+
+
+class Styled(OneStream):
+    """Looks up a style in a table of one row."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.styles = torch.nn.Embedding(1, 4)
+
+    def forward(self, x: Tensor, t: Tensor, style: Tensor, mask: Tensor) -> Tensor:
+        return super().forward((x + self.styles(style).unsqueeze(1)) * mask.unsqueeze(-1), t)
+
+
+def test_the_check_draws_indices_that_the_model_has(tmp_path: Path) -> None:
+    model, (x, t) = Styled().eval(), OneStream().example()
+    call = (x, t, torch.zeros(len(x), dtype=torch.int64), torch.arange(x.shape[1]).expand(x.shape[:2]) < 4)
+    cached = bw.transform(model, CONFIG, example_args=call)
+    bw.export(cached, tmp_path / "bundle")
+    with torch.no_grad():
+        assert np.abs(bw.load(tmp_path / "bundle")(*call) - model(*call).numpy()).max() < 1e-5
