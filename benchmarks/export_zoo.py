@@ -68,7 +68,7 @@ def table(record: dict[str, Any]) -> str:
     lines = ["| configuration | class | blocks | " + " | ".join(opsets) + " | steps |", "|---" * (4 + len(opsets)) + "|"]
     for name, row in record["rows"].items():
         found = [row.get(opset, {}) for opset in opsets]
-        cells = [f"{max(one['errors'].values()):.1e}" if "errors" in one else one.get("refused", "-") for one in found]
+        cells = [f"{max(one['errors'].values()):.1e}" if "errors" in one else "refused" if "refused" in one else "-" for one in found]
         steps = " ".join(sorted({f"`{one['steps']}`" for one in found if "steps" in one}))
         lines.append(f"| {name} | {row['class']} | {row.get('blocks', '-')} | " + " | ".join(cells) + f" | {steps} |")
     return "\n".join(lines)

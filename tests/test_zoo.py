@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bwcache_compile as bw
 from bwcache_compile import passes
@@ -17,6 +17,7 @@ from bwcache_compile.program import CachedProgram
 from bwcache_compile.runtime import Toolchain
 from tests.reference import Oracle
 from tests.zoo import REFUSED, ZOO, Entry
+from tests.zoo.reading import OMNIGEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,24 @@ def test_what_cannot_be_cached_is_refused_by_name(name: str) -> None:
         bw.transform(model, example_kwargs=entry.inputs(0))
     assert str(refusal.value).startswith(f"{entry.model} could not be captured as one graph.\n") or "cannot be cached" in str(refusal.value)
     assert entry.never_captured in str(refusal.value)
+
+
+def test_a_model_that_replaces_a_buffer_in_every_forward() -> None:
+    """It also reads positions in Python. Its blocks are held by a hook, as it may not run beside the cached model."""
+    model, mask, kept = OMNIGEN.make(), (False, True, False, True), []
+
+    def hold(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        kept.append(kept[-1] if mask[len(kept)] else output)
+        return kept[-1]
+
+    with model.get_submodule(OMNIGEN.block_names()[-1]).register_forward_hook(hold):
+        expected = [run(model, OMNIGEN.inputs(step)).sample for step in range(4)]
+    cached = bw.transform(model, bw.CacheConfig(policy="static", steps_mask=mask))
+    for step in range(4):
+        assert torch.equal(run(cached, OMNIGEN.inputs(step)).sample, expected[step])
+    assert [block.name for block in cached.plan.blocks] == OMNIGEN.block_names()
+    assert cached.report().contexts["default"].reused == 2
+    assert any(note.startswith("the values of position_ids are built in") for note in cached.plan.notes)
 
 
 def test_outputs_keep_their_structure() -> None:

@@ -19,41 +19,6 @@ REFUSED = {
         {"transformer_blocks": 3},
         never_captured="fake tensor in the exported program constant's list",
     ),
-    "lumina2": Entry(
-        "Lumina2Transformer2DModel",
-        {
-            "sample_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 24, "num_layers": 3, "num_refiner_layers": 1,
-            "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": (4, 4, 4), "axes_lens": (32, 32, 32),
-            "cap_feat_dim": 16,
-        },
-        lambda s: {
-            "hidden_states": noise("x", s, 1, 4, 8, 8),
-            "timestep": torch.tensor([0.1 + 0.05 * s]),
-            "encoder_hidden_states": noise("text", 0, 1, 5, 16),
-            "encoder_attention_mask": torch.tensor([[True, True, True, True, False]]),
-        },
-        {"layers": 3},
-        never_captured="unhashable type: non-nested SymInt",
-    ),
-    "omnigen": Entry(
-        "OmniGenTransformer2DModel",
-        {
-            "in_channels": 4, "patch_size": 2, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
-            "intermediate_size": 32, "num_layers": 3, "pad_token_id": 0, "vocab_size": 64, "time_step_dim": 16,
-            "rope_scaling": {"long_factor": [1.0] * 4, "short_factor": [1.0] * 4}, "pos_embed_max_size": 16,
-        },
-        lambda s: {
-            "hidden_states": noise("x", s, 1, 4, 8, 8),
-            "timestep": time(s) / 1000,
-            "input_ids": torch.arange(5).view(1, 5),
-            "input_img_latents": [],
-            "input_image_sizes": {},
-            "attention_mask": torch.ones(1, 22, 22, dtype=torch.int64),
-            "position_ids": torch.arange(22).view(1, 22),
-        },
-        {"layers": 3},
-        never_captured="if seq_len > self.original_max_position_embeddings:",
-    ),
     "hunyuan_video_framepack": Entry(
         "HunyuanVideoFramepackTransformer3DModel",
         {

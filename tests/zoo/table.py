@@ -87,6 +87,7 @@ if __name__ == "__main__":
     print(HEAD)
     for entry in ZOO.values():
         print(_row(entry), flush=True)
+    print("\nOmniGenTransformer2DModel replaces a buffer in every forward and has a test of its own (`tests/test_zoo.py`).")
     print("\nRefused, with the evidence that the error gives:\n")
     for entry in REFUSED.values():
         print(_refusal(entry), flush=True)
