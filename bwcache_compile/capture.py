@@ -130,7 +130,7 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
 def _is_zero(leaf: Any) -> bool:
     """Whether an example is of whole numbers, and none is above 0."""
     held = isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) and leaf.device.type != "meta"
-    return held and not leaf.is_floating_point() and not leaf.is_complex() and not bool((leaf > 0).any())
+    return held and not leaf.is_floating_point() and not leaf.is_complex() and not bool((leaf.double() > 0).any())
 
 
 def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
