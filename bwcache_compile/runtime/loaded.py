@@ -70,10 +70,13 @@ class LoadedProgram:
             "guarded": list(range(len(names))),
         }
 
-    def reads(self, model: nn.Module, flat: Sequence[Any]) -> bool:
+    def reads(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether tensors whose values are built in hold the same values now."""
-        now = {name: model.get_buffer(name) if isinstance(name, str) else flat[name] for name in self.program.signature.read}
-        return all(torch.equal(value, now[name]) for name, value in self.program.signature.read.items())
+        read = self.program.signature.read
+        if not read:  # as for most models, and at each call
+            return True
+        flat = pytree.tree_leaves((args, kwargs))
+        return all(torch.equal(value, model.get_buffer(name) if isinstance(name, str) else flat[name]) for name, value in read.items())
 
     def symbols(self, key: CallKey) -> Mapping[str, int] | None:
         """Return the values of the program's open sizes at a call, or None if it does not serve such calls."""

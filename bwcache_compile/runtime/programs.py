@@ -130,8 +130,7 @@ class ProgramCache:
         key = call_key(args, kwargs)
         with self._lock:
             self._look()
-            flat = pytree.tree_leaves((args, kwargs))
-            alike = held is not None and held.key._replace(values=()) == key and held.loaded.reads(self._model, flat)
+            alike = held is not None and held.key._replace(values=()) == key and held.loaded.reads(self._model, args, kwargs)
             if held is not None and (not alike or held.version[0] != self._structure):
                 held = None
             loaded = held.loaded if held is not None else self._find(key, args, kwargs, config)
@@ -161,7 +160,7 @@ class ProgramCache:
         """Return a kept program that is right for a call; one of open sizes is checked once at each size that it serves."""
         for loaded in [self._loaded[key]] if key in self._loaded else reversed(self._loaded.values()):
             sizes = loaded.symbols(key)
-            if sizes is None or not loaded.reads(self._model, pytree.tree_leaves((args, kwargs))):
+            if sizes is None or not loaded.reads(self._model, args, kwargs):
                 continue
             if key.sizes not in loaded.checked:
                 wrong = _difference_at(self._model, loaded, args, kwargs, config, sizes)
