@@ -203,13 +203,6 @@ def export(
     if guarded and format != "onnx":
         raise ConfigError(f'guarded=True writes one more ONNX graph; format is {format!r}. Leave it out, or choose format="onnx".')
     program = _one_program(cached, signature)
-    built_in = [program.signature.inputs[i] for i in program.signature.read if isinstance(i, int)]
-    if built_in:
-        raise ExportError(
-            f"the values of {', '.join(map(repr, built_in))} are built into the graph, as the model reads them in Python, and a bundle"
-            f" would take others without a word.\n    at {program.signature.read_at}\n"
-            "  Take that Python (a branch, .item(), .tolist()) out of the model's forward: masks do instead of lengths."
-        )
     if format != "onnx":
         return export_torch(program, directory, cached.call_parameters, compiled=format == "aoti")
     return export_onnx(program, directory, cached.call_parameters, guarded=guarded, opset=opset)

@@ -187,4 +187,10 @@ def flat_call(manifest: dict[str, Any], runner: Runner, given: Mapping[str, Any]
         if dtype != entry["dtype"]:
             raise StateError(f"{name} is {dtype}, and the bundle takes {entry['dtype']}.")
         values[name], shapes[name] = value, shape
+    for entry in manifest["values"]:  # waits for the device
+        if runner.host(values[entry["input"]]).reshape(-1).tolist() != entry["value"]:
+            raise StateError(
+                f"{entry['input']} has other values than those built into the bundle, since the model reads them in Python."
+                " Export a bundle for each of its values."
+            )
     return Call(values, shapes, _symbols(manifest, shapes))

@@ -139,7 +139,9 @@ def _random_inputs(program: CachedProgram, step: int, known: Mapping[str, int]) 
             flat.append(value if not isinstance(value, torch.SymInt) else None)
             continue
         shape = evaluated(sizes.inputs[i], known) if sizes and isinstance(sizes.inputs[i], tuple) else tuple(value.shape)  # type: ignore[arg-type]
-        if value.dtype.is_floating_point or value.is_complex():
+        if i in program.signature.read:
+            flat.append(program.signature.read[i].clone().to(device))
+        elif value.dtype.is_floating_point or value.is_complex():
             kind = torch.complex64 if value.is_complex() else torch.float32
             base, drift = (torch.randn(shape, generator=generator, dtype=kind) for _ in range(2))
             drawn = (base + 0.02 * step * drift).to(value.dtype).to(device)

@@ -21,6 +21,7 @@ _MOVES = {
     aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.select,
     aten.slice, aten.split, aten.split_with_sizes, aten.unbind, aten.cat, aten.stack, aten.index, aten.index_select, aten.flip,
     aten.repeat, aten.clone, aten.alias, aten.detach, aten.pad_sequence, aten.pad, aten.constant_pad_nd, aten._to_copy, aten.neg,
+    aten.copy, aten.slice_scatter, aten.select_scatter, aten.index_put,
 }  # fmt: skip
 """Operators that treat a pair as they treat a number, once their arguments leave the last dimension alone."""
 
@@ -86,6 +87,12 @@ def _rewritten(graph: Graph, node: Node, ranks: dict[Node, int]) -> Node:
         return call(node.target, *moved, **{name: _moving(name, value, packet, rank) for name, value in node.kwargs.items()})
     if packet in (aten.add, aten.sub) and len(complex_args) == len(args) and not node.kwargs:
         return call(node.target, *args)
+    if packet is aten.zeros:
+        return call(node.target, [*args[0], 2], **{**node.kwargs, "dtype": _REAL[node.meta["val"].dtype]})
+    if packet is aten.gather:
+        dimension = args[1] % max(ranks[args[0]], 1)
+        index = call(aten.unsqueeze.default, args[2], -1)
+        return call(node.target, args[0], dimension, call(aten.expand.default, index, [-1] * args[2].meta["val"].dim() + [2]))
     if packet is aten.polar:
         return pair(times(args[0], call(aten.cos.default, args[1])), times(args[0], call(aten.sin.default, args[1])))
     if packet is aten.complex:

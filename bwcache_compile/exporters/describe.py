@@ -72,6 +72,28 @@ def graph_inputs(program: CachedProgram, kind: str) -> list[str]:
     return [*input_names(program), *(f"cache_in.{slot}" for slot in slots), *(f"policy.{name}" for name in policy), "step"]
 
 
+def describe_values(program: CachedProgram) -> list[dict[str, Any]]:
+    """Return the values of inputs that are built into the graphs, since Python read them: one flat list for each.
+
+    Raises:
+        ExportError: A manifest cannot hold one of them.
+    """
+    names, described = input_names(program), []
+    for i, value in program.signature.read.items():
+        if not isinstance(i, int):
+            continue
+        numbers = value.flatten().tolist()
+        finite = all(isinstance(number, (bool, int, float)) and math.isfinite(number) for number in numbers)
+        if value.dtype == torch.bfloat16 or not finite:
+            raise ExportError(
+                f"{program.model_name} reads the values of {names[i]} in Python, and a bundle cannot hold these:"
+                f" {dtype_name(value.dtype)} {numbers[:4]}.\n    at {program.signature.read_at}\n"
+                "  Pass finite numbers, in another dtype than bfloat16 or complex64."
+            )
+        described.append({"input": names[i], "value": numbers})
+    return described
+
+
 def _call(program: CachedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a call's arguments with their positions as leaves."""
     spec = program.signature.in_spec
@@ -204,6 +226,7 @@ def describe(program: CachedProgram, parameters: tuple[str, ...]) -> dict[str, A
         "arguments": list(parameters),
         "inputs": inputs,
         "constants": constants,
+        "values": describe_values(program),
         "outputs": outputs,
         "symbols": symbols,
         "conditions": conditions,

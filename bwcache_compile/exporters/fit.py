@@ -23,7 +23,7 @@ def put(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, **kwargs: 
     node = graph.call_function(target, args, kwargs)
     node.meta = {key: like.meta[key] for key in _CARRIED if key in like.meta}
     given = map_arg((args, kwargs), lambda n: n.meta["val"])
-    with detect_fake_mode(given) or contextlib.nullcontext():
+    with detect_fake_mode((given, like.meta.get("val"))) or contextlib.nullcontext():
         node.meta["val"] = target(*given[0], **given[1])
     return node
 

@@ -17,6 +17,7 @@ _FORM = {
     "arguments": [str],
     "inputs": [{**_TENSOR, **_PLACE}],
     "constants": [{**_PLACE, "value": _CONSTANT}],
+    "values": [{"input": str, "value": [(bool, int, float)]}],
     "outputs": {"form": {}, "items": [_TENSOR]},
     "symbols": [{"name": str, "input": str, "dimension": int, "factor": int, "offset": int}],
     "conditions": [str],
@@ -78,7 +79,10 @@ def _disagreement(manifest: dict[str, Any]) -> str | None:
     wrong = _misput(outputs["form"], [item["name"] for item in outputs["items"]])
     if wrong is not None or not outputs["items"]:
         return wrong or "there are no outputs"
-    known = [entry["name"] for entry in manifest["inputs"]]
+    known = {entry["name"]: entry["dtype"] for entry in manifest["inputs"]}
+    for entry in manifest["values"]:
+        if known.get(entry["input"], "bfloat16") == "bfloat16":  # numpy reads none
+            return f"values are built in for {entry['input']}, which is no input, or of bfloat16"
     for symbol in manifest["symbols"]:
         if symbol["input"] not in known or symbol["dimension"] < 0 or symbol["factor"] < 1:
             return f"the symbol {symbol['name']} is read from {symbol['input']}, dimension {symbol['dimension']}, in {symbol['factor']}s"

@@ -92,6 +92,15 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def _masked_select(values: Any, mask: Any) -> Any:
+    """Write `aten.masked_select`, which torch.onnx has not: text is packed with it."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+    wide = op.Expand(values, op.Shape(mask))
+    return op.Compress(wide, op.Reshape(op.Expand(mask, op.Shape(wide)), [-1]))
+
+
 def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]) -> OnnxGraph:
     """Write one graph as an ONNX model; `shapes` are those of its inputs and outputs.
 
@@ -102,7 +111,10 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]
         with _quiet():
             fit(plain.exported, opset)
             exported = complex_as_pairs(plain.exported)
-            program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False, optimize=False)
+            lacking: Any = {torch.ops.aten.masked_select.default: _masked_select}
+            program = torch.onnx.export(
+                exported, (), dynamo=True, opset_version=opset, verbose=False, optimize=False, custom_translation_table=lacking
+            )
             assert program is not None
             model: Any = program.model
             rewrites.simplify(model)

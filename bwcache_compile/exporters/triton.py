@@ -116,6 +116,9 @@ def write(
     target = Path(directory) / name
     if target.exists():
         raise ConfigError(f"{target} exists; it is not overwritten. Choose another name, or remove it.")
+    if manifest["values"]:
+        built_in = ", ".join(entry["input"] for entry in manifest["values"])
+        raise ConfigError(f"the values of {built_in} are built into the graphs, and a server compares none. Run the bundle by bw.load.")
     known = symbols_at(manifest, sizes or {})
 
     def dims(shape: list[int | str]) -> list[int]:

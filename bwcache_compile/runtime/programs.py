@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -216,10 +217,9 @@ class ProgramCache:
     def _notes(self, key: CallKey, program: CachedProgram) -> list[str]:
         """Say which values are built in, and which sizes changed from call to call and are fixed nevertheless."""
         signature = program.signature
-        read = [
-            f"the values of {name} are built in, others have programs of their own; read at {signature.read_at}"
-            for name in signature.read_names
-        ]
+        path, dot, line = signature.read_at.partition(".py:")
+        at = PurePath(path).name + dot + line  # notes go into manifests, which name no folders of this machine
+        read = [f"the values of {name} are built in, others have programs of their own; read at {at}" for name in signature.read_names]
         return read + self._size_notes(key, program)
 
     def _size_notes(self, key: CallKey, program: CachedProgram) -> list[str]:

@@ -18,6 +18,8 @@ from bwcache_compile.exporters.open_sizes import symbols_at
 
 def lines(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tuple[Any, ...]]:
     """Yield the lines: what each is, and its values. A graph's weights, inputs and outputs follow it in their order."""
+    if manifest["values"]:  # the session in C++ compares none
+        raise SystemExit(f"the values of {', '.join(entry['input'] for entry in manifest['values'])} are built into the bundle")
     known = symbols_at(manifest, sizes)
 
     def layout(entry: Mapping[str, Any]) -> tuple[Any, ...]:

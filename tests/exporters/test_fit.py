@@ -35,6 +35,15 @@ def real(z: Tensor) -> Tensor:
     return torch.view_as_real(z)
 
 
+def written(z: Tensor, w: Tensor) -> Tensor:
+    """Rows and numbers of one tensor written to zeros."""
+    out = torch.zeros(3, 4, dtype=z.dtype)
+    out[:2] = w[1:]
+    out[1, :3] = z[2, 1:]
+    out[torch.tensor([0, 2]), torch.tensor([1, 0])] = z[0, :2]
+    return out
+
+
 COMPLEX: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "rotary": lambda x, z, w: real(torch.view_as_complex(x.reshape(3, 2, 2)) * z[:, :2]).flatten(1) + x,
     "polar": lambda x, z, w: real(torch.polar(x.abs(), x) * w + torch.complex(x, x)),
@@ -45,6 +54,7 @@ COMPLEX: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "moves": lambda x, z, w: real(torch.cat([z.T, w.transpose(-1, -2)], -1)[1:].unsqueeze(-2).expand(3, 2, 6).reshape(6, -1)),
     "more moves": lambda x, z, w: real(torch.stack([w[torch.tensor([2, 0])], z[..., :2, :].flip(-1)], -1).permute(-1, 0, 1).squeeze()),
     "pieces": lambda x, z, w: real(torch.nn.utils.rnn.pad_sequence(list(z.split([1, 2])), True).repeat(2, 1, 1).select(-1, 0)),
+    "picked": lambda x, z, w: real(torch.gather(z, -1, torch.tensor([[0, 2], [1, 1]])) * written(z, w)[:2, :2]),
     "padded": lambda x, z, w: real(functional.pad(z, (1, 0)).clone().to(torch.complex128).unbind(-1)[1]),
 }
 

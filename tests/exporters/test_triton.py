@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from google.protobuf import text_format
 
 import bwcache_compile as bw
 from bwcache_compile.exporters import triton
-from tests.exporters.helpers import Exported
+from tests.exporters.helpers import Exported, edit
 from tests.models import noise
 
 
@@ -250,19 +251,23 @@ def test_a_started_sequence_computes_whatever_the_state_says(schema: Any, deploy
 
 def test_what_cannot_be_written(deployed: Exported, folder: Path, tmp_path: Path) -> None:
     messages = []
-    for error, settings in (
-        (bw.ConfigError, {"directory": folder.parent, "name": "video"}),
-        (bw.ConfigError, {"directory": tmp_path, "sizes": {"x[2]": 4}}),
-        (bw.ConfigError, {"directory": tmp_path, "sizes": {"x[0]": 1}}),
+    reading = shutil.copytree(deployed.folder, tmp_path / "reading" / "bundle")
+    edit(reading, lambda manifest: manifest["values"].append({"input": "t", "value": [1.0, 1.0]}))
+    for bundle, settings in (
+        (deployed.folder, {"directory": folder.parent, "name": "video"}),
+        (deployed.folder, {"directory": tmp_path, "sizes": {"x[2]": 4}}),
+        (deployed.folder, {"directory": tmp_path, "sizes": {"x[0]": 1}}),
+        (reading, {"directory": tmp_path}),
     ):
-        with pytest.raises(error) as refusal:
-            triton.write(deployed.folder, **settings)  # type: ignore[arg-type]
+        with pytest.raises(bw.ConfigError) as refusal:
+            triton.write(bundle, **settings)  # type: ignore[arg-type]
         messages.append(str(refusal.value).replace(str(folder.parent), "REPOSITORY"))
     assert_expected_inline(
         "\n".join(messages),
         """\
 REPOSITORY/video exists; it is not overwritten. Choose another name, or remove it.
 x[2] is no open size of this bundle; there are: x[0], x[1].
-the graphs hold where s13 >= 2, and the smallest sizes are s13 = 1, s27 = 6.""",
+the graphs hold where s13 >= 2, and the smallest sizes are s13 = 1, s27 = 6.
+the values of t are built into the graphs, and a server compares none. Run the bundle by bw.load.""",
     )
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [reading.parent]

@@ -105,6 +105,11 @@ def test_sizes_are_arithmetic_and_nothing_else(bundle: Path) -> None:
         session(*(value.numpy() for value in OneStream().example()))
 
 
+def test_values_belong_to_an_input_that_can_be_read(bundle: Path) -> None:
+    edit(bundle, lambda m: m["values"].append({"input": "mask", "value": [1, 0]}))
+    assert refusal(bundle) == ".../bundle/manifest.json: values are built in for mask, which is no input, or of bfloat16."
+
+
 def test_a_failed_export_leaves_what_was_there(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: file_hash(path) for path in bundle.iterdir()}
     model = OneStream(width=32).eval()
