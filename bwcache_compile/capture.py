@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.compare import clone_tensors, difference, difference_from, flat_outputs
 from bwcache_compile.dataflow import writes_escape
 from bwcache_compile.errors import CaptureError, ConfigError
-from bwcache_compile.known import KnownValues, sources
+from bwcache_compile.known import KnownValues, source_line, sources
 from bwcache_compile.program import CachedProgram, Captured, Signature
 from bwcache_compile.sizes import open_sizes
 
@@ -36,12 +36,7 @@ _ONE_EXPORT = threading.RLock()
 
 def _source_of(error: BaseException, model: nn.Module) -> str:
     """Find the line of the user's own code, or of the model's library, that stopped the capture."""
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if "/torch/" not in f.filename.replace("\\", "/") and "bwcache_compile" not in f.filename]
-    if not outside:
-        return f"in {type(model).__name__}.forward"
-    frame = outside[-1]
-    return f'{frame.filename}:{frame.lineno}, in {frame.name}: "{frame.line}"'
+    return source_line(traceback.extract_tb(error.__traceback__)) or f"in {type(model).__name__}.forward"
 
 
 def _unlifted(exported: ExportedProgram) -> Captured:
@@ -107,7 +102,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=mode == "strict")
     program = flat_program(exported, type(model).__name__)
     read = {name: values[name].clone() for name in known.read}
-    return program.replace(signature=dataclasses.replace(program.signature, read=read)) if read else program
+    signature = dataclasses.replace(program.signature, read=read, read_at=known.read_at)
+    return program.replace(signature=signature) if read else program
 
 
 def _runs_under_modes(module: GraphModule) -> bool:
@@ -176,7 +172,9 @@ def _check_outputs(name: str, expected: list[Any]) -> None:
             )
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> CachedProgram:
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None, reading: bool = False
+) -> CachedProgram:
     """Capture a model as a flat graph over its own parameters.
 
     The model runs once eagerly first: exporting a model that never ran can damage it, and that run is the reference.
@@ -189,6 +187,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         kwargs: Example keyword arguments.
         dynamic_shapes: Which sizes stay open: "auto" for all that the model lets, else as `torch.export.export` takes
             it, where arguments that are left out are not open. None: every size is fixed.
+        reading: Build in the values of masks and lengths from the start: sizes that depend on them are fixed then.
 
     Returns:
         The program; its weights are the model's own tensors. `signature.sizes` says which sizes it is proved for.
@@ -202,9 +201,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         expected = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
     _check_outputs(name, expected)
     failures: list[str] = []
-    stopped_at = ""
-    for mode in get_args(Mode):
-        if mode == "reading" and not stopped_at:
+    stopped = reading
+    for mode in get_args(Mode)[-1:] if reading else get_args(Mode):
+        if mode == "reading" and not stopped:
             break
         try:
             with _ONE_EXPORT, torch.no_grad():
@@ -213,16 +212,15 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
             if mode == "reading":
                 break
             # every front end raises its own kinds; they are reported together below
-            reason, source = (str(error).strip().splitlines() or [type(error).__name__])[0], _source_of(error, model)
-            stopped_at = stopped_at or source
-            failures.append(f"{mode}: {type(error).__name__}: {reason}\n    at {source}")
+            reason, stopped = (str(error).strip().splitlines() or [type(error).__name__])[0], True
+            failures.append(f"{mode}: {type(error).__name__}: {reason}\n    at {_source_of(error, model)}")
             continue
         with torch.no_grad():
             flat, _ = pytree.tree_flatten((clone_tensors(args), clone_tensors(kwargs)))
             returned = list(program.compute(*flat))
         wrong = difference_from(model, args, kwargs, expected, returned)
         if wrong is None:
-            return program.replace(signature=dataclasses.replace(program.signature, read_at=stopped_at)) if mode == "reading" else program
+            return program
         if mode == "reading":
             break
         _check_repeatable(model, args, kwargs, expected)

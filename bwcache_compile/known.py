@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,6 +26,12 @@ _UNTOLD = ("rand", "normal", "bernoulli", "multinomial", "dropout", "empty", "un
 
 
 _SYMBOLS = (SymInt, SymFloat, SymBool)
+
+
+def source_line(frames: traceback.StackSummary) -> str:
+    """Return the innermost line of the user's own code, or of the model's library; empty where there is none."""
+    outside = [f for f in frames if "/torch/" not in f.filename.replace("\\", "/") and "bwcache_compile" not in f.filename]
+    return f'{outside[-1].filename}:{outside[-1].lineno}, in {outside[-1].name}: "{outside[-1].line}"' if outside else ""
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -86,6 +93,7 @@ class KnownValues(TorchFunctionMode):
         self._real: Any = WeakIdKeyDictionary()
         self._origins: Any = WeakIdKeyDictionary()
         self.read: set[Source] = set()
+        self.read_at = ""
 
     def value(self, traced: Tensor) -> Tensor | None:
         """Return what a tensor holds, where that is known."""
@@ -94,7 +102,7 @@ class KnownValues(TorchFunctionMode):
 
     @contextlib.contextmanager
     def knowing(self, model: nn.Module, values: dict[Source, Tensor]) -> Iterator[None]:
-        """Know these values too while the model is traced; `read` says afterwards which ones the graph depends on."""
+        """Know these values too while the model is traced; `read` says afterwards on which the graph depends, `read_at` since where."""
         real = {name: value.clone() for name, value in values.items()}  # what the model writes in place is written to these too
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -122,15 +130,15 @@ class KnownValues(TorchFunctionMode):
             real, origins = self._run(func, args, kwargs), self._origins_of(given)
             written = _written(name, args, kwargs)
             if not _tensors(real) and not written:
-                self.read |= origins if name not in _STATIC else frozenset()
+                self._reads(origins if name not in _STATIC else frozenset())
                 return real
             for tensor in (other for one in written for other in self._sharing(one)):
                 self._origins[tensor] = origins | self._origins_of([tensor])
             return self._beside(func(*args, **kwargs), real, origins)
         self._forget(_written(name, args, kwargs))
         result = func(*args, **kwargs)
-        if name in ("masked_select", "__getitem__") and len(args) == 2 and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
-            self._measure(result, args[0].shape, args[1])
+        if name in ("masked_select", "__getitem__") and len(args) == 2:
+            self._measure(result, args[1], args[0].shape if name == "masked_select" else ())
         if told and name in _MADE_OF_NUMBERS and not given and _small(_tensors(result)):
             return self._beside(result, self._run(func, args, kwargs))
         if told and name in _MADE_BESIDE and not _tensors((args[1:], kwargs)) and _small([result]):
@@ -149,24 +157,33 @@ class KnownValues(TorchFunctionMode):
         with _disable_current_modes():
             return func(*real_args, **real_kwargs)
 
+    def _reads(self, origins: frozenset[Source]) -> None:
+        """Take down that the graph depends on the values of these, and the first line that makes it so."""
+        if origins and not self.read:
+            self.read_at = source_line(traceback.extract_stack())
+        self.read |= origins
+
     def _origins_of(self, given: list[Tensor]) -> frozenset[Source]:
         return frozenset().union(*(self._origins.get(tensor, ()) for tensor in given))
 
-    def _measure(self, result: Tensor, shape: torch.Size, mask: Tensor) -> None:
-        """Say how many rows or elements a known mask takes."""
-        if mask in self._real and isinstance(result.shape[0], SymInt):
-            real = self._real[mask]
+    def _measure(self, result: Tensor, index: Any, shape: tuple[int, ...]) -> None:
+        """Say how many rows or elements a known mask takes, once spread over a shape; it may be one of several indices."""
+        masks = [mask for mask in _tensors(index) if mask.dtype is torch.bool]
+        sizes = [size for size in result.shape if isinstance(size, SymInt) and size.node.hint is None]
+        if len(masks) == len(sizes) == 1 and masks[0] in self._real:
+            real = self._real[masks[0]]
             with _disable_current_modes():
-                count = int((real.expand(torch.broadcast_shapes(real.shape, shape)) if result.dim() == 1 else real).sum())
-            torch._check(result.shape[0] == count)
-            self.read |= self._origins_of([mask])
+                spread = torch.broadcast_shapes(real.shape, shape)  # type: ignore[no-untyped-call]
+                count = int(real.expand(spread).sum())
+            torch._check(sizes[0] == count)  # type: ignore[no-untyped-call]
+            self._reads(self._origins_of(masks))
 
     def _beside(self, result: Any, real: Any, origins: frozenset[Source] = frozenset()) -> Any:
         for traced, known in zip(_tensors(result), _tensors(real), strict=True):
             for size, count in zip(traced.shape, known.shape, strict=True):
                 if isinstance(size, SymInt):
                     torch._check(size == count)
-                    self.read |= origins
+                    self._reads(origins)
             if _small([known]):
                 self._real[traced] = known
                 self._origins[traced] = origins | self._origins_of([traced])

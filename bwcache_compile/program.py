@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.layout import Order, in_order
-from bwcache_compile.sizes import OpenSizes, Shape, Size, evaluated
+from bwcache_compile.sizes import OpenSizes, Shape, Size, evaluated, has_no_size
 
 OURS = "bwcache_"
 """Prefix of the names of graphs and buffers that passes add to a module, so that they never hide the model's own."""
@@ -212,7 +212,7 @@ class Signature:
     `inputs` names the graph's user inputs in flat order; positions that hold a constant (None, bool, str, int) are
     inputs too, whose value the graph ignores. `sizes` says which sizes may change; None: none may. `read` holds the
     tensors whose values the model read in Python, by position among the inputs or by a buffer's name: the graph is right
-    for these values alone. `read_at` is the first line that reads some. `zeros` names the inputs of whole numbers whose example
+    for these values alone. `read_at` is the first line that makes it so. `zeros` names the inputs of whole numbers whose example
     held nothing above 0, such as an index into a table of one row: ones would be out of bounds there.
     """
 
@@ -281,6 +281,12 @@ class CachedProgram:
     guarded: GraphModule | None = None
     compute_slots: tuple[str, ...] = ()
     reuse_slots: tuple[str, ...] = ()
+
+    @property
+    def has_unsized_values(self) -> bool:
+        """Whether some value as captured has a size that depends on the values of a tensor."""
+        values = (node.meta.get("val") for node in self.captured.graph.nodes)
+        return any(isinstance(value, Tensor) and has_no_size(value) for value in values)
 
     def copy(self) -> CachedProgram:
         """Return a program with graphs of its own, so that passes on it leave this one alone; weights are shared."""

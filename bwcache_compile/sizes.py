@@ -83,6 +83,11 @@ def hint(value: int | SymInt) -> int:
     return int(value.node.hint) if isinstance(value, SymInt) else value
 
 
+def has_no_size(tensor: Tensor) -> bool:
+    """Whether a size of a tensor depends on the values of one, and is not known before the model runs."""
+    return any(isinstance(size, SymInt) and size.node.hint is None for size in tensor.shape)
+
+
 def hint_shape(tensor: Tensor) -> tuple[int, ...]:
     """Return the shape that a value had when the model was captured."""
     return tuple(hint(size) for size in tensor.shape)

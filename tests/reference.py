@@ -29,7 +29,7 @@ def decide(indicators: dict[int, float], step: int, trigger: int | None, config:
 class Oracle:
     """Runs a model step by step; `streams` names the block inputs that the outputs continue, in output order.
 
-    `rows` are the video rows of a stream that holds text and video, for blocks that return fewer values than streams.
+    `rows` are the rows that the model returns, of a stream that holds text or frames of the past beside them.
     """
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], streams: tuple[str, ...], config: Any, rows: slice = slice(None)) -> None:
@@ -38,9 +38,9 @@ class Oracle:
         self.step, self.trigger, self.indicators, self.times = 0, None, {}, []
 
     def _feature(self, outs: tuple[Tensor, ...]) -> Tensor:
-        if len(outs) < len(self.streams):
-            return outs[0][:, self.rows].float()
-        return outs[self.streams.index("hidden_states") if "hidden_states" in self.streams else 0].float()
+        joined = len(outs) < len(self.streams) or "hidden_states" not in self.streams
+        feature = outs[0 if joined else self.streams.index("hidden_states")]
+        return (feature if feature.shape[1] < (self.rows.stop or 0) else feature[:, self.rows]).float()
 
     def _reused(self, name: int, now: float) -> tuple[Tensor, ...]:
         last, previous = self.kept[name], self.kept.get(("previous", name))

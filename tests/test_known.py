@@ -143,10 +143,42 @@ def test_masks_that_python_reads_have_programs_of_their_own(lengths_model: Lengt
     (note,) = [
         note for note in cached.plan.notes if note.startswith("the values of mask are built in, others have programs of their own; ")
     ]
-    assert re.search(r'read at test_known.py:\d+, in forward: ".*\.tolist\(\)', note)
+    assert re.search(r'read at test_known.py:\d+, in forward: "packed = .*masked_select', note)
     lengths_model.times.add_(1)
     check(cached, lengths_model, *call(0, 3, 5))
     assert cached.report().captures == 3
+
+
+class Packed(OneStream):
+    """Gives the blocks only the tokens that a mask keeps, or those whose first channel is positive."""
+
+    def __init__(self, masked: bool = True) -> None:
+        super().__init__(depth=2)
+        self.masked = masked
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+        kept = mask if self.masked else x[0, :, 0] > 0
+        out = torch.zeros_like(x)
+        out[:, kept] = super().forward(x[:, kept], t)
+        return out + x[0, kept, :1].sum() + x[0, kept, 0].sum()
+
+
+def packed(step: int, *kept: int) -> tuple[Tensor, ...]:
+    return *OneStream().example(step=step), (torch.arange(6).unsqueeze(1) == torch.tensor(kept)).any(dim=1)
+
+
+def test_blocks_may_take_as_many_tokens_as_a_mask_says() -> None:
+    model = Packed().eval().requires_grad_(False)
+    cached = bw.transform(model, bw.CacheConfig(threshold=0, num_steps=2))
+    for kept in ((0, 1, 2, 5), (1, 3), (0, 1, 2, 5)):
+        for step in (0, 1):
+            check(cached, model, *packed(step, *kept))
+    assert cached.report().captures == 2
+    assert any(
+        note.startswith("the values of mask are built in, others have programs of their own; read at ") for note in cached.plan.notes
+    )
+    with pytest.raises(bw.UnsupportedGraphError, match=r"^Packed cannot be cached: .* has a size that depends on the values of a tensor"):
+        bw.transform(Packed(masked=False).eval(), example_args=packed(0, 1))
 
 
 def test_what_is_built_in_is_refused_elsewhere(lengths_model: Lengths, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from bwcache_compile.layout import Order, slot_order
 from bwcache_compile.passes._edit import size_values
 from bwcache_compile.passes._streams import continued, same_places
 from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region, Role
-from bwcache_compile.sizes import evaluated, hint, hint_shape, largest, shape_of, size_of
+from bwcache_compile.sizes import evaluated, has_no_size, hint, hint_shape, largest, shape_of, size_of
 
 
 def _cached_blocks(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> tuple[Block, ...]:
@@ -78,7 +78,7 @@ def _check_writes(flow: DataFlow, region: list[Node], outputs: list[Node], progr
 def _check_sizes(values: Iterable[Node], program: CachedProgram) -> None:
     """Refuse to keep what has no size before the model runs."""
     for node in values:
-        if any(isinstance(size, SymInt) and size.node.hint is None for size in node.meta["val"].shape):
+        if has_no_size(node.meta["val"]):
             raise UnsupportedGraphError(
                 f"{program.model_name} cannot be cached: `{node.name}` {format_value(node.meta['val'])}, which the blocks return,"
                 " has a size that depends on the values of a tensor (.item(), .tolist(), indexing by a mask)."

@@ -34,12 +34,13 @@ class Toolchain:
     """How a model becomes a program; handed in, so that running needs no compiler.
 
     Attributes:
-        capture: Model, positional and keyword arguments, and which sizes stay open, to a captured program.
+        capture: Model, positional and keyword arguments, which sizes stay open, and whether values that sizes depend on are
+            built in, to a captured program.
         build: A captured program, which it consumes, and settings to a cached one.
         explain: The same to the diff of each pass.
     """
 
-    capture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], CachedProgram]
+    capture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any, bool], CachedProgram]
     build: Callable[[CachedProgram, CacheConfig], CachedProgram]
     explain: Callable[[CachedProgram, CacheConfig], dict[str, GraphDiff]]
 
@@ -202,7 +203,17 @@ class ProgramCache:
         return loaded
 
     def _make(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig, shapes: Any) -> LoadedProgram:
-        program = self._toolchain.build(self._toolchain.capture(self._model, args, kwargs, shapes), config)
+        captured = self._toolchain.capture(self._model, args, kwargs, shapes, False)
+        try:
+            program = self._toolchain.build(captured, config)
+        except (NoBlocksFoundError, UnsupportedGraphError) as error:
+            if not captured.has_unsized_values:
+                raise
+            try:
+                captured = self._toolchain.capture(self._model, args, kwargs, shapes, True)
+            except CaptureError:
+                raise error from None
+            program = self._toolchain.build(captured, config)
         notes = self._notes(key, program)
         if notes:
             plan = program.planned()

@@ -32,10 +32,10 @@ class Transform:
     def __init__(self) -> None:
         self.captured: dict[Any, CachedProgram] = {}
 
-    def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> CachedProgram:
-        key = call_key(args, kwargs), str(shapes)
+    def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, reading: bool) -> CachedProgram:
+        key = call_key(args, kwargs), str(shapes), reading
         if key not in self.captured:
-            self.captured[key] = capture(model, args, kwargs, shapes)
+            self.captured[key] = capture(model, args, kwargs, shapes, reading)
         return self.captured[key].fresh()
 
     def __call__(self, model: nn.Module, config: bw.CacheConfig = CONFIG) -> bw.CachedModel:

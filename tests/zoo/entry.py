@@ -21,7 +21,7 @@ class Entry:
         inputs: Keyword arguments of the call at one step.
         stacks: Names of the main stacks' module lists, with the configured number of blocks.
         streams: Block inputs that the blocks' outputs continue, in output order.
-        rows: The rows of a joined text and video stream that the output takes.
+        rows: The rows that the output takes, of a stream that holds text or frames of the past beside them.
         in_turn: The stacks' blocks run in turn (spatial, temporal, spatial, ...) instead of stack after stack.
         refused: Way of reuse to the first line of its refusal.
         never_captured: What the refusal says, where the model cannot be captured or cached at all.

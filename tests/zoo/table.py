@@ -13,7 +13,7 @@ from torch import nn
 
 import bwcache_compile as bw
 from bwcache_compile import passes
-from bwcache_compile.capture import capture, flat_outputs
+from bwcache_compile.compare import flat_outputs
 from bwcache_compile.runtime import Toolchain
 from tests.zoo import REFUSED, ZOO, Entry
 
@@ -43,11 +43,10 @@ def _agreement(one: nn.Module, other: nn.Module, entry: Entry, word: str) -> str
 def _row(entry: Entry) -> str:
     model = entry.make()
     began = time.process_time()
-    captured = capture(model, (), entry.call(0))
-    toolchain = Toolchain(capture=lambda *_: captured.fresh(), build=passes.build, explain=passes.explain)
-    cached = bw.CachedModel(model, bw.CacheConfig(threshold=0, num_steps=4), toolchain)
-    cached.prepare((), entry.call(0))
+    cached = bw.transform(model, bw.CacheConfig(threshold=0, num_steps=4), example_kwargs=entry.call(0))
     seconds = time.process_time() - began
+    captured = cached.program
+    toolchain = Toolchain(capture=lambda *_: captured.fresh(), build=passes.build, explain=passes.explain)
     mask = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0, 1))
     guards = []
     for guard in get_args(passes.Guard):
@@ -77,7 +76,7 @@ def _row(entry: Entry) -> str:
 def _refusal(entry: Entry) -> str:
     try:
         bw.transform(entry.make(), example_kwargs=entry.call(0))
-    except (bw.CaptureError, bw.UnsupportedGraphError) as error:
+    except bw.CaptureError as error:
         return f"- {entry.model}: `{type(error).__name__}`, {entry.never_captured}"
     return f"- {entry.model}: NOT REFUSED"
 
