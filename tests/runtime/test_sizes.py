@@ -144,7 +144,7 @@ def test_programs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_that_takes_no_open_sizes_is_captured_for_each() -> None:
-    def fixed(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> CachedProgram:
+    def fixed(model: nn.Module, args: Any, kwargs: Any, shapes: Any, reading: bool) -> CachedProgram:
         if shapes is not None:
             raise bw.CaptureError("OneStream could not be captured as one graph.\n  non-strict: no size may be open")
         return capture(model, args, kwargs)
