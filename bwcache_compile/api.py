@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -203,6 +204,7 @@ def export(
     if guarded and format != "onnx":
         raise ConfigError(f'guarded=True writes one more ONNX graph; format is {format!r}. Leave it out, or choose format="onnx".')
     program = _one_program(cached, signature)
-    if format != "onnx":
-        return export_torch(program, directory, cached.call_parameters, compiled=format == "aoti")
-    return export_onnx(program, directory, cached.call_parameters, guarded=guarded, opset=opset)
+    with torch.autocast(program.planned().device.type, enabled=False):  # what is around this call is no part of the program
+        if format != "onnx":
+            return export_torch(program, directory, cached.call_parameters, compiled=format == "aoti")
+        return export_onnx(program, directory, cached.call_parameters, guarded=guarded, opset=opset)

@@ -102,8 +102,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=mode == "strict")
     program = flat_program(exported, type(model).__name__)
     read = {name: values[name].clone() for name in known.read}
-    signature = dataclasses.replace(program.signature, read=read, read_at=known.read_at)
-    return program.replace(signature=signature) if read else program
+    devices = sorted({leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)})
+    autocast = tuple((device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device))
+    return program.replace(signature=dataclasses.replace(program.signature, read=read, read_at=known.read_at, autocast=autocast))
 
 
 def _runs_under_modes(module: GraphModule) -> bool:

@@ -213,7 +213,8 @@ class Signature:
     inputs too, whose value the graph ignores. `sizes` says which sizes may change; None: none may. `read` holds the
     tensors whose values the model read in Python, by position among the inputs or by a buffer's name: the graph is right
     for these values alone. `read_at` is the first line that makes it so. `zeros` names the inputs of whole numbers whose example
-    held nothing above 0, such as an index into a table of one row: ones would be out of bounds there.
+    held nothing above 0, such as an index into a table of one row: ones would be out of bounds there. `autocast` lists the device
+    types and dtypes of the autocast around the capture: the graph is right under the same one alone.
     """
 
     in_spec: TreeSpec
@@ -223,6 +224,7 @@ class Signature:
     read: Mapping[int | str, Tensor] = dataclasses.field(default_factory=dict)
     read_at: str = ""
     zeros: frozenset[str] = frozenset()
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
 
     @property
     def read_names(self) -> list[str]:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.describe import input_names
-from bwcache_compile.exporters.graphs import PlainGraph
+from bwcache_compile.exporters.graphs import PlainGraph, under_autocast
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.layout import in_order, slot_order
 from bwcache_compile.policy import policy_parameters
@@ -152,13 +152,12 @@ def _random_inputs(program: CachedProgram, step: int, known: Mapping[str, int]) 
     return flat
 
 
-def _error(actual: Any, expected: Tensor, least: float = 1e-30) -> float:
+def _error(actual: Any, expected: Any, least: float = 1e-30) -> float:
     """Return the largest difference, relative to the largest value expected, which counts as no smaller than `least`."""
-    want = torch.nan_to_num(expected.detach().cpu().double())
-    returned = actual.cpu() if isinstance(actual, Tensor) else torch.from_numpy(actual.copy())
-    got = torch.nan_to_num(returned.double())
-    if (got.shape, returned.dtype) != (want.shape, expected.dtype):
+    one, other = (v.detach().cpu() if isinstance(v, Tensor) else torch.from_numpy(v.copy()) for v in (actual, expected))
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
         return float("inf")
+    got, want = torch.nan_to_num(one.double()), torch.nan_to_num(other.double())
     if not want.numel():
         return 0.0
     return float((got - want).abs().max() / want.abs().max().clamp(min=least)) if not torch.equal(got, want) else 0.0
@@ -182,7 +181,7 @@ class _Compared:
     worst: float = 0.0
 
     def _compare(self, what: str, actual: Any, expected: Tensor, least: float = 1e-30) -> None:
-        error = _error(actual, expected, least)
+        error = _error(actual, self.handed(expected), least)
         self.worst = max(self.worst, error)
         if not error <= self.tolerance:
             raise ExportError(
@@ -207,7 +206,7 @@ class _Compared:
             named = zip(input_names(self.program), flat, strict=True)
             wanted = {entry["name"] for entry in self.manifest["inputs"]}
             given = {name: self.handed(value) for name, value in named if name in wanted}
-            with torch.no_grad():
+            with torch.no_grad(), under_autocast(self.program):
                 expected, computed, change = torch_run.step(step, flat)
             try:
                 with session.cache_context(_CONTEXT):

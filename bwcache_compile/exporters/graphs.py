@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
+import warnings
 from typing import Any
 
 import torch
@@ -38,6 +40,14 @@ class PlainGraph:
     exported: ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+
+
+def under_autocast(program: CachedProgram) -> contextlib.ExitStack:
+    """Enter the autocast that a program was captured under, if any."""
+    stack = contextlib.ExitStack()
+    for device, dtype in program.signature.autocast:
+        stack.enter_context(torch.autocast(device, dtype))
+    return stack
 
 
 def _one_mode(module: GraphModule) -> FakeTensorMode:
@@ -139,7 +149,10 @@ def exported_program(
 
 
 def plain_graph(program: CachedProgram, kind: str, outputs: tuple[str, ...]) -> PlainGraph:
-    """Return one of a program's graphs, its calls written out, its weights lifted; nothing is traced again."""
+    """Return one of a program's graphs, its calls written out, its weights lifted.
+
+    Nothing is traced again, unless it was captured under autocast, whose casts are written out.
+    """
     module = getattr(program, kind)
     flat = inline_calls(module)
     inputs = []
@@ -156,4 +169,8 @@ def plain_graph(program: CachedProgram, kind: str, outputs: tuple[str, ...]) -> 
     lifted.graph.output_node().args = (tuple(kept),)
     output_specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in kept]
     exported = exported_program(lifted, ExportGraphSignature(specs, output_specs), {}, parameters, constants)
+    if program.signature.autocast:
+        with under_autocast(program), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = exported.run_decompositions({})  # traces it, so that casts stand in the graph
     return PlainGraph(kind, exported, tuple(inputs), outputs)

@@ -12,7 +12,10 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 import bwcache_compile as bw
+from bwcache_compile.exporters import export as exporting
+from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.check import tolerance_of
+from bwcache_compile.exporters.stand_in import stand_in
 from tests.architectures.parts import WIDTH, Modulated
 from tests.exporters.helpers import CONFIG
 from tests.models import OneStream, noise
@@ -65,9 +68,19 @@ def test_rounding_inside_is_allowed_for() -> None:
         assert tolerance_of(made.program) == tolerance
 
 
-def test_bfloat16_is_written_and_a_cpu_refuses_it(tmp_path: Path) -> None:
+STAND_IN = (
+    "operators on bfloat16 ran in float32 between casts: ONNX Runtime's CPU provider has no bfloat16 matrix product;"
+    " the CUDA provider and TensorRT have"
+)
+
+
+def test_bfloat16_is_written_and_checked_by_a_stand_in_and_a_cpu_refuses_it(tmp_path: Path) -> None:
     report = bw.export(cached(torch.bfloat16), tmp_path / "bundle", guarded=True)["self_check"]
-    assert report["runs"] == "not run: ONNX Runtime's CPU provider has no bfloat16 matrix product; the CUDA provider and TensorRT have"
+    assert (report["runs"], report["steps"], report["stand_in"]) == (["pair", "guarded"], "##..#.", STAND_IN)
+    assert report["largest_error"] <= 2e-2
+    assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == [
+        "compute.onnx", "guarded.onnx", "manifest.json", "reuse.onnx", "weights.bin",
+    ]  # fmt: skip
     for kind in ("compute", "reuse", "guarded"):
         graph = onnx.load(tmp_path / "bundle" / f"{kind}.onnx", load_external_data=False).graph
         assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
@@ -81,3 +94,37 @@ def test_bfloat16_is_written_and_a_cpu_refuses_it(tmp_path: Path) -> None:
 [ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for MatMul(13) node with name 'patch/node_MatMul_3'
   The bundle is in bfloat16, and this provider lacks kernels for it. Use a GPU's, or export the model in float32 or float16.""",
     )
+
+
+def test_a_stand_in_shows_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(bundle: Bundle) -> Bundle:
+        made = stand_in(bundle)
+        path = made.graph_file("reuse")
+        model = onnx.load(path, load_external_data=False)
+        next(node for node in model.graph.node if node.op_type == "Add").op_type = "Sub"
+        onnx.save(model, path)
+        return made
+
+    monkeypatch.setattr(exporting, "stand_in", spoilt)
+    with pytest.raises(bw.ExportError, match="step 2: the output output of the exported graphs differs from torch's by"):
+        bw.export(cached(torch.bfloat16), tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_autocast_around_a_capture_is_written_out(around: bool, tmp_path: Path) -> None:
+    """The export does as the capture did, whatever is around it."""
+    model, example = Attending().eval(), OneStream().example()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not around):
+        made = bw.transform(model, CONFIG, example_args=example)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        report = bw.export(made, tmp_path / "onnx")["self_check"]
+        bw.export(made, tmp_path / "pt2", format="pt2")
+        session = bw.load(tmp_path / "pt2", backend="torch", allow_code=True)
+        exported = [session(*OneStream().example(step=step)) for step in range(8)]
+    assert (report["steps"], "stand_in" in report) == ("##..#.", not around)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not around):
+        for step, actual in enumerate(exported):
+            expected = made(*OneStream().example(step=step))
+            assert expected.dtype == (torch.float32 if around else torch.bfloat16)
+            assert torch.equal(actual, expected)
