@@ -6,59 +6,34 @@ import dataclasses
 from typing import Any
 
 from bwcache_compile.exporters.bundle import Bundle
+from bwcache_compile.exporters.half import between_casts, is_half
 
-_HALF = "bfloat16"
 _LEFT = {"Cast", "Constant", "If"}
 """Operators that the provider has for bfloat16."""
-
-
-def _cast(value: Any, dtype: Any) -> Any:
-    import onnx_ir as ir
-
-    node = ir.node("Cast", [value], {"to": dtype})
-    node.outputs[0].dtype, node.outputs[0].shape = dtype, value.shape
-    return node
 
 
 def computes_in_half(model: Any) -> bool:
     """Whether a model does more with bfloat16 than to cast to it and from it."""
     values = [value for node in model.graph.all_nodes() if node.op_type not in _LEFT for value in (*node.inputs, *node.outputs)]
-    return any(value is not None and value.dtype is not None and value.dtype.name == "BFLOAT16" for value in values)
+    return any(map(is_half, values))
 
 
-def _between_casts(model: Any) -> None:
-    """Let each operator compute in float32 and round its results as before; what goes in and out is float32."""
+def _with_wide_ends(model: Any) -> None:
+    """Make the inputs and outputs that are bfloat16 float32, cast inside."""
     import onnx_ir as ir
-    from onnx_ir.passes.common import NameFixPass
 
-    half, single, graph = ir.DataType.BFLOAT16, ir.DataType.FLOAT, model.graph
-    names = [value.name for value in graph.outputs]
-    for value in graph.outputs:
-        value.name = f"{value.name}.inner"
-    for node in [node for node in model.graph.all_nodes() if node.op_type not in _LEFT]:
-        halves = [i for i, value in enumerate(node.inputs) if value is not None and value.dtype == half]
-        for i in halves:
-            wide = _cast(node.inputs[i], single)
-            node.graph.insert_before(node, wide)
-            node.replace_input_with(i, wide.outputs[0])
-        for value in [value for value in node.outputs if halves and value.dtype == half]:
-            rounded = _cast(value, half)
-            ir.convenience.replace_all_uses_with(value, rounded.outputs[0], replace_graph_outputs=True)
-            rounded.replace_input_with(0, value)
-            node.graph.insert_after(node, rounded)
-            value.dtype = single
-    for value in [value for value in graph.inputs if value.dtype == half]:
-        rounded = _cast(value, half)
+    graph = model.graph
+    for value in filter(is_half, graph.inputs):
+        rounded = ir.node("Cast", [value], {"to": ir.DataType.BFLOAT16})
         ir.convenience.replace_all_uses_with(value, rounded.outputs[0])
         rounded.replace_input_with(0, value)
         graph.insert_before(graph[0], rounded)
-        value.dtype = single
+        rounded.outputs[0].dtype, value.dtype = ir.DataType.BFLOAT16, ir.DataType.FLOAT
     for i, value in enumerate(graph.outputs):
-        if value.dtype == half:
-            graph.append(_cast(value, single))
+        if is_half(value):
+            graph.append(ir.node("Cast", [value], {"to": ir.DataType.FLOAT}))
             graph.outputs[i] = graph[-1].outputs[0]
-        graph.outputs[i].name = names[i]
-    NameFixPass()(model)
+            graph.outputs[i].dtype, graph.outputs[i].shape = ir.DataType.FLOAT, value.shape
 
 
 def stand_in(bundle: Bundle) -> Bundle:
@@ -71,14 +46,21 @@ def stand_in(bundle: Bundle) -> Bundle:
         A bundle with these graphs. Its files are the caller's to remove; nothing is said of them in a manifest.
     """
     import onnx_ir as ir
+    from onnx_ir.passes.common import NameFixPass
 
     def widened(entry: dict[str, Any]) -> dict[str, Any]:
-        return {**entry, "dtype": "float32"} if entry["dtype"] == _HALF else entry
+        return {**entry, "dtype": "float32"} if entry["dtype"] == "bfloat16" else entry
 
     manifest, graphs = bundle.manifest, {}
     for kind, entry in manifest["graphs"].items():
         model = ir.load(bundle.graph_file(kind))
-        _between_casts(model)
+        for value in model.graph.outputs:
+            value.name = f"{value.name}.inner"
+        between_casts(model, lambda node: node.op_type not in _LEFT)
+        _with_wide_ends(model)
+        for value, name in zip(model.graph.outputs, entry["outputs"], strict=True):
+            value.name = name
+        NameFixPass()(model)
         graphs[kind] = {**entry, "file": f"stand_in.{entry['file']}"}
         ir.save(model, bundle.folder / graphs[kind]["file"])
     wide = {name: [widened(entry) for entry in manifest[name]] for name in ("inputs", "slots")}

@@ -30,6 +30,18 @@ class Attending(OneStream):
         return self.time(t.view(-1, 1))
 
 
+class Convolving(Attending):
+    """Has what ONNX defines for bfloat16 late or otherwise than torch: a convolution, and a norm of float32 by half weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken, self.scale = nn.Conv1d(4, WIDTH, 1), nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y = nn.functional.rms_norm(self.taken(x.mT).mT.float(), (WIDTH,), self.scale).to(x.dtype)
+        return super().forward(x, t) + self.head(y)
+
+
 def cached(dtype: torch.dtype) -> bw.CachedModel:
     example = (value.to(dtype) for value in OneStream().example(batch=2))
     return bw.transform(Attending().eval().to(dtype), CONFIG, example_args=tuple(example), dynamic_shapes="auto")
@@ -94,6 +106,17 @@ def test_bfloat16_is_written_and_checked_by_a_stand_in_and_a_cpu_refuses_it(tmp_
 [ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for MatMul(13) node with name 'patch/node_MatMul_3'
   The bundle is in bfloat16, and this provider lacks kernels for it. Use a GPU's, or export the model in float32 or float16.""",
     )
+
+
+@pytest.mark.parametrize(("dtype", "opset"), [(torch.bfloat16, 20), (torch.bfloat16, 23), (torch.float16, 23)])
+def test_operators_that_lack_a_dtype_compute_in_float32(dtype: torch.dtype, opset: int, tmp_path: Path) -> None:
+    model = bw.transform(Convolving().eval().to(dtype), CONFIG, example_args=tuple(v.to(dtype) for v in OneStream().example()))
+    report = bw.export(model, tmp_path / "bundle", guarded=True, opset=opset)["self_check"]
+    assert (report["runs"], report["largest_error"] <= 2e-2) == (["pair", "guarded"], True)
+    graph = onnx.load(tmp_path / "bundle" / "compute.onnx", load_external_data=False).graph
+    (convolution,) = [node for node in graph.node if node.op_type == "Conv"]
+    cast = {name for node in graph.node if node.op_type == "Cast" for name in node.output}
+    assert (convolution.input[0] in cast) == (dtype == torch.bfloat16 and opset == 20)
 
 
 def test_a_stand_in_shows_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
