@@ -127,7 +127,13 @@ class OrtRunner:
         return int(value.tensor_size_in_bytes())
 
     def host(self, value: Any) -> Any:
-        """Copy an OrtValue to a numpy array."""
+        """Copy an OrtValue to a numpy array.
+
+        Raises:
+            StateError: It is bfloat16.
+        """
+        if self.kind(value)[0] == "bfloat16":
+            raise StateError("a slot of this bundle is bfloat16, which numpy has not, so its state cannot be copied to the host.")
         return value.numpy()
 
     def given_back(self, value: Any) -> Any:

@@ -93,7 +93,7 @@ class Session:
         """Copy a context's cache to the host, by slot.
 
         Raises:
-            StateError: No call was in that context.
+            StateError: No call was in that context, or a slot is bfloat16 and the runtime hands out numpy arrays.
         """
         held = self._contexts.get(context)
         if held is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -15,6 +16,7 @@ import bwcache_compile as bw
 from bwcache_compile.exporters import export as exporting
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.check import tolerance_of
+from bwcache_compile.exporters.ort_runner import OrtRunner
 from bwcache_compile.exporters.stand_in import stand_in
 from tests.architectures.parts import WIDTH, Modulated
 from tests.exporters.helpers import CONFIG
@@ -151,3 +153,9 @@ def test_autocast_around_a_capture_is_written_out(around: bool, tmp_path: Path) 
             expected = made(*OneStream().example(step=step))
             assert expected.dtype == (torch.float32 if around else torch.bfloat16)
             assert torch.equal(actual, expected)
+
+
+def test_a_state_in_bfloat16_is_no_numpy_array() -> None:
+    value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(2, dtype=np.uint16), onnx.TensorProto.BFLOAT16)
+    with pytest.raises(bw.StateError, match="bfloat16, which numpy has not"):
+        OrtRunner.host(OrtRunner.__new__(OrtRunner), value)
