@@ -154,10 +154,10 @@ def _random_inputs(program: CachedProgram, step: int, known: Mapping[str, int]) 
 
 def _error(actual: Any, expected: Any, least: float = 1e-30) -> float:
     """Return the largest difference, relative to the largest value expected, which counts as no smaller than `least`."""
-    one, other = (v.detach().cpu() if isinstance(v, Tensor) else torch.from_numpy(v.copy()) for v in (actual, expected))
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+    got, want = (v.detach().cpu() if isinstance(v, Tensor) else torch.from_numpy(v.copy()) for v in (actual, expected))
+    if (got.shape, got.dtype) != (want.shape, want.dtype) or not torch.equal(got.isnan(), want.isnan()):
         return float("inf")
-    got, want = torch.nan_to_num(one.double()), torch.nan_to_num(other.double())
+    got, want = torch.nan_to_num(got.double()), torch.nan_to_num(want.double())
     if not want.numel():
         return 0.0
     return float((got - want).abs().max() / want.abs().max().clamp(min=least)) if not torch.equal(got, want) else 0.0
