@@ -31,6 +31,19 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _as_mask(given: Any) -> tuple[int, ...]:
+    """Return a mask's entries as ints, numpy's and flags too; nothing is rounded."""
+    try:
+        entries = tuple(given)
+        mask = tuple(int(entry) for entry in entries)
+        same = mask == entries
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise ConfigError(f"steps_mask is {given!r}; it must hold a 0 or a 1 for each step.")
+    return mask
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """Settings of the block cache.
@@ -85,7 +98,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Check every value."""
         if self.steps_mask is not None:
-            object.__setattr__(self, "steps_mask", tuple(int(entry) for entry in self.steps_mask))
+            object.__setattr__(self, "steps_mask", _as_mask(self.steps_mask))
         self._check_choices()
         self._check_numbers()
         if self.policy == "static":
@@ -160,6 +173,16 @@ class CacheConfig:
         """Steps of one generation, where they are known."""
         return len(self.steps_mask) if self.steps_mask is not None else self.num_steps
 
+    def steps_of(self, said: int | None) -> int | None:
+        """Return the steps of a generation: what the caller of a step said, else what the settings say.
+
+        Raises:
+            ConfigError: Both say it, and differ for a mask.
+        """
+        if said and self.steps_mask is not None and said != len(self.steps_mask):
+            raise ConfigError(f"steps_mask has {len(self.steps_mask)} entries but num_inference_steps is {said}; they must be equal.")
+        return said or self.steps
+
     def resolved_interval(self, num_steps: int) -> int:
         """Return `R` in steps: `max(1, round half up of the exact product)` for a fraction."""
         if isinstance(self.reuse_interval, int):
@@ -186,6 +209,8 @@ class CacheConfig:
                 " call cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
             )
         numerator, denominator = self.tail_ratio()
+        if numerator * num_steps > _FINEST:
+            raise ConfigError(f"tail is {self.tail!r}; its exact ratio times {num_steps} steps does not fit 64 bits; give fewer digits.")
         return {
             "threshold": (float(self.threshold),),
             "interval": (self.resolved_interval(num_steps),),

@@ -28,6 +28,9 @@ GOLDEN: list[tuple[dict[str, Any], str]] = [
     ({"policy": "magic"}, "policy is 'magic'; choose one of 'schedule', 'static'."),
     ({"reuse": "blend"}, "reuse is 'blend'; choose one of 'output', 'residual', 'taylor'."),
     ({"policy": "static"}, "policy='static' needs steps_mask: one entry per step, 1 reuses and 0 computes."),
+    ({"policy": "static", "steps_mask": (0, 0.5)}, "steps_mask is (0, 0.5); it must hold a 0 or a 1 for each step."),
+    ({"policy": "static", "steps_mask": "011"}, "steps_mask is '011'; it must hold a 0 or a 1 for each step."),
+    ({"policy": "static", "steps_mask": 3}, "steps_mask is 3; it must hold a 0 or a 1 for each step."),
     (
         {"policy": "static", "steps_mask": (1, 0)},
         "steps_mask is (1, 0); entries are 0 or 1 and the first must be 0: nothing is cached yet.",
@@ -71,6 +74,22 @@ def test_saved_settings_come_back_with_their_types(config: bw.CacheConfig, tmp_p
     assert loaded == config
     assert type(loaded.reuse_interval) is type(config.reuse_interval)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_tail_that_does_not_fit_64_bits_is_refused() -> None:
+    config = bw.CacheConfig(tail=0.061380248414350747)
+    config.policy_values(150)
+    message = "tail is 0.061380248414350747; its exact ratio times 151 steps does not fit 64 bits; give fewer digits."
+    with pytest.raises(bw.ConfigError, match=f"^{re.escape(message)}$"):
+        config.policy_values(151)
+
+
+def test_what_the_caller_says_of_a_run_must_fit_the_mask() -> None:
+    assert bw.CacheConfig(num_steps=4).steps_of(6) == 6
+    config = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0))
+    assert (config.steps_of(None), config.steps_of(3)) == (3, 3)
+    with pytest.raises(bw.ConfigError, match="steps_mask has 3 entries but num_inference_steps is 4"):
+        config.steps_of(4)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -71,6 +71,13 @@ def _rewritten(graph: Graph, node: Node, ranks: dict[Node, int]) -> Node:
     def pair(real: Any, imaginary: Any) -> Node:
         return call(aten.stack.default, [real, imaginary], -1)
 
+    def paired(value: Any) -> Any:
+        """Return an operand as pairs; a real one has an imaginary part of zeros."""
+        if value in ranks:
+            return value
+        real = call(aten._to_copy.default, value, dtype=_REAL[node.meta["val"].dtype])
+        return pair(real, call(aten.zeros_like.default, real))
+
     def times(a: Any, b: Any) -> Any:
         return call(aten.mul.Tensor, a, b) if isinstance(a, Node) else call(aten.mul.Tensor, b, a)
 
@@ -82,11 +89,17 @@ def _rewritten(graph: Graph, node: Node, ranks: dict[Node, int]) -> Node:
         return call(operator.getitem, *args)
     complex_args = [n for n in node.all_input_nodes if n in ranks]
     if packet in _MOVES and complex_args:
+        if node not in ranks:  # a write into real numbers drops the imaginary parts
+            raise NotImplementedError
+        if packet in (aten.cat, aten.stack):
+            args = ([paired(value) for value in args[0]], *args[1:])
+        if packet in (aten.copy, aten.slice_scatter, aten.select_scatter):
+            args = (args[0], paired(args[1]), *args[2:])
         specs, rank = node.target._schema.arguments, ranks[complex_args[0]]  # type: ignore[union-attr]
         moved = [_moving(spec.name, value, packet, rank) for spec, value in zip(specs, args, strict=False)]
         return call(node.target, *moved, **{name: _moving(name, value, packet, rank) for name, value in node.kwargs.items()})
-    if packet in (aten.add, aten.sub) and len(complex_args) == len(args) and not node.kwargs:
-        return call(node.target, *args)
+    if packet in (aten.add, aten.sub) and all(isinstance(value, Node) for value in args) and not node.kwargs:
+        return call(node.target, *map(paired, args))
     if packet is aten.zeros:
         return call(node.target, [*args[0], 2], **{**node.kwargs, "dtype": _REAL[node.meta["val"].dtype]})
     if packet is aten.gather:

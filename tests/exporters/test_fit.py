@@ -44,6 +44,13 @@ def written(z: Tensor, w: Tensor) -> Tensor:
     return out
 
 
+def overwritten(z: Tensor, x: Tensor) -> Tensor:
+    out = z * 2
+    out[0] = x[1]
+    out[1:, 2:] = x[1:, :2]
+    return out + torch.zeros(3, 4, dtype=z.dtype).copy_(x)
+
+
 COMPLEX: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "rotary": lambda x, z, w: real(torch.view_as_complex(x.reshape(3, 2, 2)) * z[:, :2]).flatten(1) + x,
     "polar": lambda x, z, w: real(torch.polar(x.abs(), x) * w + torch.complex(x, x)),
@@ -55,6 +62,8 @@ COMPLEX: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "more moves": lambda x, z, w: real(torch.stack([w[torch.tensor([2, 0])], z[..., :2, :].flip(-1)], -1).permute(-1, 0, 1).squeeze()),
     "pieces": lambda x, z, w: real(torch.nn.utils.rnn.pad_sequence(list(z.split([1, 2])), True).repeat(2, 1, 1).select(-1, 0)),
     "picked": lambda x, z, w: real(torch.gather(z, -1, torch.tensor([[0, 2], [1, 1]])) * written(z, w)[:2, :2]),
+    "real operands": lambda x, z, w: real(torch.cat([z + x, x - w, w + w]) * torch.stack([x.double(), z]).to(z.dtype)[:1, :1, :1]),
+    "real numbers written": lambda x, z, w: real(overwritten(z, x)),
     "padded": lambda x, z, w: real(functional.pad(z, (1, 0)).clone().to(torch.complex128).unbind(-1)[1]),
 }
 
@@ -72,7 +81,11 @@ def test_complex_numbers_become_pairs(name: str) -> None:
 def test_what_has_no_real_form_is_refused() -> None:
     inputs = noise("x", 0, 3, 4), torch.complex(noise("c", 0, 3, 4), noise("d", 0, 3, 4))
     messages = []
-    for function in (lambda x, z, w: real(z.tan()), lambda x, z, w: real(functional.pad(z, (1, 0), value=1.0))):
+    for function in (
+        lambda x, z, w: real(z.tan()),
+        lambda x, z, w: real(functional.pad(z, (1, 0), value=1.0)),
+        lambda x, z, w: (x + 1).copy_(z),
+    ):
         with pytest.raises(bw.ExportError) as refusal:
             complex_as_pairs(torch.export.export(Applied(function), inputs))
         messages.append(str(refusal.value))
@@ -82,6 +95,8 @@ def test_what_has_no_real_form_is_refused() -> None:
 tan runs aten.tan.default on complex numbers, which ONNX has not, and which have no real form here.
   Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves.
 pad runs aten.pad.default on complex numbers, which ONNX has not, and which have no real form here.
+  Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves.
+copy runs aten.copy.default on complex numbers, which ONNX has not, and which have no real form here.
   Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves.""",
     )
 
