@@ -173,7 +173,7 @@ def flat_call(manifest: dict[str, Any], runner: Runner, given: Mapping[str, Any]
     """Check and convert inputs that go by the graphs' own names.
 
     Raises:
-        StateError: An input is missing, or of another dtype or shape than the bundle's.
+        StateError: An input is missing, of another dtype or shape than the bundle's, or holds other values than those built in.
     """
     values, shapes = {}, {}
     for entry in manifest["inputs"]:
@@ -187,10 +187,11 @@ def flat_call(manifest: dict[str, Any], runner: Runner, given: Mapping[str, Any]
         if dtype != entry["dtype"]:
             raise StateError(f"{name} is {dtype}, and the bundle takes {entry['dtype']}.")
         values[name], shapes[name] = value, shape
+    symbols = _symbols(manifest, shapes)
     for entry in manifest["values"]:  # waits for the device
         if runner.host(values[entry["input"]]).reshape(-1).tolist() != entry["value"]:
             raise StateError(
                 f"{entry['input']} has other values than those built into the bundle, since the model reads them in Python."
                 " Export a bundle for each of its values."
             )
-    return Call(values, shapes, _symbols(manifest, shapes))
+    return Call(values, shapes, symbols)

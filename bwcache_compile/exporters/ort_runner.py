@@ -157,6 +157,7 @@ class OrtRunner:
                 else:
                     on_device = self._outputs == "ortvalue" and name not in _ON_HOST
                     binding.bind_output(name, self._device if on_device else "cpu")
+            binding.synchronize_inputs()  # another library may still be writing them, on a stream of its own
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no common class of their own
             raise BundleError(f"{names['file']} fails in ONNX Runtime: {first_line(error)}") from error

@@ -79,7 +79,7 @@ class Session:
 
         Raises:
             StateError: The inputs do not fit the bundle, or the context is in use.
-            ConfigError: The policy needs the number of steps and it is not known.
+            ConfigError: The policy needs the number of steps and it is not known, or is not the length of its mask.
             BundleError: The runtime failed.
         """
         values = self._step(bound(self.manifest, self._runner, args, kwargs))
@@ -107,7 +107,7 @@ class Session:
         if not context.lock.acquire(blocking=False):
             raise StateError(f"the context {moment.name!r} is in use by another thread. Give each stream of calls its own.")
         try:
-            num_steps = moment.num_steps or self.cache_config.steps
+            num_steps = self.cache_config.steps_of(moment.num_steps)
             self._arrive(context, moment, call, num_steps)
             return self._run(context, call, num_steps)
         finally:

@@ -37,6 +37,7 @@ class _Call:
     context: Context
     loaded: LoadedProgram
     state: CacheState
+    num_steps: int | None
     run: Callable[..., Any]
     operands: list[Any]
 
@@ -66,7 +67,7 @@ class CachedModel(ModelWrapper):
         return CachedModel, (self._original, self.cache_config, self._toolchain, self._dynamic_shapes)
 
     def _changed(self) -> None:
-        self._programs.touch()
+        self.invalidate()
 
     # -- programs ------------------------------------------------------------------------------------------------
 
@@ -75,6 +76,8 @@ class CachedModel(ModelWrapper):
         return self._fit(*ordered(args, kwargs or {})).loaded.plan
 
     def _fit(self, args: tuple[Any, ...], kwargs: dict[str, Any], held: Fit | None = None) -> Fit:
+        if self._closed:
+            raise StateError("this cached model was closed; transform the model again.")
         return self._programs.fit(args, kwargs, self.cache_config, held)
 
     @property
@@ -121,8 +124,6 @@ class CachedModel(ModelWrapper):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        if self._closed:
-            raise StateError("this cached model was closed; transform the model again.")
         args, kwargs = ordered(args, kwargs)
         moment = self._moment.get() or self._unnamed()
         with self._lock:
@@ -134,7 +135,7 @@ class CachedModel(ModelWrapper):
             )
         try:
             fit = self._fit(args, kwargs, context.fit)
-            loaded, flat, num_steps = fit.loaded, pytree.tree_leaves((args, kwargs)), self._num_steps(moment)
+            loaded, flat, num_steps = fit.loaded, pytree.tree_leaves((args, kwargs)), self.cache_config.steps_of(moment.num_steps)
             context.group = moment.group
             if self.cache_config.decide == "joint":
                 if loaded.guarded:
@@ -146,14 +147,7 @@ class CachedModel(ModelWrapper):
             context.lock.release()
             raise
         self._programs.enter()
-        return _Call(context, loaded, state, loaded.graphs[loaded.kind(state)], operands)
-
-    def _num_steps(self, moment: Moment | None) -> int | None:
-        """Return the steps of a generation: what the caller of this call said, else the settings."""
-        said, mask = moment.num_steps if moment else None, self.cache_config.steps_mask
-        if said is not None and mask is not None and said != len(mask):
-            raise ConfigError(f"steps_mask has {len(mask)} entries but num_inference_steps is {said}; they must be equal.")
-        return said or self.cache_config.steps
+        return _Call(context, loaded, state, num_steps, loaded.graphs[loaded.kind(state)], operands)
 
     def _unnamed(self) -> Moment:
         """Name the calls of one step apart where the caller does not."""
@@ -169,8 +163,7 @@ class CachedModel(ModelWrapper):
         before, context = call.state, call.context
         outputs, context.state, change = call.loaded.split(returned, before)
         context.records.append(RawStep(before.step, call.loaded.computes(before), before.computed_at < 0, change))
-        num_steps = self._num_steps(self._moment.get())
-        if num_steps is not None and before.step == num_steps - 1:
+        if call.num_steps is not None and before.step == call.num_steps - 1:
             warn_without_reuse(context, self.cache_config)
         return outputs
 
@@ -231,9 +224,10 @@ class CachedModel(ModelWrapper):
         check_state(fit, state)
         if parameters is None:
             parameters = fit.loaded.parameters(self.cache_config, self.cache_config.steps)
-        if isinstance(state, GuardedState):
-            return guarded_step(fit.loaded, flat, state, parameters)
-        return host_step(fit.loaded, flat, state, parameters)
+        with self._programs.running():
+            if isinstance(state, GuardedState):
+                return guarded_step(fit.loaded, flat, state, parameters)
+            return host_step(fit.loaded, flat, state, parameters)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -287,11 +281,11 @@ class CachedModel(ModelWrapper):
         self.cache_config = self._changed_config(changes)
 
     def invalidate(self) -> None:
-        """Forget every cached tensor but keep each context's step: for weights edited where no version counts it."""
-        with self._lock:
-            for context in self._contexts.values():
-                if context.state is not None and context.fit is not None:
-                    context.forget("invalidated", context.state.step, context.fit)
+        """Take the weights for changed: each context drops what it cached at its next call and keeps its step.
+
+        For weights that were edited where no version counts it.
+        """
+        self._programs.touch()
 
     def close(self) -> None:
         """Free every program and state. The original model is as it was."""
@@ -310,12 +304,15 @@ class CachedModel(ModelWrapper):
         fit = self._fit(args, kwargs)
         num_steps = self.cache_config.steps or 2
         parameters = fit.loaded.parameters(self.cache_config, num_steps)
-        run_all(fit.loaded, pytree.tree_leaves((args, kwargs)), fit.loaded.fresh(fit.sizes), parameters)
+        with self._programs.running():
+            run_all(fit.loaded, pytree.tree_leaves((args, kwargs)), fit.loaded.fresh(fit.sizes), parameters)
 
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""
         blocks = tuple(m.block for m in self.plan.measured) if len(self._programs) else ()
-        return Report({name: context.report() for name, context in self._contexts.items()}, blocks, self._programs.captured)
+        with self._lock:
+            held = list(self._contexts.items())
+        return Report({name: context.report() for name, context in held}, blocks, self._programs.captured)
 
     def graph_diff(self) -> dict[str, GraphDiff]:
         """Return what each pass changed, by its name, and what all did together, under "whole"."""

@@ -147,11 +147,11 @@ class LoadedProgram:
         if state.reuses_next:
             return outputs, state.reused(), None
         end = spec.num_leaves + len(self.slots)
-        slots = tuple(returned[spec.num_leaves : end])
+        kept = [*returned[spec.num_leaves : end], *(returned[-1:] if self.plan.measured else ())]
         if self.plan.device.type == "cuda":  # a replayed CUDA graph overwrites what it returned before
-            slots = tuple(slot.clone() for slot in slots)
+            kept = [value.clone() for value in kept]
         left = 0 if self.guarded else int(returned[end])
-        change = returned[-1] if self.plan.measured else None
+        slots, change = tuple(kept[: len(self.slots)]), kept[-1] if self.plan.measured else None
         return outputs, state.computed(slots, left), change
 
 

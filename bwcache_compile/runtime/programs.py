@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -291,9 +292,10 @@ class ProgramCache:
 
     def compile(self, options: dict[str, Any]) -> None:
         """Compile every program with these options of `torch.compile`, those captured later too."""
-        self._compile_options = options
-        for loaded in self._alive:
-            loaded.compile(options)
+        with self._lock:
+            self._compile_options = options
+            for loaded in self._alive:
+                loaded.compile(options)
 
     def enter(self) -> None:
         """Keep captures out until `leave`: a program runs."""
@@ -305,6 +307,15 @@ class ProgramCache:
         with self._lock:
             self._running -= 1
             self._idle.notify_all()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Keep captures out meanwhile."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
     def touch(self) -> None:
         """Take the weights for changed: something was called that may write to them where nothing counts it."""

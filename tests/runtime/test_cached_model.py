@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import bwcache_compile as bw
+from bwcache_compile.runtime.loaded import LoadedProgram
 from tests.models import OneStream, TwoStream
 from tests.runtime.helpers import STATIC, generation, pattern, run
 
@@ -50,7 +53,7 @@ def test_invalidate_is_for_edits_that_nothing_counts(model: OneStream) -> None:
     cached.invalidate()
     x, t = model.example(step=2)
     assert torch.equal(run(cached, x, t), run(model, x, t))
-    assert cached.report().warnings == ("default: invalidated before step 2: the cache was cleared",)
+    assert cached.report().warnings == ("default: the weights changed before step 2: the cache was cleared",)
 
 
 def test_a_run_without_reuse_says_which_threshold_would_do(model: OneStream) -> None:
@@ -219,3 +222,22 @@ def test_compute_first_and_last_stay_outside_the_region(model: OneStream) -> Non
         kept = model.blocks[1](model.blocks[0](x0, temb0), temb0)
         expected = model.head(model.blocks[2](kept, model.embed(t)))
     torch.testing.assert_close(run(cached, x, t), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_that_a_cuda_graph_returned_is_kept(model: OneStream) -> None:
+    """A replay overwrites what the one before it returned; the report reads the indicator much later."""
+    cached = bw.transform(model, bw.CacheConfig(num_steps=4), example_args=model.example())
+    program = cached.program
+    loaded = LoadedProgram(
+        program.replace(plan=dataclasses.replace(program.planned(), device=torch.device("cuda"))), cached._programs.latest.key
+    )
+    state = cached.init_state(model.example())
+    assert isinstance(state, bw.CacheState)
+    returned = program.compute(
+        *model.example(), *(state.slots[i] for i in loaded._reads["compute"]), *cached.policy_parameters(), torch.zeros(1).long()
+    )
+    _, following, change = loaded.split(returned, state)
+    assert change is not None
+    owned = {value.data_ptr() for value in returned}
+    assert not owned & {value.data_ptr() for value in [*following.slots, change]}
+    assert torch.equal(change, returned[-1])

@@ -23,10 +23,10 @@ def run(module: nn.Module, *inputs: Any, **named: Any) -> Any:
     return module(*inputs, **named)
 
 
-def _closed(model: OneStream) -> None:
+def _closed(model: OneStream, use: Callable[[bw.CachedModel], Any]) -> None:
     cached = bw.transform(model, STATIC)
     cached.close()
-    run(cached, *model.example())
+    use(cached)
 
 
 def _other_state(model: OneStream) -> None:
@@ -86,7 +86,16 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
         bw.StateError,
         "OneStream is in training mode; call .eval() first: caching is for inference.",
     ),
-    "closed": (_closed, bw.StateError, "this cached model was closed; transform the model again."),
+    "closed": (
+        lambda m: _closed(m, lambda cached: run(cached, *m.example())),
+        bw.StateError,
+        "this cached model was closed; transform the model again.",
+    ),
+    "closed, by the functional form": (
+        lambda m: _closed(m, lambda cached: cached.init_state(m.example())),
+        bw.StateError,
+        "this cached model was closed; transform the model again.",
+    ),
     "not captured": (
         lambda m: bw.transform(m).plan,
         bw.StateError,

@@ -114,3 +114,26 @@ def test_one_context_entered_twice_at_once_raises() -> None:
     )
     call(cached, model, 0, 2)
     assert str(cached.report()) == "stream 0: 1 computed, 2 reused  #.."
+
+
+def test_an_edit_while_a_call_runs_is_not_lost() -> None:
+    model = OneStream().eval()
+    cached = bw.transform(model, STATIC)
+    call(cached, model, 0, 0)
+    cached.reset()
+    graphs = cached._programs.latest.graphs
+    original = graphs["compute"]
+
+    def edited_meanwhile(*operands: Any) -> Any:
+        returned = original(*operands)
+        for parameter in model.parameters():
+            parameter.data *= 1.1
+        cached.invalidate()
+        return returned
+
+    graphs["compute"] = edited_meanwhile
+    call(cached, model, 0, 0)
+    graphs["compute"] = original
+    output = call(cached, model, 0, 1)
+    with torch.no_grad():
+        assert torch.equal(output, model(*model.example(step=1))), "what was cached came from the old weights"
