@@ -109,14 +109,17 @@ def _check_onnx(program: CachedProgram, bundle: Bundle, half: bool) -> dict[str,
         for name, graph in kinds.items()
         if graph in bundle.manifest["graphs"]
     }
-    report |= check_runs(program, bundle.manifest, sessions, tolerance_of(program), _as_numpy)
+    report |= check_runs(program, bundle.manifest, sessions, tolerance_of(program), functools.partial(_handed, widened=half))
     for path in bundle.folder.glob("stand_in.*"):
         path.unlink()
     return report
 
 
-def _as_numpy(tensor: torch.Tensor) -> Any:
+def _handed(tensor: torch.Tensor, widened: bool) -> Any:
+    """Return a tensor as a session takes it: numpy has no bfloat16, and onnxruntime reads torch's; a stand-in takes float32."""
     tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16 and not widened:
+        return tensor
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
