@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from bwcache_compile.compare import clone_tensors, difference, difference_from, flat_outputs
 from bwcache_compile.dataflow import writes_escape
-from bwcache_compile.errors import CaptureError, ConfigError
+from bwcache_compile.errors import CaptureError, ConfigError, first_line
 from bwcache_compile.known import KnownValues, source_line, sources
 from bwcache_compile.program import CachedProgram, Captured, Signature
 from bwcache_compile.sizes import open_sizes
@@ -213,8 +213,8 @@ def capture(
             if mode == "reading":
                 break
             # every front end raises its own kinds; they are reported together below
-            reason, stopped = (str(error).strip().splitlines() or [type(error).__name__])[0], True
-            failures.append(f"{mode}: {type(error).__name__}: {reason}\n    at {_source_of(error, model)}")
+            stopped = True
+            failures.append(f"{mode}: {type(error).__name__}: {first_line(error)}\n    at {_source_of(error, model)}")
             continue
         with torch.no_grad():
             flat, _ = pytree.tree_flatten((clone_tensors(args), clone_tensors(kwargs)))

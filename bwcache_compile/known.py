@@ -23,9 +23,19 @@ _MADE_BESIDE = {"new_tensor", "new_zeros", "new_ones", "new_full"}
 """They take a tensor's dtype and device, and nothing else of it."""
 _UNTOLD = ("rand", "normal", "bernoulli", "multinomial", "dropout", "empty", "uniform", "poisson", "exponential", "geometric", "cauchy")
 """In the names of functions whose results do not follow from what they are given."""
-
-
+_IN_PLACE = {
+    "__setitem__",
+    *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")),
+}
+_STATIC = {
+    "__get__", "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
+    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_tensor", "type",
+}  # fmt: skip
+"""What they tell of a tensor is no value of its."""
 _SYMBOLS = (SymInt, SymFloat, SymBool)
+
+Source = int | str
+"""Where a value comes from that the model does not make itself: a position among the leaves of the call, or a buffer's name."""
 
 
 def source_line(frames: traceback.StackSummary) -> str:
@@ -48,19 +58,6 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _small(tensors: Iterable[Tensor]) -> bool:
     return all(tensor.numel() <= _MOST for tensor in tensors)
-
-
-_IN_PLACE = {"__setitem__", *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"))}
-
-
-_STATIC = {
-    "__get__", "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
-    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_tensor", "type",
-}  # fmt: skip
-"""What they tell of a tensor is no value of its."""
-
-Source = int | str
-"""Where a value comes from that the model does not make itself: a position among the leaves of the call, or a buffer's name."""
 
 
 def sources(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Source, Tensor]:

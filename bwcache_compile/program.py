@@ -227,6 +227,11 @@ class Signature:
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
 
     @property
+    def captured_sizes(self) -> dict[str, int]:
+        """The open sizes as they were when the model was captured, by symbol."""
+        return {symbol.name: symbol.example for symbol in self.sizes.symbols} if self.sizes else {}
+
+    @property
     def read_names(self) -> list[str]:
         """Names of the inputs and buffers whose values are built in."""
         return sorted(name if isinstance(name, str) else self.inputs[name] for name in self.read)

@@ -142,11 +142,6 @@ class OpenSizes:
     inputs: tuple[Shape | Size | None, ...]
     conditions: tuple[str, ...]
 
-    @property
-    def examples(self) -> dict[str, int]:
-        """The symbols' values when the model was captured."""
-        return {symbol.name: symbol.example for symbol in self.symbols}
-
     def bind(self, sizes: CallSizes) -> dict[str, int] | None:
         """Return the symbols' values at a call, or None if the graph was not proved for its sizes."""
         if len(sizes) != len(self.inputs):

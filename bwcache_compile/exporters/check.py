@@ -26,11 +26,6 @@ _STEPS = 6
 _CONTEXT = "check"
 
 
-def slot_dtypes(program: CachedProgram) -> set[torch.dtype]:
-    """Return the floating dtypes of what is cached."""
-    return {slot.dtype for slot in program.planned().slots if slot.dtype.is_floating_point}
-
-
 def tolerance_of(program: CachedProgram) -> float:
     """Return the largest error that other kernels may make, relative to the largest value of the tensor.
 
@@ -114,15 +109,10 @@ class TorchRun:
         return returned[:users], True, returned[-1] if program.planned().measured else None
 
 
-def captured_sizes(program: CachedProgram) -> dict[str, int]:
-    """Return the open sizes as they were when the model was captured."""
-    return {symbol.name: symbol.example for symbol in program.signature.sizes.symbols} if program.signature.sizes else {}
-
-
 def other_sizes(program: CachedProgram, conditions: list[str]) -> dict[str, int] | None:
     """Return other values of the open sizes, for which the graphs are proved too; None if none come to mind."""
     for factor in (3, 2, 4) if program.signature.sizes else ():
-        known = {name: factor * value for name, value in captured_sizes(program).items()}
+        known = {name: factor * value for name, value in program.signature.captured_sizes.items()}
         if all(evaluate(condition, known) for condition in conditions):
             return known
     return None
@@ -198,7 +188,7 @@ class _Compared:
         """
         session.cache_config = config
         session.reset()
-        known = captured_sizes(self.program) if sizes is None else sizes
+        known = self.program.signature.captured_sizes if sizes is None else sizes
         torch_run = TorchRun(self.program, config, config.steps or steps, known)
         decisions, indicators = [], []
         for step in range(steps):
@@ -268,5 +258,5 @@ def check_runs(
             compared.run(session, _forced(config, float("inf")), min(steps, 4), elsewhere)
         pattern = "".join("#" if computed else "." for computed in decisions)
         del session  # before the next is opened: each holds all the weights
-    sizes = [captured_sizes(program), *([elsewhere] if elsewhere else [])]
+    sizes = [program.signature.captured_sizes, *([elsewhere] if elsewhere else [])]
     return {"runs": list(sessions), "sizes": sizes, "steps": pattern, "tolerance": tolerance, "largest_error": compared.worst}

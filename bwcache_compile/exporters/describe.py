@@ -194,7 +194,7 @@ def check_sizes(program: CachedProgram, conditions: list[str], sizes: list[int |
     Raises:
         ExportError: A size is more than integer arithmetic, or a condition does not hold.
     """
-    known = program.signature.sizes.examples if program.signature.sizes else {}
+    known = program.signature.captured_sizes
     for text in [*conditions, *sizes]:
         try:
             holds = arithmetic(text, known)

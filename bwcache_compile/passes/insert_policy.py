@@ -7,29 +7,16 @@ from torch import Tensor
 from torch.fx import Node
 
 from bwcache_compile import policy
-from bwcache_compile.passes._edit import (
-    call_traced,
-    fake,
-    graph_input,
-    inserted,
-    read_slot,
-    result,
-    step_input,
-    write_slot,
-)
+from bwcache_compile.config import policy_dtype
+from bwcache_compile.passes._edit import call_traced, fake, graph_input, inserted, read_slot, result, step_input, write_slot
 from bwcache_compile.program import CachedProgram, PassResult, Region
-
-SCHEDULE_INPUTS = ("threshold", "interval", "tail_numerator", "tail_denominator", "warmup", "num_steps")
 
 
 def policy_inputs(program: CachedProgram) -> dict[str, Tensor]:
     """Return the policy's inputs by name, as values without data: float32 or int64, of shape [1], or [S] for a mask."""
-    device = program.planned().device
-    mask = program.planned().config.steps_mask
-    if mask is not None:
-        return {"policy_mask": fake((len(mask),), torch.int64, device)}
-    dtypes = {"threshold": torch.float32}
-    return {f"policy_{name}": fake((1,), dtypes.get(name, torch.int64), device) for name in SCHEDULE_INPUTS}
+    plan = program.planned()
+    values = plan.config.policy_values(plan.config.steps or 1)  # the number of steps is a value like the others, and may be known later
+    return {f"policy_{name}": fake((len(v),), getattr(torch, policy_dtype(name)), plan.device) for name, v in values.items()}
 
 
 def _decide(program: CachedProgram, region: Region, parameters: list[Node], step: Node) -> list[Node]:

@@ -208,7 +208,7 @@ def _notes(
 ) -> tuple[str, ...]:
     notes = []
     if program.signature.sizes is not None:
-        captured = ", ".join(f"{name} = {value}" for name, value in program.signature.sizes.examples.items())
+        captured = ", ".join(f"{name} = {value}" for name, value in program.signature.captured_sizes.items())
         notes.append(f"sizes are open; bytes are given for {captured}")
         if config.reuse == "residual":
             notes.append("which output continues which input was proved at these sizes")

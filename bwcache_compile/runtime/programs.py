@@ -9,7 +9,6 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CacheWarning, CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram
+from bwcache_compile.runtime import notes
 from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.signature import CallKey, call_key
 from bwcache_compile.runtime.watch import ModelWatch
@@ -215,39 +215,16 @@ class ProgramCache:
             except CaptureError:
                 raise error from None
             program = self._toolchain.build(captured, config)
-        notes = self._notes(key, program)
-        if notes:
-            plan = program.planned()
-            program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *notes)))
-        built_in = tuple((i, tuple(value.flatten().tolist())) for i, value in program.signature.read.items() if isinstance(i, int))
-        loaded = LoadedProgram(program, key._replace(values=built_in))
+        signature, plan = program.signature, program.planned()
+        others = [other.sizes for other in self._loaded if other.kind == key.kind]
+        noted = [*notes.built_in(signature), *notes.fixed_sizes(signature, key, others, self._fixed.get(key.kind, ""))]
+        values = tuple((i, tuple(value.flatten().tolist())) for i, value in signature.read.items() if isinstance(i, int))
+        program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted)))
+        loaded = LoadedProgram(program, key._replace(values=values))
         self.watch.absorb()
         if self._compile_options is not None:
             loaded.compile(self._compile_options)
         return loaded
-
-    def _notes(self, key: CallKey, program: CachedProgram) -> list[str]:
-        """Say which values are built in, and which sizes changed from call to call and are fixed nevertheless."""
-        signature = program.signature
-        path, dot, line = signature.read_at.partition(".py:")
-        at = PurePath(path).name + dot + line  # notes go into manifests, which name no folders of this machine
-        read = [f"the values of {name} are built in, others have programs of their own; read at {at}" for name in signature.read_names]
-        return read + self._size_notes(key, program)
-
-    def _size_notes(self, key: CallKey, program: CachedProgram) -> list[str]:
-        if program.signature.sizes is None:
-            return [f"each size has a program of its own: {self._fixed[key.kind]}"] if key.kind in self._fixed else []
-        notes = []
-        for i, (name, described) in enumerate(zip(program.signature.inputs, program.signature.sizes.inputs, strict=True)):
-            here = key.sizes[i]
-            others = [other.sizes[i] for other in self._loaded if other.kind == key.kind]
-            if isinstance(described, tuple) and isinstance(here, tuple):
-                for d, size in enumerate(described):
-                    if isinstance(size, int) and any(isinstance(other, tuple) and other[d] != size for other in others):
-                        notes.append(f"dimension {d} of {name} is fixed at {size}: its other values have programs of their own")
-            elif isinstance(described, int) and any(other != here for other in others):
-                notes.append(f"{name} is fixed at {here}: its other values have programs of their own")
-        return notes
 
     @property
     def latest(self) -> LoadedProgram:

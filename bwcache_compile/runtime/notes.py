@@ -1,0 +1,41 @@
+"""What a plan notes about the call that its program was captured for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePath
+
+from bwcache_compile.program import Signature
+from bwcache_compile.runtime.signature import CallKey
+from bwcache_compile.sizes import CallSizes
+
+
+def built_in(signature: Signature) -> list[str]:
+    """Say which values are built into a program."""
+    path, dot, line = signature.read_at.partition(".py:")
+    at = PurePath(path).name + dot + line  # notes go into manifests, which name no folders of this machine
+    return [f"the values of {name} are built in, others have programs of their own; read at {at}" for name in signature.read_names]
+
+
+def fixed_sizes(signature: Signature, key: CallKey, others: Sequence[CallSizes], reason: str) -> list[str]:
+    """Say which sizes changed from call to call and are fixed nevertheless.
+
+    Args:
+        signature: Of the new program.
+        key: Of the call that it was captured for.
+        others: Sizes of earlier calls of that kind.
+        reason: Why calls of that kind have fixed sizes; empty if they need not.
+    """
+    if signature.sizes is None:
+        return [f"each size has a program of its own: {reason}"] if reason else []
+    notes = []
+    for i, (name, described) in enumerate(zip(signature.inputs, signature.sizes.inputs, strict=True)):
+        here = key.sizes[i]
+        there = [other[i] for other in others]
+        if isinstance(described, tuple) and isinstance(here, tuple):
+            for d, size in enumerate(described):
+                if isinstance(size, int) and any(isinstance(other, tuple) and other[d] != size for other in there):
+                    notes.append(f"dimension {d} of {name} is fixed at {size}: its other values have programs of their own")
+        elif isinstance(described, int) and any(other != here for other in there):
+            notes.append(f"{name} is fixed at {here}: its other values have programs of their own")
+    return notes
