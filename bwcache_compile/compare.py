@@ -22,6 +22,13 @@ def clone_tensors(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, torch.clone, tree)
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same values; NaN equals NaN."""
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
 def difference(expected: list[Any], actual: list[Any]) -> str | None:
     """Say how two flat outputs differ, bit for bit; NaN equals NaN."""
     if len(expected) != len(actual):
@@ -33,7 +40,7 @@ def difference(expected: list[Any], actual: list[Any]) -> str | None:
             continue
         if not isinstance(got, Tensor) or (want.shape, want.dtype) != (got.shape, got.dtype):
             return f"output {i} is {type(got).__name__} of another shape or dtype"
-        if not torch.equal(want, got) and not bool(((want == got) | (want.isnan() & got.isnan())).all()):
+        if not same(want, got):
             wide = torch.complex128 if want.is_complex() else torch.float64
             worst = (want.to(wide) - got.to(wide)).abs().max().item()
             return f"output {i} differs by up to {worst:.3g}"

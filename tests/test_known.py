@@ -181,6 +181,20 @@ def test_blocks_may_take_as_many_tokens_as_a_mask_says() -> None:
         bw.transform(Packed(masked=False).eval(), example_args=packed(0, 1))
 
 
+class Counting(OneStream):
+    def forward(self, x: Tensor, t: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x * sum(value == value for value in weights.tolist()), t)
+
+
+def test_nan_is_a_value_like_any_other() -> None:
+    model = Counting().eval()
+    cached = bw.transform(model, bw.CacheConfig(num_steps=4, threshold=math.inf))
+    with torch.no_grad():
+        for step in range(3):
+            cached(*model.example(step=step), torch.tensor([1.0, math.nan]))
+    assert cached.report().captures == 1
+
+
 def test_what_is_built_in_is_refused_elsewhere(lengths_model: Lengths, tmp_path: Path) -> None:
     config = bw.CacheConfig(policy="static", steps_mask=(0, 1, 1))
     cached = bw.transform(lengths_model, config, example_args=call(0, 3, 5))

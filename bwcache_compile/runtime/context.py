@@ -153,6 +153,8 @@ def arrive(context: Context, moment: Moment, fit: Fit, flat: list[Any], num_step
     events = None
     if state is None or before is None or (num_steps is not None and step >= num_steps) or step < state.step:
         events = []
+        if state is not None and given is not None and 0 < given == state.step - 1:
+            events = [f"step {given} came again: a new generation began. Where a step takes several calls, give each a context of its own"]
     elif before.key != fit.key:
         events = [f"the inputs changed before step {state.step}: a new generation began"]
     elif given is None and _starts_over(context, moment, state, flat):

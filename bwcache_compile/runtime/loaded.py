@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo import maybe_mark_dynamic
 from torch.utils import _pytree as pytree
 
+from bwcache_compile.compare import same
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.policy import policy_parameters
 from bwcache_compile.program import OURS, CachedProgram
@@ -76,7 +77,7 @@ class LoadedProgram:
         if not read:  # as for most models, and at each call
             return True
         flat = pytree.tree_leaves((args, kwargs))
-        return all(torch.equal(value, model.get_buffer(name) if isinstance(name, str) else flat[name]) for name, value in read.items())
+        return all(same(value, model.get_buffer(name) if isinstance(name, str) else flat[name]) for name, value in read.items())
 
     def symbols(self, key: CallKey) -> Mapping[str, int] | None:
         """Return the values of the program's open sizes at a call, or None if it does not serve such calls."""

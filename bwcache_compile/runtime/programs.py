@@ -203,10 +203,10 @@ class ProgramCache:
             )
         return loaded
 
-    def _make(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig, shapes: Any) -> LoadedProgram:
+    def _built(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig, shapes: Any) -> CachedProgram:
         captured = self._toolchain.capture(self._model, args, kwargs, shapes, False)
         try:
-            program = self._toolchain.build(captured, config)
+            return self._toolchain.build(captured, config)
         except (NoBlocksFoundError, UnsupportedGraphError) as error:
             if not captured.has_unsized_values:
                 raise
@@ -214,14 +214,19 @@ class ProgramCache:
                 captured = self._toolchain.capture(self._model, args, kwargs, shapes, True)
             except CaptureError:
                 raise error from None
-            program = self._toolchain.build(captured, config)
+            return self._toolchain.build(captured, config)
+
+    def _make(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig, shapes: Any) -> LoadedProgram:
+        try:
+            program = self._built(args, kwargs, config, shapes)
+        finally:
+            self.watch.absorb()  # the model ran, also where it could not be captured
         signature, plan = program.signature, program.planned()
         others = [other.sizes for other in self._loaded if other.kind == key.kind]
         noted = [*notes.built_in(signature), *notes.fixed_sizes(signature, key, others, self._fixed.get(key.kind, ""))]
         values = tuple((i, tuple(value.flatten().tolist())) for i, value in signature.read.items() if isinstance(i, int))
         program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted)))
         loaded = LoadedProgram(program, key._replace(values=values))
-        self.watch.absorb()
         if self._compile_options is not None:
             loaded.compile(self._compile_options)
         return loaded

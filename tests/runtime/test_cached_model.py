@@ -224,6 +224,25 @@ def test_compute_first_and_last_stay_outside_the_region(model: OneStream) -> Non
     torch.testing.assert_close(run(cached, x, t), expected, rtol=1e-6, atol=1e-6)
 
 
+class Scribbling(OneStream):
+    """Writes to an attribute of its own at each call, and takes calls that cannot be captured."""
+
+    def forward(self, x: Tensor, t: Tensor, branch: bool = False) -> Tensor:  # type: ignore[override]
+        self.last = object()
+        return super().forward(x * 2 if branch and x.sum() > 0 else x, t)
+
+
+def test_a_call_that_cannot_be_captured_costs_other_contexts_nothing() -> None:
+    model = Scribbling().eval()
+    cached = bw.transform(model, STATIC)
+    for step in range(2):
+        run(cached, *model.example(step=step))
+    with cached.cache_context("other"), pytest.raises(bw.CaptureError):
+        cached(*model.example(), branch=True)
+    run(cached, *model.example(step=2))
+    assert (cached.report().captures, cached.report().contexts["default"].reused) == (1, 2)
+
+
 def test_nothing_that_a_cuda_graph_returned_is_kept(model: OneStream) -> None:
     """A replay overwrites what the one before it returned; the report reads the indicator much later."""
     cached = bw.transform(model, bw.CacheConfig(num_steps=4), example_args=model.example())

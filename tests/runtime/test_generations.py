@@ -203,3 +203,13 @@ def test_a_pipeline_may_write_the_next_time_into_the_same_tensor(model: OneStrea
         x, t = model.example(step=step)
         run(cached, x, time.copy_(t))
     assert pattern(cached) == "#."
+
+
+def test_two_calls_of_one_step_in_one_context_are_reported(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    for step in (0, 0, 1, 1):
+        with cached.cache_context("both", step_index=step):
+            run(cached, *model.example(step=step))
+    assert cached.report().warnings == (
+        "both: step 1 came again: a new generation began. Where a step takes several calls, give each a context of its own",
+    )
