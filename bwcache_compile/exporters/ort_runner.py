@@ -39,10 +39,10 @@ class OrtRunner:
             raise ConfigError(f'outputs is {outputs!r}; choose "numpy" or "ortvalue".')
         self._manifest, self._outputs = bundle.manifest, outputs
         providers = list(providers or ["CPUExecutionProvider"])
-        first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        first, settings = (providers[0], {}) if isinstance(providers[0], str) else providers[0]
         if first not in ort.get_available_providers():
             raise ConfigError(f"{first} is not in this onnxruntime; it has {', '.join(ort.get_available_providers())}.")
-        self._device = "cuda" if first == "CUDAExecutionProvider" else "cpu"
+        self._device = ("cuda", int(settings.get("device_id", 0))) if first == "CUDAExecutionProvider" else ("cpu", 0)
         self._sessions = {}
         for kind in kinds:
             path = bundle.graph_file(kind)
@@ -112,7 +112,7 @@ class OrtRunner:
             if dtype == "bfloat16":  # numpy has none; what is kept in it starts as zeros
                 zeros = np.zeros(shape, dtype=np.uint16)
                 return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, 16)
-            return ort.OrtValue.ortvalue_from_numpy(np.full(shape, fill, dtype=dtype), self._device, 0)
+            return ort.OrtValue.ortvalue_from_numpy(np.full(shape, fill, dtype=dtype), *self._device)
         except Exception as error:  # numpy's or onnxruntime's: no memory, or no such number
             raise BundleError(f"no {dtype} tensor of shape {shape} for the slot {slot}: {first_line(error)}") from error
 
@@ -156,7 +156,7 @@ class OrtRunner:
                     binding.bind_ortvalue_output(name, buffers[name])
                 else:
                     on_device = self._outputs == "ortvalue" and name not in _ON_HOST
-                    binding.bind_output(name, self._device if on_device else "cpu")
+                    binding.bind_output(name, *(self._device if on_device else ("cpu", 0)))
             binding.synchronize_inputs()  # another library may still be writing them, on a stream of its own
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no common class of their own

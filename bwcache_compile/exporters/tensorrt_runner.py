@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,18 +40,28 @@ class TensorRTRunner(TorchTensors):
                 raise BundleError(f"{folder} holds version-compatible engines, which carry code. Pass allow_code=True if you trust them.")
             runtime.engine_host_code_allowed = True
         self._alive = [logger, runtime]  # engines refer to both
-        self._contexts, self._locks, self._reads = {}, {kind: threading.Lock() for kind in kinds}, {}
+        self._contexts, self._locks = {}, {kind: threading.Lock() for kind in kinds}
+        self._reads: dict[str, list[str]] = {}
         for kind in kinds:
-            engine = runtime.deserialize_cuda_engine((folder / f"{kind}.engine").read_bytes())
-            if engine is None:
-                raise BundleError(f"{folder / f'{kind}.engine'} does not open in TensorRT {trt.__version__}; build it again there.")
-            if record["stripped"]:
-                refitter = trt.Refitter(engine, logger)
-                parser = trt.OnnxParserRefitter(refitter, logger)
-                if not parser.refit_from_file(str(bundle.graph_file(kind))) or not refitter.refit_cuda_engine():
-                    raise BundleError(f"{bundle.graph_file(kind)} does not hold the weights that {kind}.engine lacks.")
-            self._reads[kind] = self._check(trt, kind, engine)
-            self._contexts[kind] = engine.create_execution_context()
+            with self._current():
+                self._contexts[kind] = self._opened(trt, bundle, folder, kind, record["stripped"])
+
+    def _current(self) -> Any:
+        """Make the device current: an engine belongs to the one that is when it is opened, and runs where it was."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+
+    def _opened(self, trt: Any, bundle: Bundle, folder: Path, kind: str, stripped: bool) -> Any:
+        logger, runtime = self._alive
+        engine = runtime.deserialize_cuda_engine((folder / f"{kind}.engine").read_bytes())
+        if engine is None:
+            raise BundleError(f"{folder / f'{kind}.engine'} does not open in TensorRT {trt.__version__}; build it again there.")
+        if stripped:
+            refitter = trt.Refitter(engine, logger)
+            parser = trt.OnnxParserRefitter(refitter, logger)
+            if not parser.refit_from_file(str(bundle.graph_file(kind))) or not refitter.refit_cuda_engine():
+                raise BundleError(f"{bundle.graph_file(kind)} does not hold the weights that {kind}.engine lacks.")
+        self._reads[kind] = self._check(trt, kind, engine)
+        return engine.create_execution_context()
 
     def _check(self, trt: Any, kind: str, engine: Any) -> list[str]:
         """Compare an engine with what the manifest says of its graph; returns the inputs that it has.
@@ -113,7 +124,7 @@ class TensorRTRunner(TorchTensors):
         context = self._contexts[graph]
         stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
         returned = {}
-        with self._locks[graph]:
+        with self._locks[graph], self._current():
             self._choose(graph, inputs, stream)
             for name in self._reads[graph]:
                 if not context.set_input_shape(name, tuple(inputs[name].shape)):
