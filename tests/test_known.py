@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import bwcache_compile as bw
 from bwcache_compile.capture import capture
@@ -111,7 +112,8 @@ class Lengths(OneStream):
         ends = torch.zeros(len(mask) + 1, dtype=torch.int64)
         for i in range(len(mask)):
             ends[i + 1] = ends[i] + mask[i].sum()
-        packed = self.words(text).masked_select(mask.unsqueeze(-1).bool()).view(-1, 8)
+        packed = self.words(text).masked_select(mask.unsqueeze(-1).bool()).view(1, 1, -1, 8)
+        packed = functional.scaled_dot_product_attention(packed, packed, packed, torch.zeros([int(mask.sum())] * 2))[0, 0]
         assert max(mask.sum(dim=1).tolist()) <= len(packed)
         means = torch.stack([packed[ends[i] : ends[i + 1]].mean(dim=0) for i in range(len(mask))])
         h, c = self.patch(x), self.embed(t) + means.unsqueeze(1) * int(self.times)

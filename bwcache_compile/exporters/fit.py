@@ -6,10 +6,11 @@ import contextlib
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import is_concrete_int, statically_known_true
 from torch.fx.node import map_arg
 
 _CARRIED = ("custom", "stack_trace", "nn_module_stack")
@@ -65,11 +66,17 @@ def _fit_attention(graph: Graph, opset: int) -> None:
     """Give attention four dimensions, full masks, and grouped heads only where there are groups."""
     for node in graph.find_nodes(op="call_function", target=_ATTENTION):
         query, key, value, *rest = cast("list[Any]", node.args)
+        mask = rest[0] if rest else node.kwargs.get("attn_mask")
         lacking = 4 - query.meta["val"].dim()
         with graph.inserting_before(node):
             for _ in range(lacking):
                 query, key, value = (put(graph, torch.ops.aten.unsqueeze.default, (part, 0), node) for part in (query, key, value))
-            mask = rest[0] if rest else node.kwargs.get("attn_mask")
+            batches = [put(graph, torch.ops.aten.sym_size.int, (query, i), node) for i in range(-lacking + 1)] if lacking < 0 else []
+            if batches and isinstance(mask, Node) and mask.meta["val"].dim() > 3:
+                mask = put(graph, torch.ops.aten.expand.default, (mask, [*batches, -1, -1, -1]), node)
+                mask = put(graph, torch.ops.aten.flatten.using_ints, (mask, 0, -4), node)
+            if batches:
+                query, key, value = (put(graph, torch.ops.aten.flatten.using_ints, (part, 0, -4), node) for part in (query, key, value))
             if isinstance(mask, Node) and opset >= _OPERATOR:
                 mask = _full_mask(graph, node, mask, query, key)
             kwargs = {**node.kwargs, **({"attn_mask": mask} if not rest else {})}
@@ -78,8 +85,30 @@ def _fit_attention(graph: Graph, opset: int) -> None:
             fitted: Node = put(graph, _ATTENTION, (query, key, value, mask, *rest[1:]) if rest else (query, key, value), node, **kwargs)
             for _ in range(lacking):
                 fitted = put(graph, torch.ops.aten.squeeze.dim, (fitted, 0), node)
+            if batches:
+                fitted = put(graph, torch.ops.aten.unflatten.int, (fitted, 0, batches), node)
         node.replace_all_uses_with(fitted)
         graph.erase_node(node)
+
+
+def _with_known_sizes(graph: Graph) -> None:
+    """Say how much a mask takes where the program knows it: torch.onnx traces once more, and would not."""
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()) or not isinstance(value, Tensor):
+            continue
+        if any(n.meta["val"].dtype is torch.bool for n in node.all_input_nodes) and all(map(is_concrete_int, value.shape)):
+            with graph.inserting_after(node):
+                sized = put(graph, torch.ops.aten.reshape.default, (node, list(map(int, value.shape))), node)
+            node.replace_all_uses_with(sized, delete_user_cb=lambda user, sized=sized: user is not sized)
+
+
+def _fit_einsum(graph: Graph) -> None:
+    """Give an einsum operands of one dtype, which is all that ONNX's operator takes."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default):
+        operands, dtype = cast("list[Node]", node.args[1]), node.meta["val"].dtype
+        with graph.inserting_before(node):
+            node.update_arg(1, [put(graph, torch.ops.aten.to.dtype, (operand, dtype), node) for operand in operands])
 
 
 def fit(exported: ExportedProgram, opset: int) -> None:
@@ -89,4 +118,6 @@ def fit(exported: ExportedProgram, opset: int) -> None:
             _without_idle_squeezes(module.graph)
             _widen_norm_weights(module.graph)
             _fit_attention(module.graph, opset)
+            _fit_einsum(module.graph)
+            _with_known_sizes(module.graph)
             module.recompile()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSETS = range(18, 25)
+OTHERWISE = "Try a later operator set (opset=23), where operators take more dtypes; else compute it in float32, or by other operators."
 _FX_NODE = "pkg.torch.onnx.fx_node"
 
 
@@ -127,7 +128,7 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = f"{type(cause).__name__}: {first_line(cause)}"
-        raise ExportError(f"torch.onnx does not take the {plain.kind} graph at opset {opset}: {reason}") from error
+        raise ExportError(f"torch.onnx does not take the {plain.kind} graph at opset {opset}: {reason}\n  {OTHERWISE}") from error
     rewrites.without_bool_where(model.graph)
     between_casts(model, lambda node: not admits_half(node, opset))
     region, unmarked = _find_region(model, _origins(program))
@@ -163,7 +164,7 @@ def save(graph: OnnxGraph, path: Path, weights: WeightFile) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"onnx.checker objects to the {graph.kind} graph: {first_line(error)}") from error
+        raise ExportError(f"onnx.checker objects to the {graph.kind} graph: {first_line(error)}\n  {OTHERWISE}") from error
 
 
 def guarded_graph(folder: Path, slots: list[str], outputs: list[str], measured: int) -> OnnxGraph:

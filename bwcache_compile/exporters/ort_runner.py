@@ -56,12 +56,11 @@ class OrtRunner:
             raise ConfigError(f'{half[0]} is bfloat16, which numpy has not; pass outputs="ortvalue", which has DLPack.')
 
     def _advice(self, provider: str) -> str:
-        dtypes = {entry["dtype"] for entry in [*self._manifest["inputs"], *self._manifest["slots"]]}
-        if "bfloat16" not in dtypes or provider != "CPUExecutionProvider":
+        dtypes = [entry["dtype"] for entry in [*self._manifest["inputs"], *self._manifest["slots"]]]
+        if "bfloat16" not in f"{dtypes} {self._manifest.get('self_check')}" or provider != "CPUExecutionProvider":
             return ""
-        return (
-            "\n  The bundle is in bfloat16, and this provider lacks kernels for it. Use a GPU's, or export the model in float32 or float16."
-        )
+        advice = "Use a GPU's, or export the model in float32 or float16."
+        return f"\n  The bundle computes in bfloat16, and this provider lacks kernels for it. {advice}"
 
     def _check(self, kind: str) -> None:
         """Compare a graph with what the manifest says of it."""

@@ -97,8 +97,11 @@ class TorchRunner(TorchTensors):
             torch.zeros(1, device=self._device).cpu()
         except (RuntimeError, AssertionError) as error:
             raise BundleError(f"{bundle.folder} was exported for {manifest['device']}, which is not here: {first_line(error)}") from error
-        mapped = read_weights(bundle.folder / manifest["weights"]["file"], manifest["weights"]["tensors"])
-        weights = {name: tensor.to(self._device) for name, tensor in mapped.items()}
+        described, plain = manifest["weights"]["tensors"], manifest["graph_format"] == "pt2"
+        mapped = read_weights(bundle.folder / manifest["weights"]["file"], described)
+        weights = {name: tensor.to(self._device).detach() for name, tensor in mapped.items()}  # no views: see the next line
+        for name, tensor in weights.items():  # torch chooses kernels by whether weights are views, and whether they may have gradients
+            tensor.requires_grad_(plain and tensor.is_floating_point() and described[name].get("grad") is True)
         self._graphs: dict[str, tuple[Graph, list[Tensor]]] = {}
         for kind, entry in manifest["graphs"].items():
             path = bundle.graph_file(kind)

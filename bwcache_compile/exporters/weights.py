@@ -68,6 +68,7 @@ class WeightFile:
             offset = self.place(ctypes.string_at(dense.data_ptr(), dense.nbytes) if dense.numel() else b"")
             dtype = str(tensor.dtype).removeprefix("torch.")
             self.described[name] = {"dtype": dtype, "shape": list(tensor.shape), "order": list(order), "offset": offset}
+            self.described[name]["grad"] = tensor.requires_grad
         return name
 
 

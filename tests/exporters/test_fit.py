@@ -102,7 +102,7 @@ copy runs aten.copy.default on complex numbers, which ONNX has not, and which ha
 
 
 class Attending(nn.Module):
-    """Attention in the forms that people write: no heads, one row of mask for all queries, grouped heads, causal."""
+    """Attention in the forms that people write: no heads, one row of mask for all queries, grouped heads, causal, windows."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -115,6 +115,8 @@ class Attending(nn.Module):
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen.view(1, 1, 1, -1), enable_gqa=True)
         out = out + functional.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
         out = out + functional.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(x.shape[1], 1), scale=0.3)
+        windows = [part.unflatten(2, (-1, 3)).transpose(1, 2) for part in (q, k, v)]
+        out = out + functional.scaled_dot_product_attention(*windows, attn_mask=seen.view(-1, 1, 1, 3)).transpose(1, 2).flatten(2, 3)
         out = out.transpose(1, 2).flatten(2)
         return x + self.out(out + functional.scaled_dot_product_attention(x, x, out, is_causal=True))
 
@@ -125,7 +127,8 @@ class Turning(OneStream):
         self.blocks = nn.ModuleList(Attending(8) for _ in range(3))
 
     def forward(self, x: Tensor, t: Tensor, turns: Tensor) -> Tensor:
-        x, temb = self.patch(x), self.embed(t)
+        places = torch.einsum("n,d->nd", torch.arange(x.shape[1]), torch.linspace(0, 1, 8, dtype=torch.float64))
+        x, temb = self.patch(x) + places.sin().float(), self.embed(t)
         for block in self.blocks:
             x = block(x, temb, turns)
         return self.head(x)
@@ -143,7 +146,7 @@ def test_attention_and_complex_inputs(turning: bw.CachedModel, opset: int, tmp_p
     manifest = bw.export(turning, tmp_path / "bundle", opset=opset)
     assert manifest["self_check"]["largest_error"] < 1e-5
     operators = [node.op_type for node in onnx.load(tmp_path / "bundle" / "compute.onnx").graph.node]
-    assert operators.count("Attention") == (12 if opset == 23 else 0)
+    assert operators.count("Attention") == (15 if opset == 23 else 0)
     session = bw.load(tmp_path / "bundle")
     x, t, turns = noise("x", 0, 3, 9, 4), torch.ones(3), torch.polar(torch.ones(9, 2), noise("turns", 0, 9, 2))
     turning.reset()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from torch import Tensor
 
 import bwcache_compile as bw
 from bwcache_compile.exporters import check, pt2
@@ -67,6 +68,23 @@ def test_the_files(exported: Exported) -> None:
     places = sorted((entry["offset"], math.prod(entry["shape"]) * 4) for entry in table.values())
     assert all(offset + size <= following for (offset, size), (following, _) in itertools.pairwise(places))
     assert (exported.folder / "weights.bin").stat().st_size == sum(places[-1])
+
+
+class Across(OneStream):
+    """torch multiplies what lies across by other kernels where weights may have gradients, even under `no_grad`."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2).contiguous().transpose(1, 2), t)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_weights_that_may_have_gradients(trains: bool, tmp_path: Path) -> None:
+    model = Across().eval().requires_grad_(trains)
+    args = model.example(batch=2)
+    cached = bw.transform(model, CONFIG, example_args=args)
+    assert bw.export(cached, tmp_path / "bundle", format="pt2")["self_check"]["largest_error"] == 0
+    with torch.no_grad():
+        assert torch.equal(opened(tmp_path / "bundle")(*args), model(*args))
 
 
 def test_both_graphs_read_one_copy(exported: Exported) -> None:
@@ -227,7 +245,7 @@ def test_files_that_compute_something_else_are_refused(exported: Exported, monke
     def spoilt(bundle: Any) -> Session:
         session = real(bundle)
         (weight,) = [tensor for tensor in session._runner._graphs["reuse"][1] if tensor.shape == (4,)]  # type: ignore[attr-defined]
-        weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+        weight.data[0] = torch.nextafter(weight[0], torch.tensor(9.0))
         return session
 
     real = exporting.torch_session
