@@ -39,15 +39,6 @@ def _without_idle_squeezes(graph: Graph) -> None:
             graph.erase_node(node)
 
 
-def _widen_norm_weights(graph: Graph) -> None:
-    """Cast the weights of a norm to its result's dtype: ONNX's operator returns the weights' dtype, torch's the wider one."""
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.rms_norm.default):
-        weight = node.args[2] if len(node.args) > 2 else None
-        if isinstance(weight, Node) and weight.meta["val"].dtype != node.meta["val"].dtype:
-            with graph.inserting_before(node):
-                node.update_arg(2, put(graph, torch.ops.aten.to.dtype, (weight, node.meta["val"].dtype), node))
-
-
 def _one(size: Any) -> bool:
     return statically_known_true(size == 1)
 
@@ -116,7 +107,6 @@ def fit(exported: ExportedProgram, opset: int) -> None:
     for module in exported.graph_module.modules():
         if isinstance(module, GraphModule):
             _without_idle_squeezes(module.graph)
-            _widen_norm_weights(module.graph)
             _fit_attention(module.graph, opset)
             _fit_einsum(module.graph)
             _with_known_sizes(module.graph)

@@ -1,4 +1,4 @@
-"""bfloat16 where an operator of ONNX has none: it computes in float32 between casts."""
+"""Half precision where an operator of ONNX has none: it computes in float32 between casts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,25 @@ def _cast(value: Any, dtype: Any, like: Any) -> Any:
     return node
 
 
-def is_half(value: Any) -> bool:
-    """Whether a value is bfloat16; None is none."""
-    return value is not None and value.dtype is not None and value.dtype.name == "BFLOAT16"
+def is_half(value: Any, names: tuple[str, ...] = ("BFLOAT16",)) -> bool:
+    """Whether a value is bfloat16, or of another dtype of these names; None is none."""
+    return value is not None and value.dtype is not None and value.dtype.name in names
 
 
-def admits_half(node: Any, opset: int) -> bool:
-    """Whether an operator of this set is defined for bfloat16 where a node has it. Convolutions are from 22 on."""
+def _is_narrow(value: Any) -> bool:
+    return is_half(value, ("BFLOAT16", "FLOAT16"))
+
+
+def admits_dtypes(node: Any, opset: int) -> bool:
+    """Whether an operator of this set is defined for the half precision that a node has. In bfloat16, convolutions are from 22 on.
+
+    A norm's result has the dtype of its weights, says the operator's definition; onnx's own checker (1.23) takes it from the input. So
+    both must be the same.
+    """
     import onnx
 
+    if node.op_type == "RMSNormalization" and node.inputs[0].dtype != node.inputs[1].dtype:
+        return False
     schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     for values, formal in ((node.inputs, schema.inputs), (node.outputs, schema.outputs)):
         for i, value in enumerate(values):
@@ -33,19 +43,18 @@ def admits_half(node: Any, opset: int) -> bool:
 
 
 def between_casts(model: Any, chosen: Callable[[Any], bool]) -> None:
-    """Let the chosen operators compute in float32, and round their results to bfloat16 as before."""
+    """Let the chosen operators compute in float32 what they have in half precision, and round their results as before."""
     import onnx_ir as ir
 
-    half, single = ir.DataType.BFLOAT16, ir.DataType.FLOAT
-    for node in [node for node in model.graph.all_nodes() if any(map(is_half, node.inputs)) and chosen(node)]:
+    for node in [node for node in model.graph.all_nodes() if any(map(_is_narrow, node.inputs)) and chosen(node)]:
         for i, value in enumerate(node.inputs):
-            if is_half(value):
-                wide = _cast(value, single, node)
+            if _is_narrow(value):
+                wide = _cast(value, ir.DataType.FLOAT, node)
                 node.graph.insert_before(node, wide)
                 node.replace_input_with(i, wide.outputs[0])
-        for value in filter(is_half, node.outputs):
-            rounded = _cast(value, half, node)
+        for value in filter(_is_narrow, node.outputs):
+            rounded = _cast(value, value.dtype, node)
             ir.convenience.replace_all_uses_with(value, rounded.outputs[0], replace_graph_outputs=True)
             rounded.replace_input_with(0, value)
             node.graph.insert_after(node, rounded)
-            value.dtype = single
+            value.dtype = ir.DataType.FLOAT

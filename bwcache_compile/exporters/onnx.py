@@ -17,7 +17,7 @@ from bwcache_compile.exporters import onnx_rewrites as rewrites
 from bwcache_compile.exporters.complex_pairs import complex_as_pairs
 from bwcache_compile.exporters.fit import fit
 from bwcache_compile.exporters.graphs import PlainGraph
-from bwcache_compile.exporters.half import admits_half, between_casts
+from bwcache_compile.exporters.half import admits_dtypes, between_casts
 from bwcache_compile.exporters.weights import WeightFile
 from bwcache_compile.program import REGION_MARK
 
@@ -130,7 +130,7 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]
         reason = f"{type(cause).__name__}: {first_line(cause)}"
         raise ExportError(f"torch.onnx does not take the {plain.kind} graph at opset {opset}: {reason}\n  {OTHERWISE}") from error
     rewrites.without_bool_where(model.graph)
-    between_casts(model, lambda node: not admits_half(node, opset))
+    between_casts(model, lambda node: not admits_dtypes(node, opset))
     region, unmarked = _find_region(model, _origins(program))
     rewrites.strip(model)
     rewrites.rename(model.graph, plain.inputs, plain.outputs)

@@ -56,7 +56,7 @@ def stand_in(bundle: Bundle) -> Bundle:
         model = ir.load(bundle.graph_file(kind))
         for value in model.graph.outputs:
             value.name = f"{value.name}.inner"
-        between_casts(model, lambda node: node.op_type not in _LEFT)
+        between_casts(model, lambda node: node.op_type not in _LEFT and any(map(is_half, node.inputs)))
         _with_wide_ends(model)
         for value, name in zip(model.graph.outputs, entry["outputs"], strict=True):
             value.name = name
