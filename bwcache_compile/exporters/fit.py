@@ -94,6 +94,22 @@ def _with_known_sizes(graph: Graph) -> None:
             node.replace_all_uses_with(sized, delete_user_cb=lambda user, sized=sized: user is not sized)
 
 
+def _without_scattered_means(graph: Graph) -> None:
+    """Divide a sum by a count: ONNX scatters no means, and torch.onnx would write the last value instead."""
+    scatter = torch.ops.aten.scatter_reduce.two
+    for node in graph.find_nodes(op="call_function", target=scatter):
+        target, dimension, index, values, reduce, *include = node.args
+        if reduce != "mean" or (*include, node.kwargs.get("include_self", True))[0] is not True:
+            continue
+        with graph.inserting_before(node):
+            total = put(graph, scatter, (target, dimension, index, values, "sum"), node)
+            ones = [put(graph, torch.ops.aten.ones_like.default, (tensor,), node) for tensor in (target, values)]
+            count = put(graph, scatter, (ones[0], dimension, index, ones[1], "sum"), node)
+            mean = put(graph, torch.ops.aten.div.Tensor, (total, count), node)
+        node.replace_all_uses_with(mean)
+        graph.erase_node(node)
+
+
 def _fit_einsum(graph: Graph) -> None:
     """Give an einsum operands of one dtype, which is all that ONNX's operator takes."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default):
@@ -109,5 +125,6 @@ def fit(exported: ExportedProgram, opset: int) -> None:
             _without_idle_squeezes(module.graph)
             _fit_attention(module.graph, opset)
             _fit_einsum(module.graph)
+            _without_scattered_means(module.graph)
             _with_known_sizes(module.graph)
             module.recompile()

@@ -129,6 +129,7 @@ class Turning(OneStream):
     def forward(self, x: Tensor, t: Tensor, turns: Tensor) -> Tensor:
         places = torch.einsum("n,d->nd", torch.arange(x.shape[1]), torch.linspace(0, 1, 8, dtype=torch.float64))
         x, temb = self.patch(x) + places.sin().float(), self.embed(t)
+        x = x.scatter_reduce(1, torch.zeros_like(x[:, :2], dtype=torch.int64), x[:, 1:3], "mean")
         for block in self.blocks:
             x = block(x, temb, turns)
         return self.head(x)
