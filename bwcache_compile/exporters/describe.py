@@ -31,6 +31,7 @@ def _places(tree: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple
     inside: Any
     if isinstance(tree, int):
         yield path, tree
+    if tree is None or isinstance(tree, int):  # a field that a registered dataclass leaves out is None
         return
     if isinstance(tree, Mapping):
         inside = tree.items()
@@ -134,6 +135,8 @@ def _form(tree: Any, leaves: list[dict[str, Any]], program: CachedProgram) -> di
     """
     if isinstance(tree, int):
         return leaves[tree]
+    if tree is None:
+        return {"value": None}
     if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
         return {"mapping": {key: _form(value, leaves, program) for key, value in tree.items()}}
     if dataclasses.is_dataclass(tree):

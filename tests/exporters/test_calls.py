@@ -60,6 +60,30 @@ def test_a_call_keeps_its_form(tmp_path: Path) -> None:
             session(*args, **{**keywords, "mode": True})
 
 
+@dataclasses.dataclass
+class Output:
+    sample: Tensor
+    aux: Tensor | None = None
+
+
+torch.export.register_dataclass(Output)
+
+
+class Structured(OneStream):
+    """Returns a dataclass; torch leaves out the field that is None."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        return Output(super().forward(x, t))
+
+
+def test_a_dataclass_may_have_fields_that_are_none(tmp_path: Path) -> None:
+    model = Structured(depth=2).eval()
+    bw.export(bw.transform(model, CONFIG, example_args=model.example()), tmp_path / "bundle", format="pt2")
+    returned = bw.load(tmp_path / "bundle", backend="torch", allow_code=True)(*model.example())
+    assert torch.equal(returned.sample, model(*model.example()).sample)
+    assert returned.aux is None
+
+
 class Styled(OneStream):
     """Looks up a style in a table of one row."""
 
