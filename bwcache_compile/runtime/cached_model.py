@@ -20,7 +20,7 @@ from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram, CachePlan
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import UNNAMED, Context, Moment, arrive, warn_without_reuse
-from bwcache_compile.runtime.frames import call_with_room
+from bwcache_compile.runtime.frames import call_with_room, left_out
 from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
 from bwcache_compile.runtime.joint import agree
 from bwcache_compile.runtime.loaded import LoadedProgram, run_all
@@ -103,7 +103,7 @@ class CachedModel(ModelWrapper):
 
     # -- calling -------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+    @left_out
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run one denoising step, computing the blocks or reusing what they last returned.
 

@@ -9,19 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from torch._dynamo.decorators import skip
 
 # 512 KiB of slots: too many for what is left of any chunk, so a chunk of 1 MiB begins, half of it empty.
 _SLOTS = 2**16
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def left_out(function: _Function) -> _Function:
+    """Keep a compiler from the function's own frame, and not from what it calls.
+
+    `torch.compiler.disable(recursive=False)` does so too, and raises while any thread of the process exports a model.
+    """
+    skip(function)
+    return function
 
 
 def _call(graph: Callable[..., Any], operands: Sequence[Any]) -> Any:
     return graph(*operands)
 
 
-call_with_room: Callable[[Callable[..., Any], Sequence[Any]], Any] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    FunctionType(_call.__code__.replace(co_stacksize=_SLOTS), globals(), "call_with_room"), recursive=False
+call_with_room: Callable[[Callable[..., Any], Sequence[Any]], Any] = left_out(
+    FunctionType(_call.__code__.replace(co_stacksize=_SLOTS), globals(), "call_with_room")
 )
 """Call a graph from a frame that has 512 KiB of unbroken stack behind it. A compiler leaves the frame out and takes the graph."""

@@ -15,6 +15,7 @@ from bwcache_compile.compare import same
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.policy import policy_parameters
 from bwcache_compile.program import OURS, CachedProgram
+from bwcache_compile.runtime.frames import left_out
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.sizes import CallSizes, Shape, Size
@@ -156,7 +157,7 @@ class LoadedProgram:
         return outputs, state.computed(slots, left), change
 
 
-@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+@left_out
 def run_all(loaded: LoadedProgram, flat: Sequence[Any], fresh: CacheState, parameters: tuple[Tensor, ...]) -> None:
     """Run every graph on a fresh state and drop what it returns; an outer torch.compile compiles them here."""
     with torch.no_grad():

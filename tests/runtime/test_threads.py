@@ -137,3 +137,26 @@ def test_an_edit_while_a_call_runs_is_not_lost() -> None:
     output = call(cached, model, 0, 1)
     with torch.no_grad():
         assert torch.equal(output, model(*model.example(step=1))), "what was cached came from the old weights"
+
+
+def test_a_call_may_run_while_another_thread_exports_a_model() -> None:
+    model = OneStream().eval()
+    cached = bw.transform(model, STATIC)
+    call(cached, model, 0, 0)
+    inside, finished = threading.Event(), threading.Event()
+
+    class Waiting(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            inside.set()
+            finished.wait()
+            return x + 1
+
+    with ThreadPoolExecutor(1) as pool:
+        exporting = pool.submit(torch.export.export, Waiting(), (torch.ones(2),), strict=False)
+        inside.wait()
+        try:
+            call(cached, model, 0, 1)
+        finally:
+            finished.set()
+        exporting.result()
+    assert str(cached.report()) == "stream 0: 1 computed, 1 reused  #."
