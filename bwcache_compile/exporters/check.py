@@ -239,14 +239,17 @@ def check_runs(
         handed: Turns one of torch's tensors into what the sessions take.
 
     Raises:
-        ExportError: They differ; the message names the step and the output or slot.
+        ExportError: A file does not open, or they differ; the message names the step and the output or slot.
     """
     config = program.planned().config
     compared = _Compared(program, manifest, tolerance, handed)
     steps = min(len(config.steps_mask), 8) if config.steps_mask is not None else _STEPS
     pattern, elsewhere = "", other_sizes(program, manifest["conditions"])
     for opened in sessions.values():
-        session = opened()
+        try:
+            session = opened()
+        except BundleError as error:
+            raise ExportError(f"what was written does not open: {error}") from error
         decisions, indicators = compared.run(session, _forced(config, float("inf")), steps)
         finite = [value for value in indicators if value > 0 and value < float("inf")]
         if config.policy == "schedule" and finite:

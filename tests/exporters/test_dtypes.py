@@ -121,6 +121,13 @@ def test_operators_that_lack_a_dtype_compute_in_float32(dtype: torch.dtype, opse
     assert (convolution.input[0] in cast) == (dtype == torch.bfloat16 and opset == 20)
 
 
+def test_a_graph_that_does_not_open_is_no_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "computes_in_half", lambda model: False)
+    with pytest.raises(bw.ExportError, match=r"^what was written does not open: .*/compute.onnx does not run on CPUExecutionProvider: "):
+        bw.export(cached(torch.bfloat16), tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stand_in_shows_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoilt(bundle: Bundle) -> Bundle:
         made = stand_in(bundle)
