@@ -1,4 +1,4 @@
-"""Half precision: float16 runs on a CPU, bfloat16 is written and not run there, and says so."""
+"""Half precision: float16 runs on a CPU, bfloat16 by a stand-in there, and operators that lack a dtype compute in float32."""
 
 from __future__ import annotations
 
