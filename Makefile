@@ -14,9 +14,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
-# the files that take longest stand in tests/ itself and begin first: no worker is left alone with one of them at the end
+# the files that take longest stand in tests/ itself and begin first: no worker is left alone with one of them at the end;
+# one thread for each worker: more would wait for one another
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder tests/test_*.py tests/*/
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder tests/test_*.py tests/*/
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check bwcache_compile tests examples benchmarks
