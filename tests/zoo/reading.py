@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 
 from tests.zoo.entry import Entry, noise, time
+from tests.zoo.video import VIDEO
+
+HUNYUAN = VIDEO["hunyuan_video"]
 
 READING = {
     "lumina2": Entry(
@@ -27,18 +30,9 @@ READING = {
     ),
     "hunyuan_video_framepack": Entry(
         "HunyuanVideoFramepackTransformer3DModel",
-        {
-            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 2,
-            "num_single_layers": 3, "num_refiner_layers": 2, "patch_size": 2, "patch_size_t": 1, "guidance_embeds": True,
-            "text_embed_dim": 16, "pooled_projection_dim": 8, "rope_axes_dim": (2, 4, 4), "has_image_proj": True,
-            "image_proj_dim": 8, "has_clean_x_embedder": True,
-        },
+        {**HUNYUAN.config, "has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True},
         lambda s: {
-            "hidden_states": noise("x", s, 1, 4, 2, 8, 8),
-            "timestep": time(s, torch.int64),
-            "encoder_hidden_states": noise("text", 0, 1, 6, 16),
-            "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]]),
-            "pooled_projections": noise("pooled", 0, 1, 8),
+            **HUNYUAN.inputs(s),
             "image_embeds": noise("image", 0, 1, 3, 8),
             "latents_clean": noise("clean", 0, 1, 4, 1, 8, 8),
             "indices_latents_clean": torch.arange(1),
@@ -47,10 +41,9 @@ READING = {
             "latents_history_4x": noise("older", 0, 1, 4, 4, 8, 8),
             "indices_latents_history_4x": torch.arange(4),
             "indices_latents": torch.arange(2),
-            "guidance": torch.tensor([6000.0]),
         },
-        {"transformer_blocks": 2, "single_transformer_blocks": 3},
-        ("hidden_states", "encoder_hidden_states"),
+        HUNYUAN.stacks,
+        HUNYUAN.streams,
         slice(21, 53),
     ),
 }  # fmt: skip
