@@ -12,7 +12,7 @@ import torch
 from torch import SymInt, Tensor
 
 from bwcache_compile.config import CacheConfig, policy_dtype
-from bwcache_compile.sizes import largest, smallest
+from bwcache_compile.size_expressions import largest, smallest
 
 
 def sampled_tokens(count: int | SymInt, stride: int, block: int, device: torch.device | None = None) -> Tensor:

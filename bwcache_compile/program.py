@@ -13,7 +13,8 @@ from torch.utils._pytree import TreeSpec
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.layout import Order, in_order
-from bwcache_compile.sizes import OpenSizes, Shape, Size, evaluated, has_no_size
+from bwcache_compile.size_expressions import evaluated
+from bwcache_compile.sizes import OpenSizes, Shape, Size, has_no_size
 
 OURS = "bwcache_"
 """Prefix of the names of graphs and buffers that passes add to a module, so that they never hide the model's own."""

@@ -1,25 +1,17 @@
-"""Sizes that are known only at a call: arithmetic over symbols, where each symbol is read, and which sizes are proved.
-
-A size is an int, or a string of Python integer arithmetic over the symbols of a program, such as `s33*(s20 // 2)`. A
-string survives JSON, needs no library to evaluate, and evaluates alike over ints, over symbolic ints and over the
-proxies that build a graph.
-"""
+"""Sizes that are known only at a call: how they are printed, where each symbol is read, and which sizes are proved."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
-from types import CodeType
 from typing import Any
 
 import sympy
-import torch
 from torch import SymInt, Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.printers import PythonPrinter
 
-from bwcache_compile.errors import CaptureError
+from bwcache_compile.errors import CaptureError, first_line
+from bwcache_compile.size_expressions import SizeError, evaluate, evaluated, names_in
 
 Size = int | str
 Shape = tuple[Size, ...]
@@ -28,41 +20,50 @@ CallSizes = tuple[tuple[int, ...] | int | None, ...]
 """Of each leaf of a call: a tensor's shape, an int's value, None for all else."""
 
 
-def largest(*values: Any) -> Any:
-    """Return the largest of some sizes: an int, or arithmetic."""
-    return functools.reduce(torch.sym_max, values)
+class _SizePrinter(PythonPrinter):
+    """Print what `size_expressions` evaluates, and refuse all else."""
 
+    def _call(self, name: str, expression: sympy.Expr) -> str:
+        return f"{name}({', '.join(map(self._print, expression.args))})"
 
-def smallest(*values: Any) -> Any:
-    """Return the smallest of some sizes: an int, or arithmetic."""
-    return functools.reduce(torch.sym_min, values)
+    def _print_Float(self, expression: sympy.Expr) -> str:
+        return repr(float(expression))
 
+    def _print_ToFloat(self, expression: sympy.Expr) -> str:
+        return self._call("float", expression)
 
-@functools.cache
-def _compiled(size: str) -> CodeType:
-    return compile(size, f"<size {size}>", "eval")
+    def _print_OpaqueUnaryFn_sqrt(self, expression: sympy.Expr) -> str:
+        return self._call("sqrt", expression)
 
+    def _print_TruncToInt(self, expression: sympy.Expr) -> str:
+        return self._call("trunc", expression)
 
-def evaluate(size: Size, symbols: Mapping[str, Any]) -> Any:
-    """Return a size where the symbols have these values: ints, symbolic ints or proxies of a graph."""
-    if isinstance(size, int):
-        return size
-    return eval(_compiled(size), {"__builtins__": {}, "max": largest, "min": smallest}, dict(symbols))
+    def _print_TruncToFloat(self, expression: sympy.Expr) -> str:
+        return f"float({self._call('trunc', expression)})"
 
+    def _print_FloorToInt(self, expression: sympy.Expr) -> str:
+        return self._call("floor", expression)
 
-def names_in(size: str) -> tuple[str, ...]:
-    """Return the names that a size mentions."""
-    return _compiled(size).co_names
+    def _print_CeilToInt(self, expression: sympy.Expr) -> str:
+        return self._call("ceil", expression)
 
-
-def evaluated(shape: Sequence[Size], symbols: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return a shape where the symbols have these values."""
-    return tuple(evaluate(size, symbols) for size in shape)
+    def _print_RoundToInt(self, expression: sympy.Expr) -> str:
+        return self._call("round", expression)
 
 
 def print_expression(expression: Any) -> str:
-    """Print a sympy expression of symbolic sizes as Python."""
-    return PythonPrinter().doprint(expression)
+    """Print a sympy expression of symbolic sizes in the language that `size_expressions` evaluates.
+
+    Raises:
+        CaptureError: It holds a function that the language lacks.
+    """
+    printed = ""
+    try:
+        printed = _SizePrinter().doprint(expression)
+        names_in(printed)
+    except (NotImplementedError, AssertionError, SyntaxError, SizeError) as error:
+        raise CaptureError(f"the size {printed or expression!s} cannot be kept open: {first_line(error)}.") from error
+    return printed
 
 
 def size_of(value: int | SymInt) -> Size:
@@ -155,13 +156,19 @@ class OpenSizes:
                 values[symbol.name] = symbol.solve(found)
             else:
                 return None
+        try:
+            return values if self._hold(sizes, values) else None
+        except SizeError:  # a condition divides by what is 0 here
+            return None
+
+    def _hold(self, sizes: CallSizes, values: dict[str, int]) -> bool:
         for expected, found in zip(self.inputs, sizes, strict=True):
             if isinstance(expected, tuple):
                 if not isinstance(found, tuple) or evaluated(expected, values) != found:
-                    return None
+                    return False
             elif expected is not None and evaluate(expected, values) != found:
-                return None
-        return values if all(evaluate(condition, values) for condition in self.conditions) else None
+                return False
+        return all(evaluate(condition, values) for condition in self.conditions)
 
 
 def _read_at(expression: sympy.Expr, symbol: sympy.Symbol) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ NAME = "bwcache_compile"
 ROOT = Path(bwcache_compile.__file__).parent
 LAYERS = (
     {"errors"},
+    {"size_expressions"},
     {"config", "sizes"},
     {"layout"},
     {"program"},
@@ -22,7 +23,7 @@ LAYERS = (
     {"capture", "passes", "runtime", "exporters"},
     {"api"},
 )
-FREE_AMONG_THEMSELVES = LAYERS[4]
+FREE_AMONG_THEMSELVES = next(layer for layer in LAYERS if "dataflow" in layer)
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 HEAVY = (
     "diffusers",

@@ -18,7 +18,7 @@ from bwcache_compile.exporters.session import Session
 from bwcache_compile.layout import in_order, slot_order
 from bwcache_compile.policy import policy_parameters
 from bwcache_compile.program import REGION_MARK, CachedProgram
-from bwcache_compile.sizes import evaluate, evaluated
+from bwcache_compile.size_expressions import evaluate, evaluated
 
 _TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _TOLERANCE = 1e-4

@@ -14,7 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bwcache_compile.layout import in_order
 from bwcache_compile.program import OURS, CachedProgram, CacheSlot
-from bwcache_compile.sizes import Size, Symbol, evaluate, evaluated, names_in, size_of
+from bwcache_compile.size_expressions import evaluate, evaluated, names_in
+from bwcache_compile.sizes import Size, Symbol, size_of
 
 CACHE = f"{OURS}cache"
 """Path of the buffers that stand for the slots until `lift_cache_state`."""

@@ -9,7 +9,8 @@ from torch.fx.node import map_arg
 from bwcache_compile.dataflow import eliminate_dead_code
 from bwcache_compile.passes._edit import is_early, move_early, size_node
 from bwcache_compile.program import CachedProgram, PassResult
-from bwcache_compile.sizes import names_in, size_of
+from bwcache_compile.size_expressions import names_in
+from bwcache_compile.sizes import size_of
 
 _SYMBOLIC = (SymInt, SymFloat, SymBool)
 
@@ -33,7 +34,7 @@ def hoist_sizes(program: CachedProgram) -> PassResult:
     found = [n for n in graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), _SYMBOLIC) and not is_early(n)]
     for node in found:
         size = size_of(node.meta["val"]) if isinstance(node.meta["val"], SymInt) else None
-        if isinstance(size, int) or (size is not None and set(names_in(size)) <= known | {"max", "min"}):
+        if isinstance(size, int) or (size is not None and set(names_in(size)) <= known):
             _replace(node, size_node(program, size))
         elif all(is_early(operand) for operand in node.all_input_nodes):
             move_early(node)

@@ -18,7 +18,8 @@ from bwcache_compile.layout import Order, slot_order
 from bwcache_compile.passes._edit import size_values
 from bwcache_compile.passes._streams import continued, same_places
 from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region, Role
-from bwcache_compile.sizes import evaluated, has_no_size, hint, hint_shape, largest, shape_of, size_of
+from bwcache_compile.size_expressions import evaluated, largest
+from bwcache_compile.sizes import has_no_size, hint, hint_shape, shape_of, size_of
 
 
 def _cached_blocks(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> tuple[Block, ...]:

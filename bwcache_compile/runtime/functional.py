@@ -14,7 +14,7 @@ from bwcache_compile.runtime.frames import call_with_room
 from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.programs import Fit
 from bwcache_compile.runtime.state import CacheState, GuardedState
-from bwcache_compile.sizes import evaluated
+from bwcache_compile.size_expressions import evaluated
 
 
 def first_state(fit: Fit) -> CacheState | GuardedState:
