@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import operator
-import threading
 import traceback
-import warnings
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,12 +24,10 @@ from bwcache_compile.errors import CaptureError, ConfigError, first_line
 from bwcache_compile.known import KnownValues, source_line, sources
 from bwcache_compile.program import CachedProgram, Captured, Signature
 from bwcache_compile.sizes import open_sizes
+from bwcache_compile.tracing import tracing
 
 Mode = Literal["non-strict", "strict", "reading"]
 """Ways to trace, in the order in which they are tried; the last builds in what Python reads of masks and lengths."""
-
-_ONE_EXPORT = threading.RLock()
-"""Held while exporting, which puts hooks on every module of the process and takes them off again in the order it knows."""
 
 
 def _source_of(error: BaseException, model: nn.Module) -> str:
@@ -95,8 +91,7 @@ def _completed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, mode: Mode) -> CachedProgram:
     known, values = KnownValues(), sources(model, args, kwargs) if mode == "reading" else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's advice to its own developers
+    with tracing():
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # it leaves marks on what it is given
         with contextlib.nullcontext() if mode == "strict" else known, known.knowing(model, values):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=mode == "strict")
@@ -135,8 +130,7 @@ def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
 
     Where blocks write in place to more than their own memory, or run under a mode, the graph is the functional one.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tracing():
         if _runs_under_modes(exported.graph_module) or writes_escape(exported.graph_module):
             exported = _functional(exported)
         captured = _unlifted(exported)
@@ -207,7 +201,7 @@ def capture(
         if mode == "reading" and not stopped:
             break
         try:
-            with _ONE_EXPORT, torch.no_grad():
+            with torch.no_grad():
                 program = _export(model, args, kwargs, shapes, mode)
         except Exception as error:
             if mode == "reading":

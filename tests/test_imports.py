@@ -15,7 +15,7 @@ NAME = "bwcache_compile"
 ROOT = Path(bwcache_compile.__file__).parent
 LAYERS = (
     {"errors"},
-    {"size_expressions"},
+    {"size_expressions", "tracing"},
     {"config", "sizes"},
     {"layout"},
     {"program"},

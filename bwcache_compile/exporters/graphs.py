@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-import warnings
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.exporters.describe import graph_inputs
 from bwcache_compile.inline import inline_calls
 from bwcache_compile.program import REGION_MARK, CachedProgram, graph_module_copy
+from bwcache_compile.tracing import tracing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,6 @@ def plain_graph(program: CachedProgram, kind: str, outputs: tuple[str, ...]) -> 
     output_specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in kept]
     exported = exported_program(lifted, ExportGraphSignature(specs, output_specs), {}, parameters, constants)
     if program.signature.autocast:
-        with under_autocast(program), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with tracing(), under_autocast(program):
             exported = exported.run_decompositions({})  # traces it, so that casts stand in the graph
     return PlainGraph(kind, exported, tuple(inputs), outputs)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +16,7 @@ from bwcache_compile.exporters.graphs import PlainGraph
 from bwcache_compile.exporters.half import admits_dtypes, between_casts
 from bwcache_compile.exporters.weights import WeightFile
 from bwcache_compile.program import REGION_MARK
+from bwcache_compile.tracing import tracing
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -78,22 +75,6 @@ def _find_region(model: ir.Model, origins: dict[str, dict[str, Any]]) -> tuple[d
     return region, unmarked
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's advice to its own developers to itself."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _masked_select(values: Any, mask: Any) -> Any:
     """Write `aten.masked_select`, which torch.onnx has not: text is packed with it."""
     import onnxscript
@@ -110,7 +91,7 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]
         ExportError: torch.onnx does not take the graph.
     """
     try:
-        with _quiet():
+        with tracing("torch.onnx", "onnxscript", "onnx_ir"):
             fit(plain.exported, opset)
             exported = complex_as_pairs(plain.exported)
             lacking: Any = {torch.ops.aten.masked_select.default: _masked_select}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from bwcache_compile.errors import ExportError, first_line
 from bwcache_compile.exporters.graphs import PlainGraph, exported_program
 from bwcache_compile.program import REGION_MARK
 from bwcache_compile.sizes import print_expression
+from bwcache_compile.tracing import tracing
 
 _KEPT = ("val", "custom")
 
@@ -101,8 +101,7 @@ def save(graph: TorchGraph, path: Path) -> TorchGraph:
         ExportError: torch does not write it.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with tracing():
             torch.export.save(graph.exported, path)
             return dataclasses.replace(graph, exported=torch.export.load(path))
     except Exception as error:  # the serializer's errors have no common class
@@ -124,8 +123,7 @@ def compile_package(graph: TorchGraph, path: Path) -> list[str]:
     if hasattr(config.aot_inductor, "enable_line_tables"):
         options["aot_inductor.enable_line_tables"] = False  # three times the size
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with tracing(), torch.no_grad():
             module: Any = graph.exported.module(check_guards=False)
             files: Any = aot_compile(module, values, options=options)
             package_aoti(path, [file for file in files if os.path.splitext(file)[1] != ".cpp"])

@@ -16,6 +16,7 @@ from bwcache_compile.layout import in_order
 from bwcache_compile.program import OURS, CachedProgram, CacheSlot
 from bwcache_compile.size_expressions import evaluate, evaluated, names_in
 from bwcache_compile.sizes import Size, Symbol, size_of
+from bwcache_compile.tracing import tracing
 
 CACHE = f"{OURS}cache"
 """Path of the buffers that stand for the slots until `lift_cache_state`."""
@@ -193,7 +194,7 @@ def as_graph(function: Callable[..., Any], examples: Sequence[Tensor | SymInt], 
             return example
         return torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device=example.device)
 
-    with mode or FakeTensorMode():
+    with tracing(), mode or FakeTensorMode():
         inputs = [like(example) for example in examples]
         traced = make_fx(function, tracing_mode="real")(*inputs)
     for node in traced.graph.nodes:
