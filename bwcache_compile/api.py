@@ -36,7 +36,7 @@ def _names(blocks: Sequence[str] | None) -> tuple[str, ...]:
 def _toolchain(blocks: Sequence[str] | None, guard: Guard) -> Toolchain:
     choices: dict[str, Any] = {"blocks": _names(blocks), "guard": guard}
     build, explain = functools.partial(passes.build, **choices), functools.partial(passes.explain, **choices)
-    return Toolchain(capture=capture, build=build, explain=explain)
+    return Toolchain(capture=capture, build=build, explain=explain, guard=guard)
 
 
 def transform(
@@ -92,8 +92,7 @@ def transform(
     config = config or CacheConfig()
     if guard not in get_args(Guard):
         raise ConfigError(f"guard is {guard!r}; choose one of {', '.join(map(repr, get_args(Guard)))}.")
-    if config.granularity == "block" and guard == "host":
-        raise ConfigError("granularity='block' decides for each block on its own, inside the graph: pass guard='graph'.")
+    config.check_guard(guard)
     cached = CachedModel(model, config, _toolchain(blocks, guard), dynamic_shapes)
     if example_args is not None or example_kwargs is not None:
         cached.prepare(example_args or (), example_kwargs or {})

@@ -31,6 +31,13 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _may_change() -> str:
+    """List the settings that graphs do not depend on."""
+    shaping = {field.name for field in dataclasses.fields(GraphSettings)}
+    names = sorted(field.name for field in dataclasses.fields(CacheConfig) if field.name not in shaping)
+    return ", ".join("steps_mask (of the same length)" if name == "steps_mask" else name for name in names)
+
+
 def _as_mask(given: Any) -> tuple[int, ...]:
     """Return a mask's entries as ints, numpy's and flags too; nothing is rounded."""
     try:
@@ -42,6 +49,26 @@ def _as_mask(given: Any) -> tuple[int, ...]:
     if not same:
         raise ConfigError(f"steps_mask is {given!r}; it must hold a 0 or a 1 for each step.")
     return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphSettings:
+    """The settings that shape the graphs: two configurations that agree in these can use the same graphs.
+
+    The fields are those of `CacheConfig`; every other setting is a value that the graphs take as input, or is read outside of them.
+
+    Attributes:
+        mask_steps: Entries of `steps_mask`, 0 where there is none: the mask is an input of that length.
+    """
+
+    policy: Policy
+    reuse: Reuse
+    granularity: Granularity
+    compute_first: int
+    compute_last: int
+    indicator_blocks: int | Literal["all"]
+    indicator_tokens: int | Literal["all"]
+    mask_steps: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +194,47 @@ class CacheConfig:
     def paper(cls, **changes: Any) -> CacheConfig:
         """Return the paper's settings: every block and every token is measured, `threshold` 0.15, `R` 10 %, `tail` 0.5."""
         return cls(**{"indicator_blocks": "all", "indicator_tokens": "all", **changes})
+
+    @property
+    def graph_settings(self) -> GraphSettings:
+        """The settings that shape the graphs."""
+        names = [field.name for field in dataclasses.fields(GraphSettings) if field.name != "mask_steps"]
+        return GraphSettings(**{name: getattr(self, name) for name in names}, mask_steps=len(self.steps_mask or ()))
+
+    def changed(self, **changes: Any) -> CacheConfig:
+        """Return the settings with some of them changed, for the graphs that these settings were used for.
+
+        Raises:
+            ConfigError: A value is bad, there is no setting of that name, or the setting shapes the graphs.
+        """
+        names = {field.name for field in dataclasses.fields(self)}
+        if unknown := sorted(set(changes) - names):
+            raise ConfigError(f"{', '.join(unknown)} is no setting of CacheConfig.\n  What may change: {_may_change()}.")
+        new = dataclasses.replace(self, **changes)
+        old_graphs, new_graphs = self.graph_settings, new.graph_settings
+        shaping = [name for name, value in vars(old_graphs).items() if value != getattr(new_graphs, name)]
+        if shaping == ["mask_steps"]:
+            raise ConfigError(
+                f"steps_mask has {new_graphs.mask_steps} entries, and the graphs take {old_graphs.mask_steps}: the length of a mask shapes"
+                " them. Transform the model again with the new mask, or export it again."
+            )
+        if shaping:
+            raise ConfigError(
+                f"{', '.join(name for name in shaping if name != 'mask_steps')} shapes the graphs; transform the model again, or export"
+                f" it again.\n  What may change: {_may_change()}."
+            )
+        return new
+
+    def check_guard(self, guard: str) -> None:
+        """Check that the settings fit the kind of guard: "host", where the caller picks the graph, or "graph".
+
+        Raises:
+            ConfigError: They do not.
+        """
+        if self.granularity == "block" and guard == "host":
+            raise ConfigError("granularity='block' decides for each block on its own, inside the graph: pass guard='graph'.")
+        if self.decide == "joint" and guard == "graph":
+            raise ConfigError("decide='joint' is for guard='host': a graph that decides by itself sees one context.")
 
     @property
     def steps(self) -> int | None:

@@ -106,3 +106,55 @@ def test_paper_settings_measure_everything() -> None:
     paper = bw.CacheConfig.paper()
     assert (paper.threshold, paper.reuse_interval, paper.tail) == (0.15, 0.1, 0.5)
     assert (paper.indicator_blocks, paper.indicator_tokens) == ("all", "all")
+
+
+MASK = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0))
+MAY_CHANGE = """
+  What may change: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold, warmup_steps."""
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (
+            bw.CacheConfig(),
+            {"reuse": "residual", "threshold": 0.1},
+            f"reuse shapes the graphs; transform the model again, or export it again.{MAY_CHANGE}",
+        ),
+        (bw.CacheConfig(), {"treshold": 0.1}, f"treshold is no setting of CacheConfig.{MAY_CHANGE}"),
+        (bw.CacheConfig(), {"threshold": -1}, "threshold is -1; it must be >= 0 (0 never reuses)."),
+        (
+            MASK,
+            {"steps_mask": (0, 1, 1, 0)},
+            "steps_mask has 4 entries, and the graphs take 3: the length of a mask shapes them."
+            " Transform the model again with the new mask, or export it again.",
+        ),
+        (
+            MASK,
+            {"policy": "schedule", "steps_mask": None},
+            f"policy shapes the graphs; transform the model again, or export it again.{MAY_CHANGE}",
+        ),
+    ],
+    ids=["shapes the graphs", "unknown", "bad value", "length of the mask", "another policy"],
+)
+def test_what_shapes_the_graphs_cannot_change_behind_them(config: bw.CacheConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(bw.ConfigError, match=f"^{re.escape(message)}$"):
+        config.changed(**changes)
+
+
+def test_what_the_graphs_take_as_input_may_change() -> None:
+    assert MASK.changed(steps_mask=(0, 0, 1)).steps_mask == (0, 0, 1)
+    assert MASK.changed(policy="static") == MASK
+    changed = bw.CacheConfig().changed(
+        threshold=0.3, reuse_interval=2, tail=0.1, warmup_steps=1, num_steps=9, calls_per_step=2, decide="joint"
+    )
+    assert changed.graph_settings == bw.CacheConfig().graph_settings
+
+
+def test_the_guard_must_fit_the_settings() -> None:
+    bw.CacheConfig(decide="joint").check_guard("host")
+    bw.CacheConfig(granularity="block", reuse="residual").check_guard("graph")
+    with pytest.raises(bw.ConfigError, match="decide='joint' is for guard='host'"):
+        bw.CacheConfig(decide="joint").check_guard("graph")
+    with pytest.raises(bw.ConfigError, match="granularity='block' decides for each block on its own"):
+        bw.CacheConfig(granularity="block", reuse="residual").check_guard("host")

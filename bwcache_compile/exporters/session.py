@@ -15,8 +15,6 @@ from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.call import UNTIL, Call, Runner, bound, flat_call, put_together
 from bwcache_compile.report import ContextReport, RawStep, Report, step_records
 
-_MAY_CHANGE = {"threshold", "reuse_interval", "tail", "warmup_steps", "num_steps"}
-
 
 @dataclasses.dataclass(frozen=True)
 class _Moment:
@@ -211,12 +209,10 @@ class Session:
         Raises:
             ConfigError: A value is bad, or the setting is built into the graphs.
         """
-        if set(changes) - _MAY_CHANGE:
-            raise ConfigError(
-                f"{', '.join(sorted(set(changes) - _MAY_CHANGE))} is built into the graphs; export again."
-                f" What may change is {', '.join(sorted(_MAY_CHANGE))}."
-            )
-        self.cache_config = dataclasses.replace(self.cache_config, **changes)
+        config = self.cache_config.changed(**changes)
+        if config.decide == "joint":
+            raise ConfigError("decide='joint' is for a model in torch: the contexts of a bundle's session decide separately.")
+        self.cache_config = config
 
     def report(self) -> Report:
         """Return what each context did in its current generation."""

@@ -138,8 +138,6 @@ class CachedModel(ModelWrapper):
             loaded, flat, num_steps = fit.loaded, pytree.tree_leaves((args, kwargs)), self.cache_config.steps_of(moment.num_steps)
             context.group = moment.group
             if self.cache_config.decide == "joint":
-                if loaded.guarded:
-                    raise ConfigError("decide='joint' is for guard='host': a graph that decides by itself sees one context.")
                 agree(context, list(self._contexts.values()), self.cache_config, num_steps)
             state = arrive(context, moment, fit, flat, num_steps)
             operands = loaded.operands(flat, state, loaded.parameters(self.cache_config, num_steps))
@@ -264,13 +262,9 @@ class CachedModel(ModelWrapper):
             self._calls = 0
 
     def _changed_config(self, changes: dict[str, Any]) -> CacheConfig:
-        allowed = {"threshold", "reuse_interval", "tail", "warmup_steps", "num_steps", "decide"}
-        if set(changes) - allowed:
-            raise ConfigError(
-                f"{', '.join(sorted(set(changes) - allowed))} shapes the graphs; transform the model again."
-                f" What may change is {', '.join(sorted(allowed))}."
-            )
-        return dataclasses.replace(self.cache_config, **changes)
+        config = self.cache_config.changed(**changes)
+        config.check_guard(self._toolchain.guard)
+        return config
 
     def configure(self, **changes: Any) -> None:
         """Change policy settings; they take effect at the next computed step and recompile nothing.

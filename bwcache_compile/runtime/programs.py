@@ -39,11 +39,13 @@ class Toolchain:
             built in, to a captured program.
         build: A captured program, which it consumes, and settings to a cached one.
         explain: The same to the diff of each pass.
+        guard: Who decides at each step of what `build` makes: "host" or "graph".
     """
 
     capture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any, bool], CachedProgram]
     build: Callable[[CachedProgram, CacheConfig], CachedProgram]
     explain: Callable[[CachedProgram, CacheConfig], dict[str, GraphDiff]]
+    guard: str = "host"
 
 
 @dataclasses.dataclass(frozen=True)

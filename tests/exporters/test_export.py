@@ -176,7 +176,9 @@ t is missing; the bundle takes t, x.
         session.configure(reuse="residual")
     assert_expected_inline(
         str(config.value),
-        """reuse is built into the graphs; export again. What may change is num_steps, reuse_interval, tail, threshold, warmup_steps.""",
+        """\
+reuse shapes the graphs; transform the model again, or export it again.
+  What may change: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold, warmup_steps.""",
     )
 
 

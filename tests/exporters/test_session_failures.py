@@ -63,6 +63,7 @@ def test_what_both_refuse(bundles: Path, format: str) -> None:
         lambda s: s.run_flat({"x": x}),
         lambda s: s.state("uncond"),
         lambda s: s.configure(reuse="residual"),
+        lambda s: s.configure(decide="joint"),
     )
     assert_expected_inline(
         f"{outside}\n{shown}".replace("a tensor, a numpy array", "...").replace("a numpy array, an OrtValue", "..."),
@@ -78,7 +79,9 @@ StateError: x is float64, and the bundle takes float32.
 StateError: t is a str; pass ... or something with DLPack.
 StateError: t is missing; the bundle takes x, t.
 StateError: no call was in a context 'uncond'; there are: cond.
-ConfigError: reuse is built into the graphs; export again. What may change is num_steps, reuse_interval, tail, threshold, warmup_steps.""",
+ConfigError: reuse shapes the graphs; transform the model again, or export it again.
+  What may change: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold, warmup_steps.
+ConfigError: decide='joint' is for a model in torch: the contexts of a bundle's session decide separately.""",
     )
 
 

@@ -161,7 +161,8 @@ def test_refusals() -> None:
         complaint(bw.ConfigError, lambda: bw.transform(model, guard="device")),
         complaint(bw.ConfigError, lambda: bw.transform(model, bw.CacheConfig(granularity="block", reuse="residual"))),
         complaint(bw.ConfigError, lambda: bw.CacheConfig(granularity="block")),
-        complaint(bw.ConfigError, lambda: bw.transform(model, bw.CacheConfig(decide="joint"), guard="graph")(*model.example())),
+        complaint(bw.ConfigError, lambda: bw.transform(model, bw.CacheConfig(decide="joint"), guard="graph")),
+        complaint(bw.ConfigError, lambda: cached.configure(decide="joint")),
         complaint(bw.ConfigError, lambda: bw.CacheConfig(granularity="block", reuse="residual", indicator_blocks=2)),
         raised_inside(compiled(cached, model.example(), None)),
         raised_inside(compiled(cached, model.example(batch=2), cached.policy_parameters())),
@@ -174,6 +175,7 @@ def test_refusals() -> None:
 guard is 'device'; choose one of 'host', 'graph'.
 granularity='block' decides for each block on its own, inside the graph: pass guard='graph'.
 granularity='block' needs reuse='residual', not 'output': a held output would hide what earlier blocks changed.
+decide='joint' is for guard='host': a graph that decides by itself sees one context.
 decide='joint' is for guard='host': a graph that decides by itself sees one context.
 granularity='block' measures every block; indicator_blocks is 2, not "all".
 ConfigError('inside torch.compile, pass parameters=cached.policy_parameters(): settings are no constants of the graph.')

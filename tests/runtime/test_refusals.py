@@ -141,7 +141,8 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
     "configure": (
         _shaping_setting,
         bw.ConfigError,
-        "reuse shapes the graphs; transform the model again. What may change is decide, num_steps, reuse_interval, tail, threshold,"
+        "reuse shapes the graphs; transform the model again, or export it again.\n"
+        "  What may change: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold,"
         " warmup_steps.",
     ),
 }
