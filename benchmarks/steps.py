@@ -78,7 +78,7 @@ def measure_steps(layers: int, rounds: int, compiled: bool) -> dict[str, float]:
         model_call(**call)
         shell_call(**call)
         _, after = cached.step((), call, fresh)
-    reusing = dataclasses.replace(after, reuse_until=after.step)
+    reusing = dataclasses.replace(after, cursor=dataclasses.replace(after.cursor, reuse_until=after.step))
     medians = take_turns(
         {
             "plain": lambda: model_call(**call),

@@ -75,12 +75,21 @@ def step_records(steps: Sequence[RawStep]) -> tuple[StepRecord, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ContextReport:
-    """The current generation of one context: its steps in order, and what happened to its cache besides."""
+    """The current generation of one context: its steps in order, and what happened to its cache besides.
+
+    Attributes:
+        name: The context's name.
+        steps: What each step did.
+        events: What happened besides computing and reusing.
+        state_bytes: Bytes of its cache while the generation runs; they are freed at its last step.
+        began: Why the generation began.
+    """
 
     name: str
     steps: tuple[StepRecord, ...]
     events: tuple[str, ...]
     state_bytes: int
+    began: str = ""
 
     @property
     def computed(self) -> int:

@@ -15,11 +15,11 @@ NAME = "bwcache_compile"
 ROOT = Path(bwcache_compile.__file__).parent
 LAYERS = (
     {"errors"},
-    {"size_expressions", "tracing"},
-    {"config", "sizes"},
+    {"report", "size_expressions", "stepping", "tracing"},
+    {"config", "contexts", "sizes"},
     {"layout"},
     {"program"},
-    {"compare", "dataflow", "graph_text", "inline", "known", "report", "verify", "policy"},
+    {"compare", "dataflow", "graph_text", "inline", "known", "verify", "policy"},
     {"capture", "passes", "runtime", "exporters"},
     {"api"},
 )

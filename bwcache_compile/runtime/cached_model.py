@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import inspect
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,28 +13,45 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram, CachePlan
 from bwcache_compile.report import RawStep, Report
-from bwcache_compile.runtime.context import UNNAMED, Context, Moment, arrive, warn_without_reuse
+from bwcache_compile.runtime.context import ModelContext, check_values, renumbers, state_for, time_inputs, warn_without_reuse
 from bwcache_compile.runtime.frames import call_with_room, left_out
 from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
-from bwcache_compile.runtime.joint import agree
-from bwcache_compile.runtime.loaded import LoadedProgram, run_all
+from bwcache_compile.runtime.joint import synchronize_decisions
+from bwcache_compile.runtime.loaded import run_all
 from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
 from bwcache_compile.runtime.signature import ordered
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.wrapper import ModelWrapper
+from bwcache_compile.stepping import Advance, StepInfo
 
 
 @dataclasses.dataclass
 class _Call:
-    """One call on its way: who asked, what runs, and what it runs on."""
+    """One call on its way: who asked, what it is, what runs, and what it runs on.
 
-    context: Context
-    loaded: LoadedProgram
+    Attributes:
+        context: Locked until the call ends.
+        advance: Which step of which generation it is.
+        fit: The program, and the model's version.
+        state: What it runs on.
+        events: What a report says of it.
+        renumbered: Whether a Python number changed since the last call.
+        num_steps: Steps of the generation, if known.
+        run: The graph.
+        operands: Its inputs.
+    """
+
+    context: ModelContext
+    advance: Advance
+    fit: Fit
     state: CacheState
+    events: list[str]
+    renumbered: bool
     num_steps: int | None
     run: Callable[..., Any]
     operands: list[Any]
@@ -55,10 +70,7 @@ class CachedModel(ModelWrapper):
         self._toolchain = toolchain
         self._dynamic_shapes = dynamic_shapes
         self._programs = ProgramCache(model, toolchain, dynamic_shapes)
-        self._contexts: dict[str, Context] = {}
-        self._lock = threading.RLock()
-        self._moment: contextvars.ContextVar[Moment | None] = contextvars.ContextVar("bwcache_moment", default=None)
-        self._calls = 0
+        self._contexts = ContextTable(ModelContext)
         self._closed = False
         self._seal()
 
@@ -125,43 +137,54 @@ class CachedModel(ModelWrapper):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         args, kwargs = ordered(args, kwargs)
-        moment = self._moment.get() or self._unnamed()
-        with self._lock:
-            context = self._contexts.setdefault(moment.name, Context(moment.name))
-        if not context.lock.acquire(blocking=False):
-            raise StateError(
-                f"the context {moment.name!r} is in use by another thread. Give each stream of calls its own:"
-                " `with cached.cache_context(name):`."
-            )
+        info = self._contexts.info(self.cache_config.calls_per_step)
+        context = self._contexts.enter(info)
         try:
-            fit = self._fit(args, kwargs, context.fit)
-            loaded, flat, num_steps = fit.loaded, pytree.tree_leaves((args, kwargs)), self.cache_config.steps_of(moment.num_steps)
-            context.group = moment.group
-            if self.cache_config.decide == "joint":
-                agree(context, list(self._contexts.values()), self.cache_config, num_steps)
-            state = arrive(context, moment, fit, flat, num_steps)
-            operands = loaded.operands(flat, state, loaded.parameters(self.cache_config, num_steps))
+            call = self._prepared(context, info, args, kwargs)
         except BaseException:
             context.lock.release()
             raise
         self._programs.enter()
-        return _Call(context, loaded, state, num_steps, loaded.graphs[loaded.kind(state)], operands)
+        return call
 
-    def _unnamed(self) -> Moment:
-        """Name the calls of one step apart where the caller does not."""
-        calls = self.cache_config.calls_per_step
-        if calls == 1:
-            return Moment(UNNAMED, named=False)
-        with self._lock:
-            self._calls += 1
-            return Moment(f"call_{(self._calls - 1) % calls}")
+    def _prepared(self, context: ModelContext, info: StepInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        """Decide what a call is. Nothing of its context changes before it has succeeded."""
+        config = self.cache_config
+        fit = self._fit(args, kwargs, context.fit)
+        loaded, flat, num_steps = fit.loaded, pytree.tree_leaves((args, kwargs)), config.steps_of(info.num_steps)
+        self._release_stale(context, fit.version[0])
+        check_values(context, fit, num_steps)
+        renumbered = renumbers(context, fit, num_steps)
+        times = time_inputs(flat) if info.step_index is None else {}
+        advance = context.tracker.advance(info, fit.signature, times, num_steps, self._contexts.latest(info.group))
+        if config.decide == "joint" and not advance.began:
+            synchronize_decisions(context, self._contexts.values(), config, num_steps)
+        state, events = state_for(context, advance, fit)
+        operands = loaded.operands(flat, state, loaded.parameters(config, num_steps))
+        return _Call(context, advance, fit, state, events, renumbered, num_steps, loaded.graphs[loaded.kind(state)], operands)
+
+    def _release_stale(self, current: ModelContext, structure: int) -> None:
+        """Let idle contexts go of programs that hold weights which the model has dropped."""
+        if current.version[0] == structure:
+            return
+        for other in self._contexts.values():
+            if other is not current and other.version[0] != structure and other.lock.acquire(blocking=False):
+                other.release()
+                other.lock.release()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _finish(self, call: _Call, returned: Any) -> Any:
-        before, context = call.state, call.context
-        outputs, context.state, change = call.loaded.split(returned, before)
-        context.records.append(RawStep(before.step, call.loaded.computes(before), before.computed_at < 0, change))
+        before, context, loaded = call.state, call.context, call.fit.loaded
+        fresh = before.cursor.computed_at < 0
+        outputs, state, change = loaded.split(returned, before)
+        if fresh:  # what was decided together before belongs to another cache
+            context.release()
+        context.state, context.fit = state, call.fit
+        context.key, context.version, context.renumbered = call.fit.key, call.fit.version, call.renumbered
+        context.state_bytes = state.bytes
+        self._contexts.succeed(context, call.advance, RawStep(before.step, loaded.computes(before), fresh, change), call.events)
         if call.num_steps is not None and before.step == call.num_steps - 1:
+            context.release()
             warn_without_reuse(context, self.cache_config)
         return outputs
 
@@ -236,18 +259,15 @@ class CachedModel(ModelWrapper):
         """Name the stream of calls that the block belongs to, and the step where the caller knows it.
 
         Args:
-            name: Contexts of different names share nothing.
+            name: Contexts of different names share nothing, and neither do those of different groups.
             step_index: Index of the denoising step; one that goes back begins a new generation.
             num_inference_steps: Steps of this generation, if the settings do not say.
-            group: With `CacheConfig(decide="joint")`, the contexts of a group decide together; one group for each video
-                that is made at the same time.
+            group: One for each video that is made at the same time. With `CacheConfig(decide="joint")` the contexts of a
+                group decide together. Reports list a context of a group as `group/name`.
             **details: What else a pipeline knows (sigma, timestep); not needed.
         """
-        token = self._moment.set(Moment(name, step_index, num_inference_steps, group=group))
-        try:
+        with self._contexts.naming(StepInfo(name, step_index, num_inference_steps, group=group)):
             yield
-        finally:
-            self._moment.reset(token)
 
     def reset(self, num_steps: int | None = None) -> None:
         """Begin a new generation in every context; `num_steps` replaces the configured number from here on.
@@ -257,9 +277,7 @@ class CachedModel(ModelWrapper):
         """
         if num_steps is not None:
             self.configure(num_steps=num_steps)
-        with self._lock:
-            self._contexts = {}
-            self._calls = 0
+        self._contexts.clear()
 
     def _changed_config(self, changes: dict[str, Any]) -> CacheConfig:
         config = self.cache_config.changed(**changes)
@@ -283,10 +301,9 @@ class CachedModel(ModelWrapper):
 
     def close(self) -> None:
         """Free every program and state. The original model is as it was."""
-        with self._lock:
-            self._programs.clear()
-            self._contexts = {}
-            self._closed = True
+        self._closed = True
+        self._programs.clear()
+        self._contexts.clear()
 
     def compile(self, **options: Any) -> None:
         """Compile each program's graphs with `torch.compile(**options)`, those captured later too."""
@@ -304,9 +321,8 @@ class CachedModel(ModelWrapper):
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""
         blocks = tuple(m.block for m in self.plan.measured) if len(self._programs) else ()
-        with self._lock:
-            held = list(self._contexts.items())
-        return Report({name: context.report() for name, context in held}, blocks, self._programs.captured)
+        contexts = {context.name: context.report() for context in self._contexts.values() if context.tracker.started}
+        return Report(contexts, blocks, self._programs.captured)
 
     def graph_diff(self) -> dict[str, GraphDiff]:
         """Return what each pass changed, by its name, and what all did together, under "whole"."""

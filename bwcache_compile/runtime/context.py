@@ -1,103 +1,84 @@
-"""One stream of calls: its state, its history, and where it is."""
+"""A context of a cached model: its cache, and what must hold for the cache to be used."""
 
 from __future__ import annotations
 
-import dataclasses
-import threading
 import warnings
+from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.contexts import Context
 from bwcache_compile.errors import CacheWarning, StateError
-from bwcache_compile.report import ContextReport, RawStep, step_records
-from bwcache_compile.runtime.clock import Clock
+from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.programs import Fit
-from bwcache_compile.runtime.signature import changed_numbers
+from bwcache_compile.runtime.signature import CallKey, changed_numbers
 from bwcache_compile.runtime.state import CacheState
+from bwcache_compile.stepping import Advance, StepInfo, TimeInput
 
-UNNAMED = "default"
-"""Name of the context of calls that are in none."""
+_MOST = 4096
+"""Elements of the largest input that may be the time."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """What the caller said about a call: the context's name, the step and the number of steps, where known.
+class ModelContext(Context):
+    """One stream of calls of a cached model.
 
-    Contexts of one `group` may decide together (`CacheConfig.decide`). `named` is False where the caller opened no
-    context, so that calls can only be told apart by their order.
+    Attributes:
+        state: The cache, while a generation runs.
+        fit: What the last call ran with, while a generation runs.
+        key: What the last call looked like.
+        version: Structure and weights of the model at the last call.
+        renumbered: Whether a Python number changed at the last call.
+        agreed_at: The last computed step after which contexts decided together.
+        trigger: int64[1], the trigger that they decided on.
     """
 
-    name: str
-    step_index: int | None = None
-    num_steps: int | None = None
-    named: bool = True
-    group: str = ""
-
-
-class Context:
-    """Mutable holder of one context's state; only the thread that has `lock` touches it."""
-
-    def __init__(self, name: str) -> None:
-        """Start without a state."""
-        self.name = name
-        self.group = ""
-        self.agreed_at = -1
-        self.renumbered = False
-        self.trigger: Tensor | None = None
-        self.lock = threading.Lock()
+    def __init__(self, info: StepInfo, created: int) -> None:
+        """Start before the first call."""
+        super().__init__(info, created)
         self.state: CacheState | None = None
         self.fit: Fit | None = None
-        self.clock = Clock()
-        self.records: list[RawStep] = []
-        self.events: list[str] = []
+        self.key: CallKey | None = None
+        self.version = (-1, -1)
+        self.renumbered = False
+        self.agreed_at = -1
+        self.trigger: Tensor | None = None
 
-    def start(self, *events: str) -> None:
-        """Begin a new generation: the history of the last one goes."""
-        self.records, self.events = [], list(events)
-        self.agreed_at, self.trigger = -1, None
-
-    def report(self) -> ContextReport:
-        """Return the current generation as a value."""
-        held = self.state.bytes if self.state else 0
-        return ContextReport(self.name, step_records(self.records), tuple(self.events), held)
-
-    def forget(self, why: str, step: int, fit: Fit) -> None:
-        """Drop what is cached and keep the step."""
-        self.events.append(f"{why} before step {step}: the cache was cleared")
-        self.agreed_at, self.trigger = -1, None
-        self.state = fit.loaded.fresh(fit.sizes, step)
+    def release(self) -> None:
+        """Drop the cache and the program; the step is kept."""
+        self.state = self.fit = self.trigger = None
+        self.agreed_at = -1
 
 
-def _starts_over(context: Context, moment: Moment, state: CacheState, flat: list[Any]) -> bool:
-    """Whether the time says that a run began anew; asked only where the caller does not give the step.
+def time_inputs(flat: list[Any]) -> Mapping[Hashable, TimeInput]:
+    """Return the inputs of a call that may be the time: short real tensors of rank 2 or less, by position."""
 
-    Raises:
-        StateError: The calls of one step are not told apart.
-    """
-    if state.step == 1 and context.clock.same_moment(flat):
-        if moment.named:
-            return True
-        raise StateError(
-            "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"
-            " overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set"
-            " CacheConfig(calls_per_step=2). If the first call was of a run that was broken off, call cached.reset()."
-        )
-    return context.clock.went_back(flat)
+    def input_of(leaf: Tensor) -> TimeInput:
+        half = leaf.dtype in (torch.float16, torch.bfloat16)
+        return TimeInput(leaf.dim(), half, lambda: leaf.detach().reshape(-1).tolist())
+
+    return {
+        i: input_of(leaf)
+        for i, leaf in enumerate(flat)
+        if isinstance(leaf, Tensor) and leaf.dim() <= 2 and leaf.numel() <= _MOST and leaf.dtype is not torch.bool and not leaf.is_complex()
+    }
 
 
-def _check_values(state: CacheState, before: Fit, fit: Fit, num_steps: int | None) -> None:
+def check_values(context: ModelContext, fit: Fit, num_steps: int | None) -> None:
     """Refuse values that are built into a program and change in the middle of a run.
 
     Raises:
         StateError: They did.
     """
-    old = dict(before.key.values)
+    if context.key is None or context.state is None:
+        return
+    old, step = dict(context.key.values), context.tracker.next_step
     names = [fit.loaded.program.signature.inputs[i] for i, value in fit.key.values if old.get(i, value) != value]
-    if names and before.key._replace(values=()) == fit.key._replace(values=()) and 0 < state.step < (num_steps or 0):
+    if names and context.key._replace(values=()) == fit.key._replace(values=()) and 0 < step < (num_steps or 0):
         raise StateError(
-            f"`{names[0]}` holds other values than at step {state.step - 1}, and the model reads such values in Python, which builds them"
+            f"`{names[0]}` holds other values than at step {step - 1}, and the model reads such values in Python, which builds them"
             " into its graph; nothing could be kept from one step to the next.\n"
             f"    at {fit.loaded.program.signature.read_at}\n"
             "  Take that Python (a branch, .item(), .tolist()) out of the model's forward. If the run before was broken off, call"
@@ -105,12 +86,13 @@ def _check_values(state: CacheState, before: Fit, fit: Fit, num_steps: int | Non
         )
 
 
-def _check_numbers(context: Context, changed: dict[int, tuple[Any, Any]], fit: Fit) -> None:
-    """Refuse a Python number that changes at every call; one change may be another run's.
+def renumbers(context: ModelContext, fit: Fit, num_steps: int | None) -> bool:
+    """Return whether a Python number changed since the last call; one change may be another run's.
 
     Raises:
         StateError: It changed at the call before, too.
     """
+    changed = changed_numbers(context.key, fit.key) if context.key is not None and num_steps != 1 else {}
     if context.renumbered and changed:
         at, (old, new) = next(iter(changed.items()))
         name = fit.loaded.program.signature.inputs[at]
@@ -119,60 +101,39 @@ def _check_numbers(context: Context, changed: dict[int, tuple[Any, Any]], fit: F
             f" nothing could be kept from one step to the next. Pass it as a tensor, such as torch.tensor({new}). If each of these calls"
             " is a run of its own, call cached.reset() between them."
         )
-    context.renumbered = bool(changed)
+    return bool(changed)
 
 
-def arrive(context: Context, moment: Moment, fit: Fit, flat: list[Any], num_steps: int | None) -> CacheState:
-    """Bring a context to the step of a call: a new generation, a lost cache, or simply the next step.
+def _interchangeable(one: LoadedProgram, other: LoadedProgram) -> bool:
+    """Whether what one program cached means the same to another, such as one for another dtype of the time."""
+    return one is other or (
+        one.slots == other.slots and one.plan.blocks == other.plan.blocks and one.plan.time_input == other.plan.time_input
+    )
 
-    A new generation begins, in this order of authority: where the caller's `step_index` goes back, where the count of
-    calls has reached `num_steps`, where the inputs are of another signature, and where the time goes back.
 
-    Args:
-        context: Locked by the caller.
-        moment: What the caller said about the call.
-        fit: The program that the call needs, and the model's version.
-        flat: The call's leaves.
-        num_steps: Steps of a generation, where known; one more call begins the next.
+def state_for(context: ModelContext, advance: Advance, fit: Fit) -> tuple[CacheState, list[str]]:
+    """Return the state that a call runs on, and what a report says of it.
 
-    Returns:
-        The state to run on; its `step` is the step of this call.
-
-    Raises:
-        StateError: The call is at the same moment as the one before it, its step index is out of range, a Python number
-            in its inputs changes at every call, or values that the model reads in Python changed.
+    The cache is used only if the same model made it in the same generation.
     """
-    given, before = moment.step_index, context.fit
-    if given is not None and num_steps is not None and not 0 <= given < num_steps:
-        raise StateError(f"step_index {given} is outside the {num_steps} steps of a generation (0 .. {num_steps - 1}).")
-    state = context.state
-    _check_numbers(context, changed_numbers(before.key, fit.key) if before is not None and num_steps != 1 else {}, fit)
-    if state is not None and before is not None:
-        _check_values(state, before, fit, num_steps)
-    step = given if given is not None else state.step if state else 0
-    events = None
-    if state is None or before is None or (num_steps is not None and step >= num_steps) or step < state.step:
-        events = []
-        if state is not None and given is not None and 0 < given == state.step - 1:
-            events = [f"step {given} came again: a new generation began. Where a step takes several calls, give each a context of its own"]
-    elif before.key != fit.key:
-        events = [f"the inputs changed before step {state.step}: a new generation began"]
-    elif given is None and _starts_over(context, moment, state, flat):
-        events = [f"the time went back before step {state.step}: a new generation began"]
-    if events is not None:
-        context.start(*events)
-        context.clock.start(flat)
-        step = given or 0
-        context.state = fit.loaded.fresh(fit.sizes, step)
-    elif before is not None and before.version != fit.version:
-        rebuilt = before.version[0] != fit.version[0]
-        context.forget(f"the modules changed ({fit.changed})" if rebuilt else "the weights changed", step, fit)
-    context.fit = fit
-    assert context.state is not None
-    return dataclasses.replace(context.state, step=step)
+    step, events = advance.step, [advance.event] if advance.event else []
+    if advance.began:
+        return fit.loaded.fresh(fit.sizes, step), events
+    why = ""
+    if context.version != fit.version:
+        why = f"the modules changed ({fit.changed})" if context.version[0] != fit.version[0] else "the weights changed"
+    elif context.state is None or context.fit is None:
+        why = "the generation had ended"
+    elif not _interchangeable(context.fit.loaded, fit.loaded):
+        why = "the program changed"
+    if why:
+        events.append(f"{why} before step {step}: the cache was cleared")
+    if why or advance.cleared or context.state is None:
+        return fit.loaded.fresh(fit.sizes, step), events
+    return context.state.at(step), events
 
 
-def warn_without_reuse(context: Context, config: CacheConfig) -> None:
+def warn_without_reuse(context: ModelContext, config: CacheConfig) -> None:
     """At the end of a generation that reused nothing: say so, and which threshold would have."""
     if config.policy != "schedule" or config.threshold == 0:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable
 
@@ -10,26 +11,36 @@ from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import StateError
-from bwcache_compile.runtime.context import Context
+from bwcache_compile.runtime.context import ModelContext
 
 
-def _trigger(context: Context) -> int:
+def _trigger(context: ModelContext) -> int:
     """Return the position of the trigger among a context's slots."""
     assert context.fit is not None
     return next(i for i, slot in enumerate(context.fit.loaded.plan.slots) if slot.role == "trigger")
 
 
-def _change(context: Context) -> Tensor | None:
+def _change(context: ModelContext) -> Tensor | None:
     """Return what a context measured at its last computed step; None for a policy that measures nothing."""
     return next((record.change for record in reversed(context.records) if record.computed), None)
 
 
-def agree(context: Context, contexts: Iterable[Context], config: CacheConfig, num_steps: int | None) -> None:
+def _decides_with(other: ModelContext, context: ModelContext) -> bool:
+    """Whether another context computed the last step of the same run: it was called since this one's last call."""
+    if other is context or other.group != context.group or other.called < context.called:
+        return False
+    if other.tracker.run != context.tracker.run or other.state is None or other.fit is None or context.state is None:
+        return False
+    return other.state.cursor.computed_at == context.state.cursor.computed_at
+
+
+def synchronize_decisions(context: ModelContext, contexts: Iterable[ModelContext], config: CacheConfig, num_steps: int | None) -> None:
     """Give all contexts that computed the last step one trigger and one number of steps to reuse.
 
-    Called when the first context arrives at the next step, so all of them have measured. The graph's own policy runs
-    once more, on the changes of all their blocks together: its indicator is the mean over all. A context that skipped
-    the step, or joined late, decides with those that compute the same steps as it does.
+    Called when the first context arrives at the next step of its generation, so all of them have measured. The graph's
+    own policy runs once more, on the changes of all their blocks together: its indicator is the mean over all. A context
+    that skipped the step, or joined late, decides with those that compute the same steps as it does. One that was not
+    called since this one's last call takes no part: its run has ended.
 
     Args:
         context: The one that arrives; locked by the caller.
@@ -40,26 +51,37 @@ def agree(context: Context, contexts: Iterable[Context], config: CacheConfig, nu
     Raises:
         StateError: Another thread is inside one of the contexts that decide with this one.
     """
-    state = context.state
-    if state is None or context.fit is None or state.computed_at != state.step - 1 or context.agreed_at == state.computed_at:
+    if context.state is None or context.fit is None or _change(context) is None:
         return
-    if _change(context) is None:
+    computed_at = context.state.cursor.computed_at
+    if computed_at != context.state.step - 1 or context.agreed_at == computed_at:
         return
-    members = [context]
-    for other in contexts:
-        if other is not context and other.group == context.group and other.state and other.state.computed_at == state.computed_at:
-            if other.lock.locked():
+    with contextlib.ExitStack() as locks:
+        members = [context]
+        for other in contexts:
+            if not _decides_with(other, context):
+                continue
+            if not other.lock.acquire(blocking=False):
                 raise StateError(
                     f"the contexts {context.name!r} and {other.name!r} decide together, and another thread is inside the second."
                     " Call the contexts of a step one after another, or give each video a group of its own:"
                     " `with cached.cache_context(name, group=...):`."
                 )
-            members.append(other)
-    changes = [_change(member) for member in members]
-    loaded = context.fit.loaded
-    step = loaded.step_tensor(state.computed_at)
+            locks.callback(other.lock.release)
+            if _decides_with(other, context):  # nothing happened before the lock was held
+                members.append(other)
+        _decide(members, config, num_steps)
+
+
+def _decide(members: list[ModelContext], config: CacheConfig, num_steps: int | None) -> None:
+    first = members[0]
+    assert first.fit is not None
+    assert first.state is not None
+    computed_at, loaded = first.state.cursor.computed_at, first.fit.loaded
+    step = loaded.step_tensor(computed_at)
     # what each graph decided on its own is dropped: the trigger goes on from the last common decision
     triggers = [torch.full_like(step, -1), *(member.trigger for member in members if member.trigger is not None)]
+    changes = [_change(member) for member in members]
     with torch.no_grad():
         change = torch.cat([c.to(step.device) for c in changes if c is not None])
         trigger = torch.stack(triggers).amax(dim=0)  # equal, unless one joined late or lost its cache
@@ -67,7 +89,6 @@ def agree(context: Context, contexts: Iterable[Context], config: CacheConfig, nu
     for member in members:
         assert member.state is not None
         at, slots = _trigger(member), member.state.slots
-        member.state = dataclasses.replace(
-            member.state, slots=(*slots[:at], trigger, *slots[at + 1 :]), reuse_until=state.computed_at + int(left)
-        )
-        member.agreed_at, member.trigger = state.computed_at, trigger
+        cursor = dataclasses.replace(member.state.cursor, reuse_until=computed_at + int(left))
+        member.state = dataclasses.replace(member.state, slots=(*slots[:at], trigger, *slots[at + 1 :]), cursor=cursor)
+        member.agreed_at, member.trigger = computed_at, trigger

@@ -19,6 +19,7 @@ from bwcache_compile.runtime.frames import left_out
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.sizes import CallSizes, Shape, Size
+from bwcache_compile.stepping import Cursor
 
 
 def _open(value: Any, described: Shape | Size | None) -> Any:
@@ -97,7 +98,7 @@ class LoadedProgram:
 
     def fresh(self, sizes: Mapping[str, int], step: int = 0) -> CacheState:
         """Return the state of a context that has computed nothing, at these sizes; its next step is `step`."""
-        return CacheState(tuple(slot.fresh(sizes, self.plan.device) for slot in self.slots), step)
+        return CacheState(tuple(slot.fresh(sizes, self.plan.device) for slot in self.slots), Cursor(step))
 
     def step_tensor(self, step: int) -> Tensor:
         """Return int64[1] on the device, made once per step."""
@@ -161,5 +162,5 @@ class LoadedProgram:
 def run_all(loaded: LoadedProgram, flat: Sequence[Any], fresh: CacheState, parameters: tuple[Tensor, ...]) -> None:
     """Run every graph on a fresh state and drop what it returns; an outer torch.compile compiles them here."""
     with torch.no_grad():
-        for state in (fresh, dataclasses.replace(fresh, step=1, computed_at=0, reuse_until=1)):
+        for state in (fresh, dataclasses.replace(fresh, cursor=Cursor(step=1, computed_at=0, reuse_until=1))):
             loaded.graphs[loaded.kind(state)](*loaded.operands(flat, state, parameters))

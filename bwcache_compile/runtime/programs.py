@@ -23,7 +23,7 @@ from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram
 from bwcache_compile.runtime import notes
 from bwcache_compile.runtime.loaded import LoadedProgram
-from bwcache_compile.runtime.signature import CallKey, call_key
+from bwcache_compile.runtime.signature import CallKey, call_key, generation_kind
 from bwcache_compile.runtime.watch import ModelWatch
 
 MAX_PROGRAMS = 8
@@ -65,6 +65,11 @@ class Fit:
     sizes: Mapping[str, int]
     version: tuple[int, int]
     changed: str
+
+    @property
+    def signature(self) -> Hashable:
+        """What the inputs of one generation have in common: everything but the float dtype of what may be the time."""
+        return generation_kind(self.key.kind), self.key.sizes, self.key.values
 
 
 def _is_flat(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import sys
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -26,6 +27,22 @@ class CallKey(NamedTuple):
     kind: tuple[str, tuple[Hashable, ...], Hashable]
     sizes: CallSizes
     values: tuple[tuple[int, Hashable], ...] = ()
+
+
+@functools.lru_cache(256)
+def generation_kind(kind: tuple[str, tuple[Hashable, ...], Hashable]) -> Hashable:
+    """Return a call's kind without the float dtypes of inputs that may be the time.
+
+    A scheduler may hand over float32 times first and bfloat16 times later in one run.
+    """
+
+    def without_dtype(leaf: Hashable) -> Hashable:
+        if isinstance(leaf, tuple) and len(leaf) == 3 and isinstance(leaf[1], torch.dtype) and leaf[0] <= 2 and leaf[1].is_floating_point:
+            return (leaf[0], "floating", leaf[2])
+        return leaf
+
+    structure, leaves, modes = kind
+    return structure, tuple(map(without_dtype, leaves)), modes
 
 
 def changed_numbers(before: CallKey, now: CallKey) -> dict[int, tuple[Any, Any]]:

@@ -6,6 +6,8 @@ import dataclasses
 
 from torch import Tensor
 
+from bwcache_compile.stepping import Cursor
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheState:
@@ -13,33 +15,38 @@ class CacheState:
 
     Attributes:
         slots: One tensor per slot of the plan, in plan order. They belong to the holder and are never written to.
-        step: Index of the next step.
-        computed_at: The last computed step, or -1.
-        reuse_until: The last step that reuses; decided in the graph at `computed_at`.
+        cursor: The next step, and which steps reuse.
     """
 
     slots: tuple[Tensor, ...]
-    step: int = 0
-    computed_at: int = -1
-    reuse_until: int = -1
+    cursor: Cursor = dataclasses.field(default_factory=Cursor)
+
+    @property
+    def step(self) -> int:
+        """Index of the next step."""
+        return self.cursor.step
 
     @property
     def reuses_next(self) -> bool:
         """Whether the next step reuses; never where the guard is in the graph and nobody else knows."""
-        return 0 <= self.computed_at < self.step <= self.reuse_until
+        return self.cursor.reuses
 
     @property
     def bytes(self) -> int:
         """Bytes held by the slots."""
         return sum(slot.numel() * slot.element_size() for slot in self.slots)
 
+    def at(self, step: int) -> CacheState:
+        """Return the same cache before another step."""
+        return dataclasses.replace(self, cursor=self.cursor.at(step))
+
     def computed(self, slots: tuple[Tensor, ...], reuse_left: int) -> CacheState:
         """Return the state after the next step was computed."""
-        return CacheState(slots, self.step + 1, self.step, self.step + reuse_left)
+        return dataclasses.replace(self, slots=slots, cursor=self.cursor.computed(reuse_left))
 
     def reused(self) -> CacheState:
         """Return the state after the next step was reused."""
-        return dataclasses.replace(self, step=self.step + 1)
+        return dataclasses.replace(self, cursor=self.cursor.reused())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 import bwcache_compile as bw
+from bwcache_compile import contexts
 from tests.models import OneStream
 from tests.runtime.helpers import STATIC, generation, pattern, run
 
@@ -179,13 +183,205 @@ def test_a_named_run_broken_off_after_its_first_step(model: OneStream) -> None:
     assert pattern(cached) == "#.", "a name of the caller's is no sign of calls that are not told apart, whatever it is"
 
 
-def test_half_precision_times_tell_nothing() -> None:
-    model = OneStream().eval().bfloat16()
+def timed(dtype: torch.dtype, step: int) -> tuple[Tensor, Tensor]:
+    """Return the example of a step, whose time falls from 1000 in eighths, in the dtype of a pipeline."""
+    x, _ = OneStream.example(OneStream(), step=step)
+    return x, torch.full((1,), 1000 - 125 * step).to(dtype)
+
+
+class Timed(OneStream):
+    """Takes times of any dtype."""
+
+    def embed(self, t: Tensor) -> Tensor:
+        return super().embed(t.float() / 1000)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [None, "cond"])
+@pytest.mark.parametrize("broken_off", [2, 3, 5])
+def test_a_time_against_the_run_is_proof_in_any_dtype(dtype: torch.dtype, name: str | None, broken_off: int) -> None:
+    model = Timed().eval()
     cached = bw.transform(model, STATIC)
+
+    def call(step: int, shift: int) -> Tensor:
+        x, t = timed(dtype, step)
+        if name is None:
+            return run(cached, x + shift, t)
+        with cached.cache_context(name):
+            return run(cached, x + shift, t)
+
+    whole = [call(step, 3) for step in range(6)]
+    for step in range(broken_off):
+        call(step, 0)
+    assert all(torch.equal(call(step, 3), whole[step]) for step in range(6)), "the first video is in the second"
+    assert cached.report().warnings == (f"{name or 'default'}: the time went back before step {broken_off}: a new generation began",)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_that_are_shorter_than_num_steps(dtype: torch.dtype) -> None:
+    model = Timed().eval()
+    cached = bw.transform(model, STATIC)
+    first = [run(cached, *timed(dtype, step)) for step in range(5)]
+    assert pattern(cached) == "#..#."
+    x, t = timed(dtype, 0)
+    assert torch.equal(run(cached, x + 1, t), run(model, x + 1, t))
+    for step in range(1, 5):
+        run(cached, *timed(dtype, step))
+    assert all(torch.equal(run(cached, *timed(dtype, step)), first[step]) for step in range(5))
+
+
+@pytest.mark.parametrize(("name", "expected"), [(None, "###.#"), ("cond", "##..#")])
+def test_equal_neighbors_in_half_precision_are_computed(name: str | None, expected: str) -> None:
+    """A second call with the same rounded time may be the first of another run, or a second one of the same step."""
+    model = Timed().eval()
+    cached = bw.transform(model, bw.CacheConfig(policy="static", steps_mask=(0, 1, 1, 1, 0, 1)))
+    outputs = []
+    for step, time in enumerate((1000.0, 999.0, 980.0, 960.0, 940.0)):  # the first two are one number in bfloat16
+        t = torch.full((1,), time, dtype=torch.bfloat16)
+        x, _ = model.example(step=step)
+        if name is None:
+            outputs.append((run(cached, x, t), run(model, x, t)))
+        else:
+            with cached.cache_context(name):
+                outputs.append((run(cached, x, t), run(model, x, t)))
+    assert pattern(cached, name or "default") == expected
+    assert torch.equal(*outputs[1])
+    (event,) = cached.report().warnings[:1]
+    assert "the time repeats in half precision" in event
+
+
+def test_two_unnamed_calls_a_step_in_half_precision_never_share_a_cache() -> None:
+    model = Timed().eval()
+    cached = bw.transform(model, STATIC)
+    for step in range(3):
+        x, t = timed(torch.bfloat16, step)
+        for shift in (0, 5):
+            assert torch.equal(run(cached, x + shift, t), run(model, x + shift, t)), "nothing tells the two calls of a step apart"
+
+
+def test_the_time_may_change_its_dtype_within_a_run() -> None:
+    """Schedulers may cast the latents after the first step, and pipelines the timestep with them."""
+    model = Timed().eval()
+    cached = bw.transform(model, STATIC)
+    for step in range(6):
+        run(cached, *timed(torch.float32 if step == 0 else torch.bfloat16, step))
+    assert pattern(cached) == "#..#.#"
+    assert cached.report().warnings == ()
+    assert cached.report().captures == 2
+
+
+def test_a_first_call_that_fails_leaves_the_clock_as_it_was(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC, example_args=model.example())
+    graphs = cached._programs.latest.graphs
+    original = graphs["compute"]
+
+    def failing(*operands: object) -> None:
+        raise MemoryError
+
+    for _ in range(2):
+        graphs["compute"] = failing
+        with pytest.raises(MemoryError):
+            run(cached, *model.example())
+    graphs["compute"] = original
     for step in (0, 1, 0, 1):
+        run(cached, *model.example(step=step))
+    assert pattern(cached) == "#.", "the second run began anew"
+
+
+def test_only_calls_that_succeed_are_counted(model: OneStream) -> None:
+    config = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0), calls_per_step=2)
+    whole, cached = bw.transform(model, config, example_args=model.example()), bw.transform(model, config, example_args=model.example())
+    graphs = cached._programs.latest.graphs
+    original = graphs["reuse"]
+
+    def failing(*operands: object) -> None:
+        raise MemoryError
+
+    for step in range(3):
+        for shift in (0, 4):
+            x, t = model.example(step=step)
+            if (step, shift) == (1, 0):
+                graphs["reuse"] = failing
+                with pytest.raises(MemoryError):
+                    run(cached, x + shift, t)
+                graphs["reuse"] = original
+            assert torch.equal(run(cached, x + shift, t), run(whole, x + shift, t)), "the two calls of a step exchanged their caches"
+
+
+def test_more_steps_than_num_steps_are_said(model: OneStream) -> None:
+    cached = bw.transform(model, bw.CacheConfig(num_steps=2, threshold=0))
+    for step in range(3):
+        run(cached, *model.example(step=step))
+    assert cached.report().warnings == (
+        "default: the time went on after the last of 2 steps: a new generation began. Set num_steps to the steps of a run",
+    )
+    assert cached.report().contexts["default"].began == "the 2 steps of the generation before were through"
+
+
+def test_a_context_that_joins_another_run_late_drops_what_it_held(model: OneStream) -> None:
+    """Guidance that begins late: the unconditional context's cache may be of the video before, which was broken off."""
+    cached = bw.transform(model, bw.CacheConfig(policy="static", steps_mask=(0, 1, 1, 1, 1, 1, 1, 1)))
+
+    def call(name: str, step: int, shift: int) -> Tensor:
         x, t = model.example(step=step)
-        run(cached, x.bfloat16(), t.bfloat16())
-    assert pattern(cached) == "#..#", "equal neighbours are no news there, and a smaller one is no proof"
+        with cached.cache_context(name):
+            return run(cached, x + shift, t)
+
+    for step in range(3):
+        call("cond", step, 0)
+        call("uncond", step, 0)
+    for step in range(4):  # another video: no guidance before step 3
+        call("cond", step, 5)
+    x, t = model.example(step=3)
+    assert torch.equal(call("uncond", 3, 5), run(model, x + 5, t)), "the first video is in the second"
+    assert cached.report().warnings == (
+        "cond: the time went back before step 3: a new generation began",
+        "uncond: another context of the group began a new run before step 3: the cache was cleared",
+    )
+
+
+def test_contexts_of_two_groups_share_nothing(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    alone = {shift: [] for shift in (0, 5)}
+    for shift, outputs in alone.items():
+        for step in range(6):
+            x, t = model.example(step=step)
+            outputs.append(run(cached, x + shift, t))
+        cached.reset()
+    for step in range(6):
+        x, t = model.example(step=step)
+        for shift in (0, 5):
+            with cached.cache_context("cond", group=f"video {shift}"):
+                assert torch.equal(run(cached, x + shift, t), alone[shift][step])
+    assert list(cached.report().contexts) == ["video 0/cond", "video 5/cond"]
+
+
+def test_a_generation_frees_its_tensors_at_its_last_step(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    generation(cached, model, steps=5)
+    context = cached._contexts.get("default")
+    assert context is not None
+    assert context.state is not None
+    slot = weakref.ref(context.state.slots[0])
+    held = context.state.bytes
+    x, t = model.example(step=5)
+    run(cached, x, t)
+    gc.collect()
+    assert slot() is None
+    assert (context.state, context.fit) == (None, None)
+    assert cached.report().contexts["default"].state_bytes == held
+
+
+def test_contexts_are_bounded(model: OneStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "MAX_CONTEXTS", 3)
+    cached = bw.transform(model, STATIC)
+    for name in "abcdabcd":
+        with cached.cache_context(name, group=name):
+            run(cached, *model.example())
+    assert list(cached.report().contexts) == ["b/b", "c/c", "d/d"]
 
 
 def test_the_time_is_not_asked_where_the_step_is_given(model: OneStream) -> None:

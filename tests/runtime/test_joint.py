@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -61,7 +62,25 @@ def test_groups_decide_apart() -> None:
             for name in ("cond", "uncond"):
                 with cached.cache_context(name, group=name):
                     cached(*inputs(model, name, step))
-    assert [pattern(cached, name) for name in ("cond", "uncond")] == ["#####..#..##", "########.###"]
+    assert [pattern(cached, f"{name}/{name}") for name in ("cond", "uncond")] == ["#####..#..##", "########.###"]
+
+
+@pytest.mark.parametrize("steps", [7, 12])
+def test_a_run_that_is_over_has_no_vote(steps: int) -> None:
+    model = OneStream().eval()
+    cached = bw.transform(model, dataclasses.replace(CONFIG, threshold=math.inf))
+    with torch.no_grad():
+        for step in range(steps):
+            for name in ("cond", "uncond"):
+                with cached.cache_context(name):
+                    cached(*inputs(model, name, step))
+    cached.configure(threshold=0)
+    with torch.no_grad():
+        for step in range(12):  # another video, without guidance
+            x, t = inputs(model, "cond", step)
+            with cached.cache_context("cond"):
+                assert torch.equal(cached(x + 3, t), model(x + 3, t))
+    assert pattern(cached, "cond") == "############"
 
 
 def test_a_context_that_skips_steps_decides_with_those_that_compute_with_it() -> None:
@@ -82,7 +101,9 @@ def test_contexts_that_decide_together_are_called_in_turn() -> None:
     for name in ("cond", "uncond"):
         with cached.cache_context(name), torch.no_grad():
             cached(*inputs(model, name, 0))
-    with cached._contexts["uncond"].lock, cached.cache_context("cond"), torch.no_grad(), pytest.raises(bw.StateError) as caught:
+    other = cached._contexts.get("uncond")
+    assert other is not None
+    with other.lock, cached.cache_context("cond"), torch.no_grad(), pytest.raises(bw.StateError) as caught:
         cached(*inputs(model, "cond", 1))
     assert str(caught.value) == (
         "the contexts 'cond' and 'uncond' decide together, and another thread is inside the second. Call the contexts of a step one"

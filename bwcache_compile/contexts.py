@@ -1,0 +1,144 @@
+"""The contexts of one model or session: found by name, entered by one thread at a time, bounded in number. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+from bwcache_compile.errors import StateError
+from bwcache_compile.report import ContextReport, RawStep, step_records
+from bwcache_compile.stepping import Advance, StepInfo, Tracker
+
+MAX_CONTEXTS = 64
+"""Contexts kept at a time; the one that was called longest ago is dropped first."""
+
+
+class Context:
+    """One stream of calls. Only the thread that holds `lock` touches it; reports read it.
+
+    Attributes:
+        name: Its name among those of all groups.
+        group: The contexts that belong to the same video.
+        tracker: Which step the next call is.
+        created: Ordinal of its first call.
+        called: Ordinal of its last call that succeeded, among those of all contexts.
+        began: Why its generation began.
+        records: What each step of its generation did.
+        events: What happened besides computing and reusing.
+        state_bytes: Bytes that its cache takes while a generation runs.
+    """
+
+    def __init__(self, info: StepInfo, created: int) -> None:
+        """Start before the first call."""
+        self.name, self.group, self.created = info.key, info.group, created
+        self.lock = threading.Lock()
+        self.tracker, self.called = Tracker(), -1
+        self.began = ""
+        self.records: list[RawStep] = []
+        self.events: list[str] = []
+        self.state_bytes = 0
+
+    def report(self) -> ContextReport:
+        """Return the current generation as a value."""
+        return ContextReport(self.name, step_records(self.records), tuple(self.events), self.state_bytes, self.began)
+
+
+AnyContext = TypeVar("AnyContext", bound=Context)
+
+
+class ContextTable(Generic[AnyContext]):
+    """Contexts by name. Threads may run different ones side by side."""
+
+    def __init__(self, make: Callable[[StepInfo, int], AnyContext]) -> None:
+        """Start without a context; `make` makes one for a call, with an ordinal."""
+        self._make = make
+        self._lock = threading.RLock()
+        self._info: contextvars.ContextVar[StepInfo | None] = contextvars.ContextVar("bwcache_step", default=None)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop every context. A call that runs in one meanwhile is not disturbed, and leaves nothing behind."""
+        with self._lock:
+            self._contexts: OrderedDict[str, AnyContext] = OrderedDict()
+            self._latest: dict[str, Tracker] = {}
+            self._ordinals = itertools.count()
+            self._unnamed = 0
+
+    def values(self) -> list[AnyContext]:
+        """Return the contexts in the order of their first calls."""
+        with self._lock:
+            return sorted(self._contexts.values(), key=lambda context: context.created)
+
+    def get(self, name: str) -> AnyContext | None:
+        """Return a context by name."""
+        with self._lock:
+            return self._contexts.get(name)
+
+    @contextlib.contextmanager
+    def naming(self, info: StepInfo) -> Iterator[None]:
+        """Make this what the caller says about the calls inside."""
+        token = self._info.set(info)
+        try:
+            yield
+        finally:
+            self._info.reset(token)
+
+    def info(self, calls_per_step: int) -> StepInfo:
+        """Return what the caller said about a call; unnamed calls of one step take turns by the number that succeeded."""
+        said = self._info.get()
+        if said is not None:
+            return said
+        if calls_per_step == 1:
+            return StepInfo(named=False)
+        with self._lock:
+            return StepInfo(f"call_{self._unnamed % calls_per_step}")
+
+    def enter(self, info: StepInfo) -> AnyContext:
+        """Lock the context of a call and return it.
+
+        Raises:
+            StateError: Another thread is in it.
+        """
+        with self._lock:
+            context = self._contexts.get(info.key)
+            if context is None:
+                context = self._contexts[info.key] = self._make(info, next(self._ordinals))
+                self._bound()
+            self._contexts.move_to_end(info.key)
+        if not context.lock.acquire(blocking=False):
+            raise StateError(
+                f"the context {info.key!r} is in use by another thread. Give each stream of calls its own:"
+                " `with cached.cache_context(name):`."
+            )
+        return context
+
+    def _bound(self) -> None:
+        """Drop what was called longest ago."""
+        for name, context in list(self._contexts.items())[:-MAX_CONTEXTS]:
+            if not context.lock.locked():
+                del self._contexts[name]
+        groups = {context.group for context in self._contexts.values()}
+        self._latest = {group: tracker for group, tracker in self._latest.items() if group in groups}
+
+    def latest(self, group: str) -> Tracker | None:
+        """Return the tracker of the context that was called last in the newest run of a group."""
+        with self._lock:
+            return self._latest.get(group)
+
+    def succeed(self, context: AnyContext, advance: Advance, record: RawStep, events: Sequence[str]) -> None:
+        """Note a call that has succeeded; a new generation drops the records of the last one."""
+        with self._lock:
+            if advance.began:
+                context.began, context.records, context.events = advance.began, [], []
+            context.events += events
+            context.records.append(record)
+            context.tracker, context.called = advance.tracker, next(self._ordinals)
+            newest = self._latest.get(context.group)
+            if newest is None or newest.run <= advance.tracker.run:
+                self._latest[context.group] = advance.tracker
+            self._unnamed += self._info.get() is None
