@@ -155,7 +155,7 @@ def _one_program(cached: CachedModel, signature: tuple[tuple[Any, ...], dict[str
                 + "\n  Pass signature=(args, kwargs), a call like those to come; or transform with dynamic_shapes."
             )
         program = held[0]
-    if program.reuse is None and program.planned().config.granularity == "stack":
+    if program.reuse is None and cached.cache_config.granularity == "stack":
         program = specialize(program).program
     return program
 
@@ -176,8 +176,9 @@ def export(
 ) -> dict[str, Any]:
     """Write a cached model as a bundle: graphs with the cache as inputs and outputs, one weight file, and a manifest.
 
-    The bundle is run beside torch before it takes its place: same decisions, outputs and cache over several steps with
-    both branches taken. `load` opens it, in a process that needs no torch.
+    The bundle holds the settings in force now (`cached.cache_config`), not those of the capture. It is run beside torch before
+    it takes its place: same decisions, outputs and cache over several steps with both branches taken. `load` opens it, in a
+    process that needs no torch.
 
     Args:
         cached: What `transform` returned, captured for one signature.
@@ -202,8 +203,8 @@ def export(
         raise ConfigError(f"format is {format!r}; choose one of {', '.join(FORMATS)}.")
     if guarded and format != "onnx":
         raise ConfigError(f'guarded=True writes one more ONNX graph; format is {format!r}. Leave it out, or choose format="onnx".')
-    program = _one_program(cached, signature)
+    program, config = _one_program(cached, signature), cached.cache_config
     with torch.autocast(program.planned().device.type, enabled=False):  # what is around this call is no part of the program
         if format != "onnx":
-            return export_torch(program, directory, cached.call_parameters, compiled=format == "aoti")
-        return export_onnx(program, directory, cached.call_parameters, guarded=guarded, opset=opset)
+            return export_torch(program, config, directory, cached.call_parameters, compiled=format == "aoti")
+        return export_onnx(program, config, directory, cached.call_parameters, guarded=guarded, opset=opset)

@@ -224,6 +224,7 @@ class _Compared:
 
 def check_runs(
     program: CachedProgram,
+    config: CacheConfig,
     manifest: dict[str, Any],
     sessions: Mapping[str, Callable[[], Session]],
     tolerance: float,
@@ -233,6 +234,7 @@ def check_runs(
 
     Args:
         program: What was exported.
+        config: The settings in force.
         manifest: What is said of it.
         sessions: Opens the files; by the name that the report gives them.
         tolerance: Largest error, relative to the largest value of a tensor; 0 asks for the same bits.
@@ -241,7 +243,6 @@ def check_runs(
     Raises:
         ExportError: A file does not open, or they differ; the message names the step and the output or slot.
     """
-    config = program.planned().config
     compared = _Compared(program, manifest, tolerance, handed)
     steps = min(len(config.steps_mask), 8) if config.steps_mask is not None else _STEPS
     pattern, elsewhere = "", other_sizes(program, manifest["conditions"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.config import policy_dtype
+from bwcache_compile.config import CacheConfig, policy_dtype
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.call import graph_shape
@@ -65,10 +65,10 @@ def input_names(program: CachedProgram) -> list[str]:
     return [f"{name}.in" if name in _OWN else name for name in program.signature.inputs]
 
 
-def graph_inputs(program: CachedProgram, kind: str) -> list[str]:
+def graph_inputs(program: CachedProgram, kind: str, config: CacheConfig) -> list[str]:
     """Return the names of everything that a graph takes, in order, Python numbers included."""
     compute = kind == "compute"
-    policy = program.planned().config.policy_values(1) if compute else {}
+    policy = config.policy_values(config.steps or 1) if compute else {}
     slots = program.compute_slots if compute else program.reuse_slots
     return [*input_names(program), *(f"cache_in.{slot}" for slot in slots), *(f"policy.{name}" for name in policy), "step"]
 
@@ -182,8 +182,7 @@ def _describe_slot(slot: CacheSlot) -> dict[str, Any]:
     return {**place, "shape": list(slot.shape), "example": list(slot.example), "fill": slot.fill}
 
 
-def _policy(program: CachedProgram, num_steps: int) -> dict[str, Any]:
-    config = program.planned().config
+def _policy(config: CacheConfig, num_steps: int) -> dict[str, Any]:
     parameters = [
         {"name": name, "dtype": policy_dtype(name), "shape": [len(value)], "default": list(value)}
         for name, value in config.policy_values(config.steps or num_steps).items()
@@ -210,7 +209,7 @@ def check_sizes(program: CachedProgram, conditions: list[str], sizes: list[int |
             raise ExportError(f"{program.model_name} would be exported for sizes where {text}, which those at hand do not meet: {known}.")
 
 
-def describe(program: CachedProgram, parameters: tuple[str, ...]) -> dict[str, Any]:
+def describe(program: CachedProgram, config: CacheConfig, parameters: tuple[str, ...]) -> dict[str, Any]:
     """Return everything that a manifest says before any file is written.
 
     Raises:
@@ -237,8 +236,8 @@ def describe(program: CachedProgram, parameters: tuple[str, ...]) -> dict[str, A
         "symbols": symbols,
         "conditions": conditions,
         "slots": slots,
-        "policy": _policy(program, num_steps=50),
-        "config": dataclasses.asdict(plan.config),
+        "policy": _policy(config, num_steps=50),
+        "config": dataclasses.asdict(config),
         "blocks": [{"name": block.name, "type": block.module_type} for block in plan.blocks],
         "measured": [measured.block for measured in plan.measured],
         "notes": list(plan.notes),

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError
 from bwcache_compile.exporters.bundle import Bundle, open_bundle
 from bwcache_compile.exporters.check import check_runs, check_structure, tolerance_of
-from bwcache_compile.exporters.describe import add_layout, check_sizes, declared_shapes, describe, describe_outputs
+from bwcache_compile.exporters.describe import add_layout, check_sizes, declared_shapes, describe, describe_outputs, graph_inputs
 from bwcache_compile.exporters.graphs import PlainGraph, plain_graph
 from bwcache_compile.exporters.load import ort_session, torch_session
 from bwcache_compile.exporters.refuse import refuse
@@ -39,12 +40,19 @@ def _output_names(program: CachedProgram, kind: str) -> tuple[str, ...]:
 
 
 def export_onnx(
-    program: CachedProgram, directory: str | Path, parameters: tuple[str, ...], *, guarded: bool = False, opset: int = 20
+    program: CachedProgram,
+    config: CacheConfig,
+    directory: str | Path,
+    parameters: tuple[str, ...],
+    *,
+    guarded: bool = False,
+    opset: int = 20,
 ) -> dict[str, Any]:
     """Write a program as a bundle of ONNX graphs, and check it against torch before it takes its place.
 
     Args:
         program: With both graphs, `compute` and `reuse`.
+        config: The settings that the bundle starts with.
         directory: A bundle there is replaced at the end; anything else is left alone.
         parameters: Names of the parameters of the model's forward, in order.
         guarded: Write `guarded.onnx` too: one graph with an `If`.
@@ -62,15 +70,15 @@ def export_onnx(
     _need_onnx()
     if type(opset) is not int or opset not in writer.OPSETS:
         raise ConfigError(f"opset is {opset!r}; choose one from {writer.OPSETS.start} to {writer.OPSETS.stop - 1}.")
-    refuse(program)
-    content = {"graph_format": "onnx", "opset": opset, **describe(program, parameters)}
+    refuse(program, config)
+    content = {"graph_format": "onnx", "opset": opset, **describe(program, config, parameters)}
     shapes = declared_shapes(content)
     plain: dict[str, PlainGraph] = {}
     with new_bundle(directory) as folder:
         written, graphs = {}, {}
         with WeightFile(folder / WEIGHTS) as weights:
             for kind in ("compute", "reuse"):
-                plain[kind] = plain_graph(program, kind, _output_names(program, kind))
+                plain[kind] = plain_graph(program, kind, graph_inputs(program, kind, config), _output_names(program, kind))
                 written[kind] = writer.onnx_graph(plain[kind], opset, shapes)
                 writer.save(written[kind], folder / f"{kind}.onnx", weights)
             report = check_structure(plain, written)
@@ -84,12 +92,12 @@ def export_onnx(
             graphs[kind] = {"file": f"{kind}.onnx", "inputs": inputs, "outputs": returned}
         content["graphs"] = graphs
         half = any(computes_in_half(graph.model) for graph in written.values())
-        content["self_check"] = {**report, **_check_onnx(program, Bundle(folder, content), half)}
+        content["self_check"] = {**report, **_check_onnx(program, config, Bundle(folder, content), half)}
         write_manifest(folder, content)
         return open_bundle(folder).manifest
 
 
-def _check_onnx(program: CachedProgram, bundle: Bundle, half: bool) -> dict[str, Any]:
+def _check_onnx(program: CachedProgram, config: CacheConfig, bundle: Bundle, half: bool) -> dict[str, Any]:
     """Run the graphs; where they compute in bfloat16, which the CPU provider does not, run them between casts to float32."""
     import onnxruntime as ort
 
@@ -109,7 +117,7 @@ def _check_onnx(program: CachedProgram, bundle: Bundle, half: bool) -> dict[str,
         for name, graph in kinds.items()
         if graph in bundle.manifest["graphs"]
     }
-    report |= check_runs(program, bundle.manifest, sessions, tolerance_of(program), functools.partial(_handed, widened=half))
+    report |= check_runs(program, config, bundle.manifest, sessions, tolerance_of(program), functools.partial(_handed, widened=half))
     for path in bundle.folder.glob("stand_in.*"):
         path.unlink()
     return report
@@ -123,11 +131,14 @@ def _handed(tensor: torch.Tensor, widened: bool) -> Any:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def export_torch(program: CachedProgram, directory: str | Path, parameters: tuple[str, ...], *, compiled: bool) -> dict[str, Any]:
+def export_torch(
+    program: CachedProgram, config: CacheConfig, directory: str | Path, parameters: tuple[str, ...], *, compiled: bool
+) -> dict[str, Any]:
     """Write a program as a bundle of torch's own files, and check it against torch before it takes its place.
 
     Args:
         program: With both graphs, `compute` and `reuse`.
+        config: The settings that the bundle starts with.
         directory: A bundle there is replaced at the end; anything else is left alone.
         parameters: Names of the parameters of the model's forward, in order.
         compiled: Write packages that AOTInductor compiled for this machine, instead of exported programs.
@@ -140,15 +151,15 @@ def export_torch(program: CachedProgram, directory: str | Path, parameters: tupl
     """
     from bwcache_compile.exporters import pt2 as writer
 
-    refuse(program)
-    content = {"graph_format": "aoti" if compiled else "pt2", "opset": None, **describe(program, parameters)}
+    refuse(program, config)
+    content = {"graph_format": "aoti" if compiled else "pt2", "opset": None, **describe(program, config, parameters)}
     add_layout(content, program)
     with new_bundle(directory) as folder:
         plain, written, graphs = {}, {}, {}
         conditions: list[str] = []
         with WeightFile(folder / WEIGHTS) as weights:
             for kind in ("compute", "reuse"):
-                plain[kind] = plain_graph(program, kind, _output_names(program, kind))
+                plain[kind] = plain_graph(program, kind, graph_inputs(program, kind, config), _output_names(program, kind))
                 path = folder / f"{kind}.pt2"
                 graph = written[kind] = writer.save(writer.torch_graph(plain[kind]), path)
                 if compiled:
@@ -162,6 +173,6 @@ def export_torch(program: CachedProgram, directory: str | Path, parameters: tupl
         content["conditions"] = list(dict.fromkeys([*content["conditions"], *conditions]))
         tolerance = tolerance_of(program) if compiled else 0.0
         sessions = {"pair": functools.partial(torch_session, Bundle(folder, content))}
-        content["self_check"] = {**report, **check_runs(program, content, sessions, tolerance, lambda tensor: tensor)}
+        content["self_check"] = {**report, **check_runs(program, config, content, sessions, tolerance, lambda tensor: tensor)}
         write_manifest(folder, content)
         return open_bundle(folder).manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.exporters.describe import graph_inputs
 from bwcache_compile.inline import inline_calls
 from bwcache_compile.program import REGION_MARK, CachedProgram, graph_module_copy
 from bwcache_compile.tracing import tracing
@@ -148,15 +148,15 @@ def exported_program(
     )
 
 
-def plain_graph(program: CachedProgram, kind: str, outputs: tuple[str, ...]) -> PlainGraph:
-    """Return one of a program's graphs, its calls written out, its weights lifted.
+def plain_graph(program: CachedProgram, kind: str, names: Sequence[str], outputs: tuple[str, ...]) -> PlainGraph:
+    """Return one of a program's graphs, its calls written out, its weights lifted; `names` are those of all its inputs.
 
     Nothing is traced again, unless it was captured under autocast, whose casts are written out.
     """
     module = getattr(program, kind)
     flat = inline_calls(module)
     inputs = []
-    for node, name in zip(flat.graph.find_nodes(op="placeholder"), graph_inputs(program, kind), strict=True):
+    for node, name in zip(flat.graph.find_nodes(op="placeholder"), names, strict=True):
         if isinstance(node.meta.get("val"), Tensor):
             inputs.append(name)
         else:

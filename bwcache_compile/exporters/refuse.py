@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bwcache_compile.config import CacheConfig
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.errors import ExportError
 from bwcache_compile.exporters.bundle import DTYPES
@@ -13,8 +14,7 @@ from bwcache_compile.exporters.describe import describe_outputs, dtype_name
 from bwcache_compile.program import CachedProgram
 
 
-def _refuse_settings(program: CachedProgram) -> None:
-    config = program.planned().config
+def _refuse_settings(config: CacheConfig) -> None:
     if config.granularity == "block":
         raise ExportError(
             "granularity='block' guards each block inside the graph, and a bundle has one guard, at the step.\n"
@@ -66,14 +66,14 @@ def _refuse_results(program: CachedProgram) -> None:
             raise ExportError(f"the graphs return {name}, which is {dtype}.\n  Convert it in the model, to one of {', '.join(real)}.")
 
 
-def refuse(program: CachedProgram) -> None:
+def refuse(program: CachedProgram, config: CacheConfig) -> None:
     """Say what cannot be exported before anything is done.
 
     Raises:
         ExportError: A guard per block, contexts that decide together, a model that writes to its buffers or inputs, an open
             Python number, or a dtype that bundles do not have.
     """
-    _refuse_settings(program)
+    _refuse_settings(config)
     _refuse_writes(program)
     _refuse_inputs(program)
     _refuse_results(program)
