@@ -7,6 +7,7 @@ The cached model, the session of a bundle and the exporter's check are shells ov
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Literal
 
@@ -15,6 +16,11 @@ from bwcache_compile.errors import StateError
 UNNAMED = "default"
 """Context of the calls that are made outside of every `cache_context`."""
 
+HALF = ("float16", "bfloat16")
+"""Dtypes in which neighboring times round to equal values."""
+
+_LARGEST = 4096
+"""Elements of the largest input that may be the time."""
 _COARSE = 2.0**-8
 """Relative step between neighboring bfloat16 values."""
 _ATTEMPTS = 16
@@ -77,13 +83,18 @@ class Cursor:
         return self.at(self.step + 1)
 
 
+def may_be_time(shape: Sequence[int], dtype: str) -> bool:
+    """Whether an input of this shape and dtype may be the time."""
+    return len(shape) <= 2 and math.prod(shape) <= _LARGEST and dtype != "bool" and not dtype.startswith("complex")
+
+
 @dataclasses.dataclass(frozen=True)
 class TimeInput:
     """An input of a call that may be the time: a number, a vector or a matrix.
 
     Attributes:
         rank: 0, 1 or 2.
-        half: Whether it is float16 or bfloat16, where neighboring times round to equal values.
+        half: Whether its dtype is one of `HALF`.
         read: Copies its values to the host. Waits for the device if they are on one.
     """
 

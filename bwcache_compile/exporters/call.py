@@ -87,6 +87,9 @@ class Runner(Protocol):
     def host(self, value: Any) -> Any:
         """Copy a value to the host."""
 
+    def numbers(self, value: Any) -> Sequence[float]:
+        """Copy a short real value of any dtype to the host, row by row."""
+
     def given_back(self, value: Any) -> Any:
         """Return an output in the form that the caller gets it."""
 

@@ -19,6 +19,7 @@ from bwcache_compile.layout import in_order, slot_order
 from bwcache_compile.policy import policy_parameters
 from bwcache_compile.program import REGION_MARK, CachedProgram
 from bwcache_compile.size_expressions import evaluate, evaluated
+from bwcache_compile.stepping import Cursor
 
 _TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _TOLERANCE = 1e-4
@@ -92,20 +93,22 @@ class TorchRun:
         """Start with a fresh state."""
         plan = self.program.planned()
         self.slots = {slot.name: slot.fresh(self.sizes, plan.device) for slot in plan.slots}
-        self.until = self.computed_at = -1
+        self.cursor = Cursor()
 
     def step(self, step: int, flat: list[Any]) -> tuple[list[Any], bool, Tensor | None]:
         """Run one step; return the outputs, whether it computed, and the indicator."""
         program, device = self.program, self.program.planned().device
         now = torch.tensor([step], device=device)
-        if 0 <= self.computed_at < step <= self.until:
+        cursor = self.cursor.at(step)
+        if cursor.reuses:
             assert program.reuse is not None
+            self.cursor = cursor.reused()
             return list(program.reuse(*flat, *(self.slots[name] for name in program.reuse_slots), now)), False, None
         parameters = policy_parameters(self.config, self.num_steps, device)
         returned = list(program.compute(*flat, *(self.slots[name] for name in program.compute_slots), *parameters, now))
         users = program.signature.out_spec.num_leaves
         self.slots = dict(zip(self.slots, returned[users : users + len(self.slots)], strict=True))
-        self.until, self.computed_at = step + int(returned[users + len(self.slots)]), step
+        self.cursor = cursor.computed(int(returned[users + len(self.slots)]))
         return returned[:users], True, returned[-1] if program.planned().measured else None
 
 
@@ -157,7 +160,7 @@ def _forced(config: CacheConfig, threshold: float) -> CacheConfig:
     """Return settings under which both branches are taken: two computed steps, two reused ones, and so on."""
     if config.policy == "static":
         return config
-    return dataclasses.replace(config, threshold=threshold, reuse_interval=2, tail=0.0, warmup_steps=0, num_steps=_STEPS)
+    return dataclasses.replace(config, threshold=threshold, reuse_interval=2, tail=0.0, warmup_steps=0, num_steps=_STEPS + 1)
 
 
 @dataclasses.dataclass
@@ -199,7 +202,7 @@ class _Compared:
             with torch.no_grad(), under_autocast(self.program):
                 expected, computed, change = torch_run.step(step, flat)
             try:
-                with session.cache_context(_CONTEXT):
+                with session.cache_context(_CONTEXT, step_index=step):
                     returned = session.run_flat(given)
             except BundleError as error:
                 raise ExportError(f"step {step}: {error}") from error
@@ -215,7 +218,8 @@ class _Compared:
                 # a small difference of large features, as a part of them: what is rounded off them is large beside it
                 self._compare(f"step {step}: the indicator", record.change, change, least=1.0)
                 indicators += [float(change.mean())] if step else []
-            for name, value in session.state(_CONTEXT).items():
+            ended = config.steps is not None and step == config.steps - 1  # the cache is freed then
+            for name, value in ({} if ended else session.state(_CONTEXT)).items():
                 if name in torch_run.slots:
                     self._compare(f"step {step}: the slot {name}", value, torch_run.slots[name])
             decisions.append(computed)

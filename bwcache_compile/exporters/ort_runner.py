@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -134,6 +135,26 @@ class OrtRunner:
         if self.kind(value)[0] == "bfloat16":
             raise StateError("a slot of this bundle is bfloat16, which numpy has not, so its state cannot be copied to the host.")
         return value.numpy()
+
+    def numbers(self, value: Any) -> Sequence[float]:
+        """Copy a short OrtValue to the host.
+
+        Raises:
+            StateError: It is bfloat16 and lies on a device.
+        """
+        if self.kind(value)[0] != "bfloat16":
+            array = value.numpy()
+        elif value.device_name() == "cpu":  # numpy has no bfloat16: the upper half of a float32
+            size = value.tensor_size_in_bytes()
+            upper = np.frombuffer((ctypes.c_char * size).from_address(value.data_ptr()), dtype=np.uint16)
+            array = (upper.astype(np.uint32) << 16).view(np.float32)
+        else:
+            raise StateError(
+                "the time is a bfloat16 value on a device, which numpy cannot read, so a run that starts over would not be noticed."
+                " Pass it on the host, or say which step it is: `with session.cache_context(name, step_index=...):`."
+            )
+        numbers: list[float] = array.reshape(-1).tolist()
+        return numbers
 
     def given_back(self, value: Any) -> Any:
         """Return an output as a numpy array, or as it is with `outputs="ortvalue"`."""

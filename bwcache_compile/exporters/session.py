@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
-import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 from bwcache_compile.config import CacheConfig, policy_dtype
+from bwcache_compile.contexts import Context, ContextTable
 from bwcache_compile.errors import BundleError, ConfigError, StateError
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.call import UNTIL, Call, Runner, bound, flat_call, put_together
-from bwcache_compile.report import ContextReport, RawStep, Report, step_records
+from bwcache_compile.report import RawStep, Report
+from bwcache_compile.stepping import HALF, Cursor, StepInfo, TimeInput, may_be_time
 
 
 @dataclasses.dataclass(frozen=True)
-class _Moment:
-    name: str
-    step_index: int | None = None
-    num_steps: int | None = None
+class SessionState:
+    """The cache of one context.
+
+    Attributes:
+        slots: The runtime's values, by slot.
+        cursor: The next step, and which steps reuse.
+    """
+
+    slots: dict[str, Any]
+    cursor: Cursor
 
 
-class _Context:
-    """One stream of calls: its state, where the runtime takes buffers in two sets that take turns."""
+class SessionContext(Context):
+    """One stream of calls of a session.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.lock = threading.Lock()
-        self.shapes: dict[str, tuple[int, ...]] | None = None
-        self.state: dict[str, Any] = {}
+    Attributes:
+        state: The cache, while a generation runs.
+        spare: Where the runtime takes buffers: the set that the next computed step writes to.
+    """
+
+    def __init__(self, info: StepInfo, created: int) -> None:
+        """Start before the first call."""
+        super().__init__(info, created)
+        self.state: SessionState | None = None
         self.spare: dict[str, Any] = {}
-        self.state_bytes = 0
-        self.step = 0
-        self.computed_at = -1
-        self.reuse_until = -1
-        self.records: list[RawStep] = []
-        self.events: list[str] = []
-
-    def report(self) -> ContextReport:
-        return ContextReport(self.name, step_records(self.records), tuple(self.events), self.state_bytes)
 
 
 def _config(bundle: Bundle) -> CacheConfig:
@@ -62,10 +63,7 @@ class Session:
         self.manifest = bundle.manifest
         self.cache_config = _config(bundle)
         self.guarded, self._runner = guarded, runner
-        self._contexts: dict[str, _Context] = {}
-        self._lock = threading.Lock()
-        self._moment: contextvars.ContextVar[_Moment | None] = contextvars.ContextVar("bwcache_moment", default=None)
-        self._calls = 0
+        self._contexts = ContextTable(SessionContext)
 
     # -- calling -------------------------------------------------------------------------------------------------
 
@@ -94,114 +92,102 @@ class Session:
             StateError: No call was in that context, or a slot is bfloat16 and the runtime hands out numpy arrays.
         """
         held = self._contexts.get(context)
-        if held is None:
-            raise StateError(f"no call was in a context {context!r}; there are: {', '.join(self._contexts) or 'none'}.")
-        return {name: self._runner.host(value) for name, value in held.state.items()}
+        if held is None or held.state is None:
+            there = ", ".join(held.name for held in self._contexts.values() if held.state is not None)
+            raise StateError(f"the context {context!r} has no cache; a generation frees it at its last step. There are: {there or 'none'}.")
+        return {name: self._runner.host(value) for name, value in held.state.slots.items()}
 
     def _step(self, call: Call) -> dict[str, Any]:
-        moment = self._moment.get() or self._unnamed()
-        with self._lock:
-            context = self._contexts.setdefault(moment.name, _Context(moment.name))
-        if not context.lock.acquire(blocking=False):
-            raise StateError(f"the context {moment.name!r} is in use by another thread. Give each stream of calls its own.")
+        info = self._contexts.info(self.cache_config.calls_per_step)
+        context = self._contexts.enter(info)
         try:
-            num_steps = self.cache_config.steps_of(moment.num_steps)
-            self._arrive(context, moment, call, num_steps)
-            return self._run(context, call, num_steps)
+            num_steps = self.cache_config.steps_of(info.num_steps)
+            times = self._times(call) if info.step_index is None else {}
+            signature = tuple(call.shapes.items())
+            advance = context.tracker.advance(info, signature, times, num_steps, self._contexts.latest(context.group))
+            events = [advance.event] if advance.event else []
+            if advance.began or advance.cleared or context.state is None:
+                state = self._fresh(context, call, advance.step)
+            else:
+                state = dataclasses.replace(context.state, cursor=context.state.cursor.at(advance.step))
+            returned, following, record = self._run(context, state, call, num_steps)
+            outputs = {item["name"]: self._runner.given_back(returned[item["name"]]) for item in self.manifest["outputs"]["items"]}
+            if following.slots is not state.slots:  # the two sets of buffers take turns
+                context.spare = state.slots if self._runner.takes_buffers else {}
+            context.state, context.state_bytes = following, sum(map(self._runner.bytes, following.slots.values()))
+            self._contexts.succeed(context, advance, record, events)
+            if num_steps is not None and record.step == num_steps - 1:
+                context.state, context.spare = None, {}
+            return outputs
         finally:
             context.lock.release()
 
-    def _unnamed(self) -> _Moment:
-        calls = self.cache_config.calls_per_step
-        if calls == 1:
-            return _Moment("default")
-        with self._lock:
-            self._calls += 1
-            return _Moment(f"call_{(self._calls - 1) % calls}")
+    def _times(self, call: Call) -> Mapping[Hashable, TimeInput]:
+        """Return the inputs of a call that may be the time, by name."""
 
-    def _arrive(self, context: _Context, moment: _Moment, call: Call, num_steps: int | None) -> None:
-        """Bring a context to the step of this call: a new generation, or the next step."""
-        given = moment.step_index
-        step = context.step if given is None else given
-        over = num_steps is not None and step >= num_steps
-        if given is not None and (over or given < 0):
-            last = "" if num_steps is None else f" (0 .. {num_steps - 1})"
-            raise StateError(f"step_index {given} is outside the {num_steps or 'unknown number of'} steps of a generation{last}.")
-        changed = context.shapes is not None and context.shapes != call.shapes
-        if context.shapes is None or over or step < context.step or changed:
-            context.events = [f"the inputs changed before step {context.step}: a new generation began"] if changed and not over else []
-            context.records = []
-            self._start(context, call)
-            step = given or 0
-        context.step = step
+        def input_of(name: str, dtype: str) -> TimeInput:
+            return TimeInput(len(call.shapes[name]), dtype in HALF, lambda: self._runner.numbers(call.values[name]))
 
-    def _start(self, context: _Context, call: Call) -> None:
+        return {
+            entry["name"]: input_of(entry["name"], entry["dtype"])
+            for entry in self.manifest["inputs"]
+            if may_be_time(call.shapes[entry["name"]], entry["dtype"])
+        }
+
+    def _fresh(self, context: SessionContext, call: Call, step: int) -> SessionState:
+        """Return the state of a context that has computed nothing, at a call's sizes."""
         runner = self._runner
         slots = [(slot["name"], slot["dtype"], call.sizes_of(slot["shape"]), float(slot["fill"])) for slot in self.manifest["slots"]]
         if self.guarded:
             slots.append((UNTIL, "int64", (1,), -1.0))
-        context.state = {name: runner.full(name, shape, dtype, fill) for name, dtype, shape, fill in slots}
-        context.state_bytes = sum(runner.bytes(value) for value in context.state.values())
+        made = {name: runner.full(name, shape, dtype, fill) for name, dtype, shape, fill in slots}
         same = {name: runner.kind(value)[1] for name, value in context.spare.items()} == {name: shape for name, _, shape, _ in slots}
         if runner.takes_buffers and not same:
             context.spare = {name: runner.full(name, shape, dtype, 0) for name, dtype, shape, _ in slots}
-        context.shapes, context.computed_at, context.reuse_until = call.shapes, -1, -1
+        return SessionState(made, Cursor(step))
 
     def _parameters(self, num_steps: int | None) -> dict[str, Any]:
         values = self.cache_config.policy_values(num_steps)
         return {f"policy.{name}": self._runner.vector(value, policy_dtype(name)) for name, value in values.items()}
 
-    def _run(self, context: _Context, call: Call, num_steps: int | None) -> dict[str, Any]:
-        step, runner = context.step, self._runner
-        reuses = not self.guarded and 0 <= context.computed_at < step <= context.reuse_until
-        kind = "guarded" if self.guarded else "reuse" if reuses else "compute"
-        inputs = {**call.values, **{f"cache_in.{name}": value for name, value in context.state.items()}}
-        inputs["step"] = runner.vector([step], "int64")
+    def _run(
+        self, context: SessionContext, state: SessionState, call: Call, num_steps: int | None
+    ) -> tuple[dict[str, Any], SessionState, RawStep]:
+        """Run a step; return everything that the graph returned, the state afterwards, and what the step did."""
+        cursor, runner = state.cursor, self._runner
+        kind = "guarded" if self.guarded else "reuse" if cursor.reuses else "compute"
+        inputs = {**call.values, **{f"cache_in.{name}": value for name, value in state.slots.items()}}
+        inputs["step"] = runner.vector([cursor.step], "int64")
         if kind != "reuse":
             inputs |= self._parameters(num_steps)
         returned = runner.run(kind, inputs, {f"cache_out.{name}": value for name, value in context.spare.items()})
-        self._note(context, kind, returned)
-        return {item["name"]: runner.given_back(returned[item["name"]]) for item in self.manifest["outputs"]["items"]}
-
-    def _note(self, context: _Context, kind: str, returned: dict[str, Any]) -> None:
-        """Move a context to the next step, and take down what this one did."""
-        step, fresh, runner = context.step, context.computed_at < 0, self._runner
         change = runner.host(returned["indicator"]) if "indicator" in returned else None
-        computed = kind == "compute"
+        slots = state.slots
         if kind != "reuse":
-            before, context.state = context.state, {name: returned[f"cache_out.{name}"] for name in context.state}
-            context.spare = before if runner.takes_buffers else {}
+            slots = {name: returned[f"cache_out.{name}"] for name in state.slots}
+        computed, until = kind == "compute", cursor.reuse_until
         if kind == "compute":
-            context.reuse_until = step + int(runner.host(returned["reuse_left"])[0])
-        if kind == "guarded":
-            computed = step > context.reuse_until
-            if computed:  # eight bytes; the caches stay where they are
-                context.reuse_until = int(runner.host(context.state[UNTIL])[0])
-        if computed:
-            context.computed_at = step
-        context.records.append(RawStep(step, computed, fresh, change))
-        context.step = step + 1
+            until = cursor.step + int(runner.host(returned["reuse_left"])[0])
+        elif kind == "guarded" and cursor.step > until:  # eight bytes; the caches stay where they are
+            computed, until = True, int(runner.host(slots[UNTIL])[0])
+        record = RawStep(cursor.step, computed, cursor.computed_at < 0, change)
+        return returned, SessionState(slots, cursor.computed(until - cursor.step) if computed else cursor.reused()), record
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def cache_context(
-        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, **_: Any
+        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, group: str = "", **_: Any
     ) -> Iterator[None]:
-        """Name the stream of calls that the block belongs to, and the step where the caller knows it."""
-        token = self._moment.set(_Moment(name, step_index, num_inference_steps))
-        try:
+        """Name the stream of calls that the block belongs to, and the step where the caller knows it; see `CachedModel`."""
+        with self._contexts.naming(StepInfo(name, step_index, num_inference_steps, group=group)):
             yield
-        finally:
-            self._moment.reset(token)
 
     def reset(self, num_steps: int | None = None) -> None:
         """Begin a new generation in every context; `num_steps` replaces the configured number from here on."""
         if num_steps is not None:
             self.configure(num_steps=num_steps)
-        with self._lock:
-            self._contexts = {}
-            self._calls = 0
+        self._contexts.clear()
 
     def configure(self, **changes: Any) -> None:
         """Change policy settings; they take effect at the next computed step.
@@ -216,7 +202,5 @@ class Session:
 
     def report(self) -> Report:
         """Return what each context did in its current generation."""
-        with self._lock:
-            held = list(self._contexts.items())
-        contexts = {name: context.report() for name, context in held}
+        contexts = {context.name: context.report() for context in self._contexts.values() if context.tracker.started}
         return Report(contexts, tuple(self.manifest["measured"]))

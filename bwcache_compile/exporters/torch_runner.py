@@ -78,6 +78,11 @@ class TorchTensors:
         """Copy a tensor to the host."""
         return value.cpu()
 
+    def numbers(self, value: Any) -> Sequence[float]:
+        """Copy a short tensor to the host."""
+        numbers: list[float] = value.reshape(-1).tolist()
+        return numbers
+
     def given_back(self, value: Any) -> Any:
         """Return an output as it is."""
         return value

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
@@ -16,10 +15,7 @@ from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.programs import Fit
 from bwcache_compile.runtime.signature import CallKey, changed_numbers
 from bwcache_compile.runtime.state import CacheState
-from bwcache_compile.stepping import Advance, StepInfo, TimeInput
-
-_MOST = 4096
-"""Elements of the largest input that may be the time."""
+from bwcache_compile.stepping import HALF, Advance, StepInfo, TimeInput, may_be_time
 
 
 class ModelContext(Context):
@@ -55,15 +51,11 @@ class ModelContext(Context):
 def time_inputs(flat: list[Any]) -> Mapping[Hashable, TimeInput]:
     """Return the inputs of a call that may be the time: short real tensors of rank 2 or less, by position."""
 
-    def input_of(leaf: Tensor) -> TimeInput:
-        half = leaf.dtype in (torch.float16, torch.bfloat16)
-        return TimeInput(leaf.dim(), half, lambda: leaf.detach().reshape(-1).tolist())
+    def input_of(leaf: Tensor, dtype: str) -> TimeInput:
+        return TimeInput(leaf.dim(), dtype in HALF, lambda: leaf.detach().reshape(-1).tolist())
 
-    return {
-        i: input_of(leaf)
-        for i, leaf in enumerate(flat)
-        if isinstance(leaf, Tensor) and leaf.dim() <= 2 and leaf.numel() <= _MOST and leaf.dtype is not torch.bool and not leaf.is_complex()
-    }
+    named = ((i, leaf, str(leaf.dtype).removeprefix("torch.")) for i, leaf in enumerate(flat) if isinstance(leaf, Tensor))
+    return {i: input_of(leaf, dtype) for i, leaf, dtype in named if may_be_time(leaf.shape, dtype)}
 
 
 def check_values(context: ModelContext, fit: Fit, num_steps: int | None) -> None:

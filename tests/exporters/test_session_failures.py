@@ -78,7 +78,7 @@ StateError: x has the shape [1, 5, 4], and the bundle takes [1, 6, 4].
 StateError: x is float64, and the bundle takes float32.
 StateError: t is a str; pass ... or something with DLPack.
 StateError: t is missing; the bundle takes x, t.
-StateError: no call was in a context 'uncond'; there are: cond.
+StateError: the context 'uncond' has no cache; a generation frees it at its last step. There are: none.
 ConfigError: reuse shapes the graphs; transform the model again, or export it again.
   What may change: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold, warmup_steps.
 ConfigError: decide='joint' is for a model in torch: the contexts of a bundle's session decide separately.""",
