@@ -7,10 +7,11 @@ import dataclasses
 import inspect
 import operator
 import traceback
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
@@ -23,7 +24,7 @@ from bwcache_compile.dataflow import writes_escape
 from bwcache_compile.errors import CaptureError, ConfigError, first_line
 from bwcache_compile.known import KnownValues, source_line, sources
 from bwcache_compile.program import CachedProgram, Captured, Signature
-from bwcache_compile.sizes import open_sizes
+from bwcache_compile.sizes import CallSizes, VaryingSizes, hint, open_sizes
 from bwcache_compile.tracing import tracing
 
 Mode = Literal["non-strict", "strict", "reading"]
@@ -61,8 +62,39 @@ def _unlifted(exported: ExportedProgram) -> Captured:
     return Captured(graph, {name: tensors[name] if name in tensors else operator.attrgetter(name)(root) for name in names})
 
 
+def _signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.Signature:
+    """Return the signature of a model's forward with a parameter for each keyword that it takes by `**kwargs` in this call."""
+    signature = inspect.signature(model.forward)
+    own = [p for name, p in signature.parameters.items() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    if len(own) == len(signature.parameters):
+        return signature
+    names = [name for name in kwargs if name not in {p.name for p in own}]
+    return signature.replace(parameters=[*own, *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names)])
+
+
 def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return _signature(model, args, kwargs).bind(*args, **kwargs).arguments
+
+
+@contextlib.contextmanager
+def _with_signature(model: nn.Module, signature: inspect.Signature) -> Iterator[None]:
+    """Let a model's forward have a signature meanwhile: torch.export opens no size of what is taken by `**kwargs`."""
+    if signature == inspect.signature(model.forward):
+        yield
+        return
+    forward, own = model.forward, vars(model).get("forward")
+
+    def explicit(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    vars(explicit)["__signature__"] = signature
+    vars(model)["forward"] = explicit
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        if own is not None:
+            vars(model)["forward"] = own
 
 
 def _all_open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -93,13 +125,57 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
     known, values = KnownValues(), sources(model, args, kwargs) if mode == "reading" else {}
     with tracing():
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # it leaves marks on what it is given
-        with contextlib.nullcontext() if mode == "strict" else known, known.knowing(model, values):
+        signature = inspect.signature(model.forward) if shapes is None else _signature(model, args, kwargs)
+        reads = contextlib.nullcontext() if mode == "strict" else known
+        with _with_signature(model, signature), reads, known.knowing(model, values):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=mode == "strict")
     program = flat_program(exported, type(model).__name__)
     read = {name: values[name].clone() for name in known.read}
     devices = sorted({leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)})
     autocast = tuple((device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device))
     return program.replace(signature=dataclasses.replace(program.signature, read=read, read_at=known.read_at, autocast=autocast))
+
+
+def _serves(program: CachedProgram, seen: Sequence[CallSizes]) -> bool:
+    """Whether a program serves all sizes seen that open sizes may serve: no exporter opens a size of 0 or 1."""
+
+    def opens(now: tuple[int, ...] | int | None, other: tuple[int, ...] | int | None) -> bool:
+        pairs = zip(now, other, strict=True) if isinstance(now, tuple) and isinstance(other, tuple) else [(now, other)]
+        return all(a == b or (isinstance(a, int) and isinstance(b, int) and min(a, b) > 1) for a, b in pairs)
+
+    sizes = program.signature.sizes
+    here = [
+        tuple(map(hint, value.shape)) if isinstance(value, Tensor) else hint(value) if isinstance(value, (int, SymInt)) else None
+        for value in (node.meta.get("val") for node in program.compute.graph.find_nodes(op="placeholder"))
+    ]
+    return all(
+        sizes is not None and sizes.bind(other) is not None for other in seen if all(opens(a, b) for a, b in zip(here, other, strict=True))
+    )
+
+
+def _attempts(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, modes: Sequence[Mode], seen: Sequence[CallSizes]
+) -> Iterator[tuple[Mode, CachedProgram | Exception]]:
+    """Trace a model in one way after the other; strict tracing comes first where it alone leaves the sizes seen open."""
+    stopped, narrow = len(modes) == 1, None
+    for mode in modes:
+        if mode == "reading" and not stopped:
+            return
+        outcome: CachedProgram | Exception
+        try:
+            with torch.no_grad():
+                outcome = _export(model, args, kwargs, shapes, mode)
+        except Exception as error:  # every front end raises its own kinds
+            outcome, stopped = error, True
+        serves = isinstance(outcome, CachedProgram) and _serves(outcome, seen)
+        if mode == "non-strict" and isinstance(outcome, CachedProgram) and not serves:
+            narrow = outcome  # int(size ** 0.5) is a number in there
+            continue
+        if narrow is None or serves:
+            yield mode, outcome
+        if narrow is not None:
+            yield "non-strict", narrow
+            narrow = None
 
 
 def _runs_under_modes(module: GraphModule) -> bool:
@@ -180,7 +256,7 @@ def capture(
         model: In evaluation mode.
         args: Example positional arguments.
         kwargs: Example keyword arguments.
-        dynamic_shapes: Which sizes stay open: "auto" for all that the model lets, else as `torch.export.export` takes
+        dynamic_shapes: Which sizes stay open: "auto" or `VaryingSizes` for all that the model lets, else as `torch.export.export` takes
             it, where arguments that are left out are not open. None: every size is fixed.
         reading: Build in the values of masks and lengths from the start: sizes that depend on them are fixed then.
 
@@ -191,33 +267,24 @@ def capture(
         CaptureError: No front end took the model, or what they captured computes something else.
     """
     name = type(model).__name__
-    shapes = _all_open(model, args, kwargs) if dynamic_shapes == "auto" else _completed(model, args, kwargs, dynamic_shapes)
+    opened = VaryingSizes() if dynamic_shapes == "auto" else dynamic_shapes
+    seen = opened.seen if isinstance(opened, VaryingSizes) else ()
+    shapes = _all_open(model, args, kwargs) if isinstance(opened, VaryingSizes) else _completed(model, args, kwargs, opened)
     with torch.no_grad():
         expected = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
     _check_outputs(name, expected)
     failures: list[str] = []
-    stopped = reading
-    for mode in get_args(Mode)[-1:] if reading else get_args(Mode):
-        if mode == "reading" and not stopped:
-            break
-        try:
-            with torch.no_grad():
-                program = _export(model, args, kwargs, shapes, mode)
-        except Exception as error:
-            if mode == "reading":
-                break
-            # every front end raises its own kinds; they are reported together below
-            stopped = True
-            failures.append(f"{mode}: {type(error).__name__}: {first_line(error)}\n    at {_source_of(error, model)}")
+    modes = get_args(Mode)[-1:] if reading else get_args(Mode)
+    for mode, outcome in _attempts(model, args, kwargs, shapes, modes, seen):
+        if isinstance(outcome, Exception):
+            failures.append(f"{mode}: {type(outcome).__name__}: {first_line(outcome)}\n    at {_source_of(outcome, model)}")
             continue
         with torch.no_grad():
             flat, _ = pytree.tree_flatten((clone_tensors(args), clone_tensors(kwargs)))
-            returned = list(program.compute(*flat))
+            returned = list(outcome.compute(*flat))
         wrong = difference_from(model, args, kwargs, expected, returned)
         if wrong is None:
-            return program
-        if mode == "reading":
-            break
+            return outcome
         _check_repeatable(model, args, kwargs, expected)
         failures.append(f"{mode}: the captured graph computes something else than the model: {wrong}")
     raise CaptureError(

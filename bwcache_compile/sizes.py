@@ -100,6 +100,17 @@ def at_most(low: int | SymInt, high: int | SymInt) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class VaryingSizes:
+    """Open every size that the model lets.
+
+    Attributes:
+        seen: Sizes of other calls, which the program should serve too.
+    """
+
+    seen: tuple[CallSizes, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Symbol:
     """A size that a call decides.
 

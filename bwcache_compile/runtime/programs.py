@@ -25,6 +25,7 @@ from bwcache_compile.runtime import notes
 from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.signature import CallKey, call_key, generation_kind
 from bwcache_compile.runtime.watch import ModelWatch
+from bwcache_compile.sizes import VaryingSizes
 
 MAX_PROGRAMS = 8
 """Signatures kept at a time; the least recently used goes first."""
@@ -184,7 +185,8 @@ class ProgramCache:
 
     def _capture(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram:
         alike = [other for other in self._loaded if other.kind == key.kind and other.sizes != key.sizes]
-        asked = self._shapes if self._shapes is not None else "auto" if alike else None
+        varying = VaryingSizes(tuple(other.sizes for other in alike)) if alike else None
+        asked = self._shapes if self._shapes is not None else varying
         if alike and key.kind in self._fixed:
             asked = None
         try:
