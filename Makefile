@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test check lint lines
+.PHONY: demo test zoo pass check lint lines
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,10 +14,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
-# the files that take longest stand in tests/ itself and begin first: no worker is left alone with one of them at the end;
-# one thread for each worker: more would wait for one another
+# a worker that runs out of tests takes over half of what another has left; one thread each, as more would wait for one another
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder tests/test_*.py tests/*/
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# the model classes that `make test` leaves out
+zoo: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m zoo
+
+# the tests of one pass: make pass NAME=insert_cache
+pass: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist tests/passes/test_$(NAME).py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check bwcache_compile tests examples benchmarks

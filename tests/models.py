@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bwcache_compile.capture import capture
+from bwcache_compile.capture import flat_program
 from bwcache_compile.program import CachedProgram
 
 
@@ -30,8 +30,10 @@ def noise(name: str, step: int, *shape: int) -> Tensor:
 
 
 def captured(model: Tiny, *args: Tensor) -> CachedProgram:
-    """Capture a model in evaluation mode, on its own example if no arguments are given."""
-    return capture(model.eval().requires_grad_(False), args or model.example(), {})
+    """Export a model in evaluation mode, on its own example if no arguments are given."""
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        return flat_program(torch.export.export(model, args or model.example(), strict=False), type(model).__name__)
 
 
 class Block(nn.Module):

@@ -15,6 +15,7 @@ from bwcache_compile.capture import capture
 from bwcache_compile.runtime import Toolchain
 from tests.reference import Oracle
 from tests.zoo import ZOO, noise
+from tests.zoo.selection import selected
 
 
 class Size(NamedTuple):
@@ -80,7 +81,7 @@ INPUTS: dict[str, Callable[[int, Size], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(INPUTS))
+@pytest.fixture(scope="module", params=selected(INPUTS))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -1,4 +1,7 @@
-"""Real model classes at tiny sizes: equality with the model, block counts, and every way of reusing against the oracle."""
+"""Real model classes at tiny sizes: equality with the model, block counts, and every way of reusing against the oracle.
+
+Eight classes run by default; `-m zoo` runs the others.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from bwcache_compile.runtime import Toolchain
 from tests.reference import Oracle
 from tests.zoo import REFUSED, ZOO, Entry
 from tests.zoo.reading import OMNIGEN
+from tests.zoo.selection import selected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Case:
         return Oracle(self.model, blocks, self.entry.streams, config, self.entry.rows)
 
 
-@pytest.fixture(scope="module", params=list(ZOO))
+@pytest.fixture(scope="module", params=selected(ZOO))
 def case(request: pytest.FixtureRequest) -> Case:
     entry = ZOO[request.param]
     model = entry.make()

@@ -17,22 +17,17 @@ from benchmarks.zoo_runs import STEPS, compare
 from tests.test_dynamic import FIRST, INPUTS, OTHERS
 from tests.zoo import ZOO
 
+LONGER = [pytest.param(name, opset, marks=pytest.mark.zoo) for name, opset in (("hunyuan_video", 20), ("flux", 23), ("cogvideox", 23))]
 
-@pytest.mark.parametrize(
-    ("name", "opset"),
-    [
-        ("wan", 23),
-        ("latte", 20),
-        *(pytest.param(name, opset, marks=pytest.mark.slow) for name, opset in (("hunyuan_video", 20), ("flux", 23), ("cogvideox", 23))),
-    ],
-)
+
+@pytest.mark.parametrize(("name", "opset"), [("wan", 23), ("latte", 20), *LONGER])
 def test_a_class_runs_as_in_torch(name: str, opset: int) -> None:
     result = run([opset], name)[f"opset {opset}"]
     assert result["steps"] == "##..#..#"
     assert max(result["errors"].values()) <= 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize(("name", "opset"), [("wan", 20), ("hunyuan_video", 23), ("flux", 23), ("cogvideox15", 20)])
 def test_exported_at_one_size_and_run_at_three_others(name: str, opset: int, tmp_path: Path) -> None:
     """Other frame counts, heights and widths, batches and text lengths."""

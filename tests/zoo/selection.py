@@ -1,0 +1,25 @@
+"""Which model classes every run of the tests takes, and the mark of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+ALWAYS = {
+    "wan": "one stream, rotary embeddings written in place",
+    "wan_vace": "hints from a parallel stack, added after some of the blocks",
+    "flux": "two streams, joined for a second stack",
+    "chroma": "the output takes rows of the joined stream, and blocks differ by constants",
+    "sd3": "the last block differs from the others",
+    "latte": "spatial and temporal blocks in turn",
+    "hunyuan_dit": "long skips between the blocks",
+    "z_image": "lists of tensors, blocks under autocast, refiners beside the main stack",
+}
+"""One class for each kind of structure, with what it stands for."""
+
+
+def selected(names: Iterable[str]) -> list[Any]:
+    """Return the classes as pytest parameters; those outside `ALWAYS` are marked `zoo`."""
+    return [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.zoo) for name in names]
