@@ -33,6 +33,9 @@ def lines(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tup
         yield "input", entry["name"], *layout(entry)
     for entry in manifest["outputs"]["items"]:
         yield "output", entry["name"]
+    steps = len(manifest["config"]["steps_mask"] or ()) or manifest["config"]["num_steps"]
+    if steps:
+        yield "steps", steps
     for slot in manifest["slots"]:
         yield "slot", slot["name"], slot["fill"], *layout(slot)
     for entry in manifest["policy"]["parameters"]:

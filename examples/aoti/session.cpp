@@ -10,13 +10,14 @@
 // A package is machine code: run those that you trust. It wants the version of libtorch that compiled it, and files that are
 // as they were when the listing was made.
 
+#include "stepping.hpp"
+
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <fstream>
 #include <iostream>
-#include <map>
 #include <sstream>
 
 using Named = std::map<std::string, at::Tensor>;
@@ -29,12 +30,12 @@ const std::map<std::string, at::ScalarType> DTYPES = {
 
 // Dtype and shape of a tensor, and its dimensions from the outermost in memory to the innermost: compiled code counts on them.
 struct Layout {
+  std::string name;
   at::ScalarType dtype = at::kFloat;
   std::vector<int64_t> shape, order, inverse;
 
   Layout() = default;
   explicit Layout(std::istream& line) {
-    std::string name;
     size_t rank = 0;
     line >> name >> rank;
     dtype = DTYPES.at(name);
@@ -71,10 +72,11 @@ struct Graph {
   }
 };
 
-// One stream of calls (with guidance there are two): its cache, and which of the coming steps reuse it.
+// One stream of calls (with guidance there are two): which step the next one is, its cache, and which steps reuse it.
 struct Context {
-  Named cache;
-  int64_t step = 0, reuse_until = -1;
+  bwcache::Tracker tracker;
+  bwcache::Cursor cursor;
+  Named cache;  // empty where no generation runs
 };
 
 struct Session {
@@ -85,6 +87,8 @@ struct Session {
   std::map<std::string, Graph> graphs;
   std::vector<std::string> outputs;
   Named policy;  // thresholds and the like, as exported; they may be replaced between steps
+  std::optional<int64_t> steps;  // of a generation, as exported
+  std::map<std::string, bwcache::Tracker> newest;  // of each group of contexts, the one called last
 
   Session(const std::string& folder, const std::string& listing) {
     std::ifstream file(listing);
@@ -102,6 +106,8 @@ struct Session {
         inputs[name] = Layout(line);
       } else if (what == "output") {
         outputs.push_back(name);
+      } else if (what == "steps") {
+        steps = std::stoll(name);
       } else if (what == "slot") {
         line >> word;
         fills[name] = std::stod(word);
@@ -126,27 +132,48 @@ struct Session {
     }
   }
 
-  Context fresh() const {
-    Context made;
+  Named fresh() const {
+    Named cache;
     for (const auto& [name, slot] : slots)
-      made.cache["cache_in." + name] = slot.lay(at::full(slot.shape, fills.at(name), slot.dtype).to(device));
-    return made;
+      cache["cache_in." + name] = slot.lay(at::full(slot.shape, fills.at(name), slot.dtype).to(device));
+    return cache;
   }
 
-  // Runs one step of a generation; returns the model's outputs by name, and whether the blocks were computed.
-  std::pair<Named, bool> step(Context& context, const Named& given) {
-    const bool computes = context.step > context.reuse_until;
-    Named values = context.cache;
+  // The inputs that may be the time; they are read only where the caller does not say which step it is.
+  bwcache::TimeInputs times(const Named& given) const {
+    bwcache::TimeInputs found;
+    for (const auto& [name, layout] : inputs) {
+      if (!bwcache::may_be_time(layout.shape, layout.name)) continue;
+      const bool half = layout.dtype == at::kHalf || layout.dtype == at::kBFloat16;
+      found[name] = {static_cast<int>(layout.shape.size()), half, [value = given.at(name)] {
+                       const auto numbers = value.cpu().to(at::kDouble).contiguous();
+                       return std::vector<double>(numbers.const_data_ptr<double>(), numbers.const_data_ptr<double>() + numbers.numel());
+                     }};
+    }
+    return found;
+  }
+
+  // Runs one step; returns the model's outputs by name, and whether the blocks were computed. A run that starts over, after
+  // one that was broken off too, begins with an empty cache. A step that fails leaves the context as it was.
+  std::pair<Named, bool> step(Context& context, const Named& given, const bwcache::StepInfo& info = {}) {
+    const auto latest = newest.find(info.group);
+    const auto num_steps = info.num_steps ? info.num_steps : steps;
+    const auto advance = context.tracker.advance(info, "", info.step_index ? bwcache::TimeInputs() : times(given), num_steps,
+                                                 latest == newest.end() ? nullptr : &latest->second);
+    const bool begins = !advance.began.empty() || !advance.cleared.empty() || context.cache.empty();
+    const auto cursor = begins ? bwcache::Cursor{advance.step} : context.cursor.at(advance.step);
+    Named cache = begins ? fresh() : context.cache, values = cache;
     values.insert(policy.begin(), policy.end());
     for (const auto& [name, layout] : inputs) values[name] = layout.lay(given.at(name).to(device));
-    values["step"] = at::full({1}, context.step, at::kLong).to(device);
-    const Named returned = graphs.at(computes ? "compute" : "reuse").run(values);
-    if (computes) {
-      for (const auto& [name, slot] : slots) context.cache["cache_in." + name] = returned.at("cache_out." + name);
-      context.reuse_until = context.step + returned.at("reuse_left").item<int64_t>();
-    }
-    ++context.step;
-    return {returned, computes};
+    values["step"] = at::full({1}, cursor.step, at::kLong).to(device);
+    const Named returned = graphs.at(cursor.reuses() ? "reuse" : "compute").run(values);
+    if (!cursor.reuses())
+      for (const auto& [name, slot] : slots) cache["cache_in." + name] = returned.at("cache_out." + name);
+    context.cursor = cursor.reuses() ? cursor.reused() : cursor.computed(returned.at("reuse_left").item<int64_t>());
+    context.tracker = advance.tracker;
+    context.cache = num_steps && cursor.step == *num_steps - 1 ? Named() : cache;
+    if (latest == newest.end() || latest->second.run <= advance.tracker.run) newest[info.group] = advance.tracker;
+    return {returned, !cursor.reuses()};
   }
 };
 
@@ -154,7 +181,7 @@ int main(int count, char** words) {
   if (count != 5) return std::cerr << "usage: session BUNDLE LISTING DATA STEPS\n", 2;
   c10::InferenceMode inference;
   Session session(words[1], words[2]);
-  Context context = session.fresh();
+  Context context;
   for (int step = 0; step < std::stoi(words[4]); ++step) {
     const auto path = [&](const std::string& name) { return std::string(words[3]) + "/" + name + "." + std::to_string(step); };
     Named given;
