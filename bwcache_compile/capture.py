@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.compare import clone_tensors, difference, difference_from, flat_outputs
 from bwcache_compile.dataflow import writes_escape
 from bwcache_compile.errors import CaptureError, ConfigError, first_line
-from bwcache_compile.known import KnownValues, source_line, sources
-from bwcache_compile.program import CachedProgram, Captured, Signature
+from bwcache_compile.known import KnownValues, inputs_of, source_line, sources
+from bwcache_compile.program import CachedProgram, Captured, Reading, Signature
 from bwcache_compile.sizes import CallSizes, VaryingSizes, hint, open_sizes
 from bwcache_compile.tracing import tracing
 
@@ -123,17 +123,20 @@ def _completed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, mode: Mode) -> CachedProgram:
     known, values = KnownValues(), sources(model, args, kwargs) if mode == "reading" else {}
+    large = {i: leaf for i, leaf in inputs_of(args, kwargs).items() if i not in values} if mode == "reading" else {}
     with tracing():
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # it leaves marks on what it is given
-        signature = inspect.signature(model.forward) if shapes is None else _signature(model, args, kwargs)
+        named = inspect.signature(model.forward) if shapes is None else _signature(model, args, kwargs)
         reads = contextlib.nullcontext() if mode == "strict" else known
-        with _with_signature(model, signature), reads, known.knowing(model, values):
+        with _with_signature(model, named), reads, known.knowing(model, values, large):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=mode == "strict")
     program = flat_program(exported, type(model).__name__)
-    read = {name: values[name].clone() for name in known.read}
+    read = {name: values[name].clone() for name in known.read if not isinstance(name, Reading)}
+    readings = tuple(reading for reading in known.read if isinstance(reading, Reading))
     devices = sorted({leaf.device.type for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)})
     autocast = tuple((device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device))
-    return program.replace(signature=dataclasses.replace(program.signature, read=read, read_at=known.read_at, autocast=autocast))
+    signature = dataclasses.replace(program.signature, read=read, readings=readings, read_at=known.read_at, autocast=autocast)
+    return program.replace(signature=signature)
 
 
 def _serves(program: CachedProgram, seen: Sequence[CallSizes]) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
 from bwcache_compile.config import CacheConfig
@@ -206,16 +208,47 @@ class CachePlan:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+OPERAND = object()
+"""Stands for the operand in the steps of a `Reading`."""
+
+
+def _operand(tensor: Tensor, leaf: Any) -> Any:
+    return tensor if leaf is OPERAND else leaf
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """What a model read in Python of an input that is too large to be built in: a few functions of it, such as `torch.all(x == 0)`.
+
+    Attributes:
+        source: The input's position among the leaves of the call.
+        steps: Functions with their arguments, where `OPERAND` stands for what the step before returned.
+        value: What the last one returned when the model was captured.
+    """
+
+    source: int
+    steps: tuple[tuple[Callable[..., Any], Any, Any], ...]
+    value: Tensor | None = None
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Return what the steps make of a tensor."""
+        for function, args, kwargs in self.steps:
+            operand = functools.partial(_operand, tensor)
+            tensor = function(*pytree.tree_map(operand, args), **pytree.tree_map(operand, kwargs))
+        return tensor
+
+
 @dataclasses.dataclass(frozen=True)
 class Signature:
     """How a flat graph call corresponds to the model's call.
 
-    `inputs` names the graph's user inputs in flat order; positions that hold a constant (None, bool, str, int) are
-    inputs too, whose value the graph ignores. `sizes` says which sizes may change; None: none may. `read` holds the
-    tensors whose values the model read in Python, by position among the inputs or by a buffer's name: the graph is right
-    for these values alone. `read_at` is the first line that makes it so. `zeros` names the inputs of whole numbers whose example
-    held nothing above 0, such as an index into a table of one row: ones would be out of bounds there. `autocast` lists the device
-    types and dtypes of the autocast around the capture: the graph is right under the same one alone.
+    `inputs` names the graph's user inputs in flat order; positions that hold a constant (None, bool, str, int) are inputs
+    too, whose value the graph ignores. `sizes` says which sizes may change; None: none may. `read` holds the tensors whose
+    values the model read in Python, by position among the inputs or by a buffer's name: the graph is right for these values
+    alone. `readings` are such values of larger inputs. `read_at` is the first line that makes it so. `zeros` names the
+    inputs of whole numbers whose example held nothing above 0, such as an index into a table of one row: ones would be out
+    of bounds there. `autocast` lists the device types and dtypes of the autocast around the capture: the graph is right
+    under the same one alone.
     """
 
     in_spec: TreeSpec
@@ -223,6 +256,7 @@ class Signature:
     inputs: tuple[str, ...]
     sizes: OpenSizes | None = None
     read: Mapping[int | str, Tensor] = dataclasses.field(default_factory=dict)
+    readings: tuple[Reading, ...] = ()
     read_at: str = ""
     zeros: frozenset[str] = frozenset()
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
@@ -235,7 +269,16 @@ class Signature:
     @property
     def read_names(self) -> list[str]:
         """Names of the inputs and buffers whose values are built in."""
-        return sorted(name if isinstance(name, str) else self.inputs[name] for name in self.read)
+        return sorted({name if isinstance(name, str) else self.inputs[name] for name in (*self.read, *(r.source for r in self.readings))})
+
+    @property
+    def values(self) -> tuple[tuple[int, Hashable], ...]:
+        """The values of a call that are built in, by position among the inputs."""
+        found: dict[int, tuple[Any, ...]] = {}
+        for i, value in [*self.read.items(), *((reading.source, reading.value) for reading in self.readings)]:
+            if isinstance(i, int) and value is not None:
+                found[i] = (*found.get(i, ()), *value.flatten().tolist())
+        return tuple(found.items())
 
 
 def graph_module_copy(module: GraphModule) -> GraphModule:

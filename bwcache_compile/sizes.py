@@ -84,9 +84,14 @@ def hint(value: int | SymInt) -> int:
     return int(value.node.hint) if isinstance(value, SymInt) else value
 
 
+def is_unknown(size: int | SymInt) -> bool:
+    """Whether a size depends on the values of a tensor, and is not known before the model runs."""
+    return isinstance(size, SymInt) and size.node.hint is None
+
+
 def has_no_size(tensor: Tensor) -> bool:
     """Whether a size of a tensor depends on the values of one, and is not known before the model runs."""
-    return any(isinstance(size, SymInt) and size.node.hint is None for size in tensor.shape)
+    return any(map(is_unknown, tensor.shape))
 
 
 def hint_shape(tensor: Tensor) -> tuple[int, ...]:

@@ -80,6 +80,12 @@ def describe_values(program: CachedProgram) -> list[dict[str, Any]]:
         ExportError: A manifest cannot hold one of them.
     """
     names, described = input_names(program), []
+    if program.signature.readings:
+        raise ExportError(
+            f"{program.model_name} reads in Python what it computes of {names[program.signature.readings[0].source]}, and a bundle cannot"
+            f" compare that with later calls.\n    at {program.signature.read_at}\n"
+            "  Take that branch out of the model's forward: decide it before the call, and pass a bool."
+        )
     for i, value in program.signature.read.items():
         if not isinstance(i, int):
             continue

@@ -9,7 +9,7 @@ from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.passes._isomorphism import difference, outside_operands
 from bwcache_compile.passes._stacks import Stack, Unit, extent, live_outs
 from bwcache_compile.passes._streams import continued, needed_rows
-from bwcache_compile.sizes import Size, shape_of, size_of
+from bwcache_compile.sizes import Size, is_unknown, shape_of, size_of
 
 
 def _reaches(starts: list[Node], avoid: set[Node]) -> bool:
@@ -85,5 +85,5 @@ def features(units: list[Unit], graph: Graph, streams: set[Node]) -> tuple[list[
         near = continued(found[0], set(candidates)) or candidates
         shape = shape_of(found[0].meta["val"])
         found.insert(0, max(near, key=lambda node: (shape_of(node.meta["val"]) == shape, extent(node))))
-    taken = None if rows is None else (size_of(rows[0]), size_of(rows[1]))
+    taken = None if rows is None or any(map(is_unknown, rows)) else (size_of(rows[0]), size_of(rows[1]))
     return found, None if taken == (0, size_of(length)) else taken

@@ -75,11 +75,14 @@ class LoadedProgram:
 
     def reads(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether tensors whose values are built in hold the same values now."""
-        read = self.program.signature.read
-        if not read:  # as for most models, and at each call
+        read, readings = self.program.signature.read, self.program.signature.readings
+        if not read and not readings:  # as for most models, and at each call
             return True
         flat = pytree.tree_leaves((args, kwargs))
-        return all(same(value, model.get_buffer(name) if isinstance(name, str) else flat[name]) for name, value in read.items())
+        if not all(same(value, model.get_buffer(name) if isinstance(name, str) else flat[name]) for name, value in read.items()):
+            return False
+        with torch.no_grad():
+            return all(reading.value is not None and same(reading.value, reading.apply(flat[reading.source])) for reading in readings)
 
     def symbols(self, key: CallKey) -> Mapping[str, int] | None:
         """Return the values of the program's open sizes at a call, or None if it does not serve such calls."""

@@ -197,7 +197,7 @@ class ProgramCache:
             self._fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
             loaded = self._make(key, args, kwargs, config, None)
         for other in alike:
-            if loaded.symbols(other) is not None and not loaded.program.signature.read:
+            if loaded.symbols(other) is not None and not loaded.program.signature.values:
                 del self._loaded[other]
         self._loaded[loaded.key] = loaded
         self._alive.add(loaded)
@@ -233,9 +233,8 @@ class ProgramCache:
         signature, plan = program.signature, program.planned()
         others = [other.sizes for other in self._loaded if other.kind == key.kind]
         noted = [*notes.built_in(signature), *notes.fixed_sizes(signature, key, others, self._fixed.get(key.kind, ""))]
-        values = tuple((i, tuple(value.flatten().tolist())) for i, value in signature.read.items() if isinstance(i, int))
         program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted)))
-        loaded = LoadedProgram(program, key._replace(values=values))
+        loaded = LoadedProgram(program, key._replace(values=signature.values))
         if self._compile_options is not None:
             loaded.compile(self._compile_options)
         return loaded
