@@ -11,20 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bwcache_compile.errors import ConfigError
+from bwcache_compile.policies import INDICATORS, POLICIES, REUSES, Parameter
 
-Policy = Literal["schedule", "static"]
-Reuse = Literal["output", "residual", "taylor"]
 Decide = Literal["separate", "joint"]
 Granularity = Literal["stack", "block"]
 
 _MOST_STEPS = 2**31 - 1
 _FINEST = 2**63 - 1
 """Largest denominator of `tail`: graphs count in 64 bits."""
-
-
-def policy_dtype(name: str) -> str:
-    """Return the dtype in which graphs take a policy parameter: `float32` for the threshold, `int64` for the others."""
-    return "float32" if name == "threshold" else "int64"
 
 
 def _is_int(value: object) -> bool:
@@ -61,14 +55,19 @@ class GraphSettings:
         mask_steps: Entries of `steps_mask`, 0 where there is none: the mask is an input of that length.
     """
 
-    policy: Policy
-    reuse: Reuse
+    policy: str
+    reuse: str
+    indicator: str
     granularity: Granularity
     compute_first: int
     compute_last: int
     indicator_blocks: int | Literal["all"]
     indicator_tokens: int | Literal["all"]
     mask_steps: int
+
+    def length(self, parameter: Parameter) -> int:
+        """Return the length of a policy's input."""
+        return self.mask_steps if parameter.per_step else 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +81,11 @@ class CacheConfig:
             in (0, 1] is a fraction of `num_steps`, so 1 is one step and 1.0 the whole run.
         tail: The last `floor(tail * k)` steps are computed, where `k` is the step that triggered. Higher protects
             more of the end of the run.
-        policy: "schedule" measures the indicator and follows the paper; "static" follows `steps_mask`.
+        policy: "schedule" measures the indicator and follows the paper; "static" follows `steps_mask`; or one that was registered.
         reuse: What a reused step returns: "output" holds the cached outputs; "residual" adds what the blocks last
-            added to their input; "taylor" extrapolates the outputs from the last two computed steps.
+            added to their input; "taylor" extrapolates the outputs from the last two computed steps; or one that was registered.
+        indicator: How the change of a block's features is measured: "l1" is the paper's relative L1 change; or one that was
+            registered. A policy that measures nothing ignores it.
         granularity: "stack" guards all blocks together; "block" guards each on its own: a block whose own features hardly
             change adds what it last added to its current input, so changes of the blocks before it still flow through.
             Needs `guard="graph"` and `reuse="residual"`, and keeps one residual per block.
@@ -109,8 +110,9 @@ class CacheConfig:
     threshold: float = 0.15
     reuse_interval: int | float = 0.1
     tail: float = 0.5
-    policy: Policy = "schedule"
-    reuse: Reuse = "output"
+    policy: str = "schedule"
+    reuse: str = "output"
+    indicator: str = "l1"
     granularity: Granularity = "stack"
     warmup_steps: int = 0
     num_steps: int | None = None
@@ -128,15 +130,16 @@ class CacheConfig:
             object.__setattr__(self, "steps_mask", _as_mask(self.steps_mask))
         self._check_choices()
         self._check_numbers()
-        if self.policy == "static":
+        if POLICIES[self.policy].reads_mask:
             self._check_mask()
         elif self.steps_mask is not None:
             raise ConfigError("steps_mask is only read by policy='static'; remove it or choose that policy.")
 
     def _check_choices(self) -> None:
         for name, choices in (
-            ("policy", get_args(Policy)),
-            ("reuse", get_args(Reuse)),
+            ("policy", POLICIES),
+            ("reuse", REUSES),
+            ("indicator", INDICATORS),
             ("granularity", get_args(Granularity)),
             ("decide", get_args(Decide)),
         ):
@@ -144,12 +147,17 @@ class CacheConfig:
             if value not in choices:
                 raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
 
-        if self.granularity == "block" and self.reuse != "residual":
+        policy, way = POLICIES[self.policy], REUSES[self.reuse]
+        if self.granularity == "block" and not way.adds_to_input:
             raise ConfigError(
                 f"granularity='block' needs reuse='residual', not {self.reuse!r}: a held output would hide what earlier blocks changed."
             )
         if self.granularity == "block" and self.decide == "joint":
             raise ConfigError("granularity='block' has as many decisions as blocks; decide='joint' shares one. Choose one of the two.")
+        if clash := {slot.name for slot in policy.slots} & set(way.slot_names):
+            raise ConfigError(f"policy={self.policy!r} and reuse={self.reuse!r} both have a slot {min(clash)!r}; rename one.")
+        if self.decide == "joint" and policy.measures and [slot.name for slot in policy.slots] != ["trigger"]:
+            raise ConfigError(f"decide='joint' shares one slot `trigger`, which policy={self.policy!r} lacks; use decide='separate'.")
         if self.granularity == "block" and self.indicator_blocks != "all":
             raise ConfigError(f"granularity='block' measures every block; indicator_blocks is {self.indicator_blocks!r}, not \"all\".")
 
@@ -184,7 +192,7 @@ class CacheConfig:
     def _check_mask(self) -> None:
         mask = self.steps_mask
         if not mask:
-            raise ConfigError("policy='static' needs steps_mask: one entry per step, 1 reuses and 0 computes.")
+            raise ConfigError(f"policy={self.policy!r} needs steps_mask: one entry per step, 1 reuses and 0 computes.")
         if set(mask) - {0, 1} or mask[0] != 0:
             raise ConfigError(f"steps_mask is {mask}; entries are 0 or 1 and the first must be 0: nothing is cached yet.")
         if self.num_steps is not None and len(mask) != self.num_steps:
@@ -264,29 +272,17 @@ class CacheConfig:
         return exact.numerator, exact.denominator
 
     def policy_values(self, num_steps: int | None) -> dict[str, tuple[float | int, ...]]:
-        """Return the values of the graph's policy inputs by name, in their order; a threshold is float32, all else int64.
+        """Return the values of the graph's policy inputs by name, in their order.
 
         Raises:
             ConfigError: The policy needs the number of steps and it is not known.
         """
-        if self.steps_mask is not None:
-            return {"mask": self.steps_mask}
-        if num_steps is None:
-            raise ConfigError(
-                "num_steps is not known, and policy='schedule' places the protected tail by it. Set CacheConfig(num_steps=...),"
-                " call cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
-            )
-        numerator, denominator = self.tail_ratio()
-        if numerator * num_steps > _FINEST:
-            raise ConfigError(f"tail is {self.tail!r}; its exact ratio times {num_steps} steps does not fit 64 bits; give fewer digits.")
-        return {
-            "threshold": (float(self.threshold),),
-            "interval": (self.resolved_interval(num_steps),),
-            "tail_numerator": (numerator,),
-            "tail_denominator": (denominator,),
-            "warmup": (self.warmup_steps,),
-            "num_steps": (num_steps,),
-        }
+        return POLICIES[self.policy].values(self, num_steps)
+
+    @property
+    def policy_dtypes(self) -> dict[str, str]:
+        """The dtypes of the graph's policy inputs by name, in their order."""
+        return {parameter.name: parameter.dtype for parameter in POLICIES[self.policy].parameters}
 
     def save(self, path: str | Path) -> None:
         """Write the settings as JSON, whole or not at all."""

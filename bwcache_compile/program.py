@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
-from bwcache_compile.config import CacheConfig
+from bwcache_compile.config import GraphSettings
 from bwcache_compile.layout import Order, in_order
+from bwcache_compile.policies import REUSES
 from bwcache_compile.size_expressions import evaluated
 from bwcache_compile.sizes import OpenSizes, Shape, Size, has_no_size
 
@@ -23,8 +24,6 @@ OURS = "bwcache_"
 
 REGION_MARK = "bwcache_region"
 """Key in the `meta` of every operator of the cached region. Names repeat from graph to graph; this mark does not."""
-
-Role = Literal["output", "previous", "times", "reference", "trigger", "until"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +75,14 @@ class BlockSearch:
 class CacheSlot:
     """One tensor of the cache state. A fresh state holds `fill` everywhere.
 
+    `role` is "reference" for what the indicator compares with, "until" for the guard's own slot, else the name that the policy
+    or the way of reusing has for it.
     `shape` is arithmetic over the program's symbols where sizes are open; `example` is the shape when the model was captured.
     `order` is how it lies in memory.
     """
 
     name: str
-    role: Role
+    role: str
     shape: Shape
     dtype: torch.dtype
     example: tuple[int, ...]
@@ -140,15 +141,16 @@ class CachePlan:
     """What is cached, how much it takes, and what could not be proved.
 
     Attributes:
+        settings: The settings that shaped the graphs.
         blocks: The blocks that a reused step skips, in execution order.
         regions: What is guarded, in execution order: one region, or one per block with `granularity="block"`.
-        time_input: For `reuse="taylor"`: the input that gives the time; None counts steps.
+        time_input: For a way of reusing that needs it: the input that gives the time; None counts steps.
         hidden_bytes: Bytes of one hidden state: the last block's feature.
         device: Where the features are, and the state with them.
         notes: What the user should know about this plan.
     """
 
-    config: CacheConfig
+    settings: GraphSettings
     blocks: tuple[Block, ...]
     regions: tuple[Region, ...]
     time_input: str | None
@@ -191,19 +193,19 @@ class CachePlan:
 
     def __str__(self) -> str:
         """Say what is skipped and what it costs, before the first step."""
-        config = self.config
+        settings, way = self.settings, REUSES[self.settings.reuse]
         mib = 2**20
-        outputs = sum(slot.bytes for slot in self.slots if slot.role in ("output", "previous"))
+        outputs = sum(slot.bytes for slot in self.slots if slot.role in way.slots)
         references = sum(slot.bytes for slot in self.slots if slot.role == "reference")
         lines = [
             f"{len(self.blocks)} blocks are skipped on a reused step: {self.blocks[0].name} .. {self.blocks[-1].name}",
-            f"policy {config.policy}, reuse {config.reuse}, {len(self.measured)} blocks measured"
-            + (f", one token in {config.indicator_tokens}" if config.indicator_tokens != "all" else ", every token"),
+            f"policy {settings.policy}, reuse {settings.reuse}, {len(self.measured)} blocks measured"
+            + (f", one token in {settings.indicator_tokens}" if settings.indicator_tokens != "all" else ", every token"),
             f"state per context: {self.state_bytes / mib:.2f} MiB = {self.hidden_states:.2f} hidden states"
             f" ({outputs / mib:.2f} MiB outputs, {references / mib:.2f} MiB indicator);"
             f" {self.transient_bytes / mib:.2f} MiB while a step computes",
         ]
-        if config.reuse == "taylor":
+        if way.needs_time:
             lines.append(f"extrapolates along {self.time_input or 'the step index'}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 

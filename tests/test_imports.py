@@ -16,13 +16,15 @@ ROOT = Path(bwcache_compile.__file__).parent
 LAYERS = (
     {"errors"},
     {"report", "size_expressions", "stepping", "tracing"},
-    {"config", "contexts", "sizes"},
+    {"config", "contexts", "policies", "sizes"},
     {"layout"},
     {"program"},
-    {"compare", "dataflow", "graph_text", "inline", "known", "verify", "policy"},
+    {"compare", "dataflow", "graph_text", "inline", "known", "verify"},
     {"capture", "passes", "runtime", "exporters"},
     {"api"},
 )
+ONE_PART = {"config", "policies"}
+"""Settings name policies, and policies read settings."""
 FREE_AMONG_THEMSELVES = next(layer for layer in LAYERS if "dataflow" in layer)
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 HEAVY = (
@@ -71,7 +73,7 @@ def objections(owner: str, source: str) -> list[str]:
     for other in sorted(imported(source) - {owner}):
         if layer(other) > layer(owner):
             wrong.append(f"{owner} imports {other}, which is above it")
-        elif layer(other) == layer(owner) and owner not in FREE_AMONG_THEMSELVES:
+        elif layer(other) == layer(owner) and owner not in FREE_AMONG_THEMSELVES and not {owner, other} <= ONE_PART:
             wrong.append(f"{owner} imports {other}, which is beside it")
     return wrong
 

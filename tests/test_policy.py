@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bwcache_compile as bw
-from bwcache_compile import policy
+from bwcache_compile.policies.l1 import relative_change
+from bwcache_compile.policies.reuse.taylor import extrapolate
+from bwcache_compile.policies.sampling import sampled_tokens
+from bwcache_compile.policies.schedule import schedule
+from bwcache_compile.policies.static import static
+from bwcache_compile.policies.tensors import policy_parameters
 from tests.reference import decide
 
 CASES = json.loads((Path(__file__).parent / "data" / "schedule.json").read_text())
@@ -33,7 +38,7 @@ class Trace:
 def run_schedule(config: bw.CacheConfig, indicators: list[float | None], first: int = 0) -> Trace:
     """Drive the tensor policy as the runtime does: ask after each computed step, count down while reusing."""
     assert config.num_steps is not None
-    parameters = policy.policy_parameters(config, config.num_steps, torch.device("cpu"))
+    parameters = policy_parameters(config, config.num_steps, torch.device("cpu"))
     trigger, left, reused = torch.tensor([-1]), 0, []
     for step in range(first, config.num_steps):
         if left > 0:
@@ -42,7 +47,7 @@ def run_schedule(config: bw.CacheConfig, indicators: list[float | None], first: 
             continue
         value = indicators[step]
         change = torch.tensor([math.nan if value is None else value], dtype=torch.float32)
-        trigger, remaining = policy.schedule(change, trigger, torch.tensor([step]), *parameters)
+        trigger, remaining = schedule(change, trigger, torch.tensor([step]), *parameters)
         left = int(remaining)
         reused.append(0)
     return Trace(reused, None if int(trigger) < 0 else int(trigger))
@@ -110,7 +115,7 @@ def test_static_follows_its_mask(mask: list[int]) -> None:
             left -= 1
             reused.append(1)
         else:
-            left = int(policy.static(torch.tensor(mask), torch.tensor([step])))
+            left = int(static(torch.tensor(mask), torch.tensor([step])))
             reused.append(0)
     assert reused == mask
 
@@ -118,23 +123,23 @@ def test_static_follows_its_mask(mask: list[int]) -> None:
 def test_a_float16_sum_does_not_overflow() -> None:
     old = torch.full((1, 4096, 64), 8.0, dtype=torch.float16)
     assert torch.isinf(old.sum(dtype=torch.float16))
-    change = policy.relative_change([old * 1.25], [old])
+    change = relative_change([old * 1.25], [old])
     assert change.dtype == torch.float32
     torch.testing.assert_close(change, torch.tensor([0.25]), rtol=1e-6, atol=0)
 
 
 def test_a_fresh_reference_counts_as_changed() -> None:
-    change = policy.relative_change([torch.ones(1, 4, 8)], [torch.zeros(1, 4, 8)])
+    change = relative_change([torch.ones(1, 4, 8)], [torch.zeros(1, 4, 8)])
     assert not torch.isfinite(change).any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_no_reuse_while_any_block_is_not_finite(bad: float) -> None:
     config = bw.CacheConfig(num_steps=20, reuse_interval=3, tail=0.0)
-    parameters = policy.policy_parameters(config, 20, torch.device("cpu"))
+    parameters = policy_parameters(config, 20, torch.device("cpu"))
 
     def after(step: int, trigger: int, change: list[float]) -> tuple[int, int]:
-        now, left = policy.schedule(torch.tensor(change), torch.tensor([trigger]), torch.tensor([step]), *parameters)
+        now, left = schedule(torch.tensor(change), torch.tensor([trigger]), torch.tensor([step]), *parameters)
         return int(now), int(left)
 
     assert after(4, -1, [0.01, bad]) == (-1, 0), "before the trigger"
@@ -143,7 +148,7 @@ def test_no_reuse_while_any_block_is_not_finite(bad: float) -> None:
 
 
 def test_sampled_tokens_are_stratified_and_differ_between_blocks() -> None:
-    places = [policy.sampled_tokens(1024, 32, block) for block in range(12)]
+    places = [sampled_tokens(1024, 32, block) for block in range(12)]
     for chosen in places:
         assert torch.equal(chosen // 32, torch.arange(32)), "one token in every stratum"
     assert len(torch.cat(places).unique()) > 250, "blocks look at different tokens"
@@ -153,7 +158,7 @@ def test_sampled_tokens_are_stratified_and_differ_between_blocks() -> None:
 @settings(max_examples=100, deadline=None)
 @given(count=st.integers(1, 5000), stride=st.integers(1, 64), block=st.integers(0, 80))
 def test_sampled_tokens_stay_inside(count: int, stride: int, block: int) -> None:
-    chosen = policy.sampled_tokens(count, stride, block)
+    chosen = sampled_tokens(count, stride, block)
     assert len(chosen) == max(1, count // stride)
     assert int(chosen.min()) >= 0
     assert int(chosen.max()) < count
@@ -164,7 +169,7 @@ def test_extrapolation_continues_the_line_and_holds_without_two_times() -> None:
     last, previous = torch.tensor([3.0, 5.0]), torch.tensor([1.0, 6.0])
 
     def at(times: list[float], now: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        return policy.extrapolate(last.to(dtype), previous.to(dtype), torch.tensor(times), torch.tensor([now]))
+        return extrapolate(last.to(dtype), previous.to(dtype), torch.tensor(times), torch.tensor([now]))
 
     assert torch.equal(at([900.0, 940.0], 880.0), torch.tensor([4.0, 4.5]))
     assert torch.equal(at([900.0, math.nan], 880.0), last)

@@ -16,7 +16,8 @@ from bwcache_compile.exporters.describe import input_names
 from bwcache_compile.exporters.graphs import PlainGraph, under_autocast
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.layout import in_order, slot_order
-from bwcache_compile.policy import policy_parameters
+from bwcache_compile.policies import POLICIES
+from bwcache_compile.policies.tensors import policy_parameters
 from bwcache_compile.program import REGION_MARK, CachedProgram
 from bwcache_compile.size_expressions import evaluate, evaluated
 from bwcache_compile.stepping import Cursor
@@ -157,10 +158,9 @@ def _error(actual: Any, expected: Any, least: float = 1e-30) -> float:
 
 
 def _forced(config: CacheConfig, threshold: float) -> CacheConfig:
-    """Return settings under which both branches are taken: two computed steps, two reused ones, and so on."""
-    if config.policy == "static":
-        return config
-    return dataclasses.replace(config, threshold=threshold, reuse_interval=2, tail=0.0, warmup_steps=0, num_steps=_STEPS + 1)
+    """Return settings under which both branches are taken, where the policy reads a threshold; else these."""
+    at_threshold = POLICIES[config.policy].at_threshold
+    return config if at_threshold is None else at_threshold(config, threshold, _STEPS + 1)
 
 
 @dataclasses.dataclass
@@ -257,7 +257,7 @@ def check_runs(
             raise ExportError(f"what was written does not open: {error}") from error
         decisions, indicators = compared.run(session, _forced(config, float("inf")), steps)
         finite = [value for value in indicators if value > 0 and value < float("inf")]
-        if config.policy == "schedule" and finite:
+        if POLICIES[config.policy].at_threshold is not None and finite:
             # a threshold well away from what was measured, on either side
             decisions, _ = compared.run(session, _forced(config, 2 * max(finite)), steps)
             never, _ = compared.run(session, _forced(config, min(finite) / 2), 2)

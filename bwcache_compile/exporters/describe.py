@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.config import CacheConfig, policy_dtype
+from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.call import graph_shape
@@ -190,7 +190,7 @@ def _describe_slot(slot: CacheSlot) -> dict[str, Any]:
 
 def _policy(config: CacheConfig, num_steps: int) -> dict[str, Any]:
     parameters = [
-        {"name": name, "dtype": policy_dtype(name), "shape": [len(value)], "default": list(value)}
+        {"name": name, "dtype": config.policy_dtypes[name], "shape": [len(value)], "default": list(value)}
         for name, value in config.policy_values(config.steps or num_steps).items()
     ]
     return {"kind": config.policy, "parameters": parameters}

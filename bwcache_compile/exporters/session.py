@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
-from bwcache_compile.config import CacheConfig, policy_dtype
+from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import Context, ContextTable
 from bwcache_compile.errors import BundleError, ConfigError, StateError
 from bwcache_compile.exporters.bundle import Bundle
@@ -147,8 +147,8 @@ class Session:
         return SessionState(made, Cursor(step))
 
     def _parameters(self, num_steps: int | None) -> dict[str, Any]:
-        values = self.cache_config.policy_values(num_steps)
-        return {f"policy.{name}": self._runner.vector(value, policy_dtype(name)) for name, value in values.items()}
+        values, dtypes = self.cache_config.policy_values(num_steps), self.cache_config.policy_dtypes
+        return {f"policy.{name}": self._runner.vector(value, dtypes[name]) for name, value in values.items()}
 
     def _run(
         self, context: SessionContext, state: SessionState, call: Call, num_steps: int | None

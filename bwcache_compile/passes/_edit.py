@@ -12,10 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bwcache_compile.dataflow import DataFlow
+from bwcache_compile.errors import ConfigError
+from bwcache_compile.graph_text import format_value
 from bwcache_compile.layout import in_order
 from bwcache_compile.program import OURS, CachedProgram, CacheSlot
 from bwcache_compile.size_expressions import evaluate, evaluated, names_in
-from bwcache_compile.sizes import Size, Symbol, size_of
+from bwcache_compile.sizes import Size, Symbol, hint_shape, size_of
 from bwcache_compile.tracing import tracing
 
 CACHE = f"{OURS}cache"
@@ -220,6 +223,53 @@ def call_traced(module: GraphModule, name: str, function: Callable[..., Any], op
     """Insert a call of a pure tensor function, traced for these operands."""
     traced = as_graph(function, [node.meta["val"] for node in operands], fake_mode(module.graph))
     return call_graph(module, name, traced, operands, role)
+
+
+def call_pure(module: GraphModule, name: str, function: Callable[..., Any], operands: Sequence[Node]) -> list[Node]:
+    """Insert a call of a pure tensor function and return its results; one that is an operand is that operand's node.
+
+    No result of the call shares storage with an operand. There is no call where every result is an operand.
+    """
+    traced = as_graph(function, [node.meta["val"] for node in operands], fake_mode(module.graph))
+    given = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
+    output = traced.graph.output_node()
+    returned: Any = output.args[0]
+    results = list(returned) if isinstance(returned, (list, tuple)) else [returned]
+    made = [node for node in results if node not in given]
+    if made:
+        roots = DataFlow(traced.graph).roots
+        with traced.graph.inserting_before(output):
+            own = {node: _copied(node) if any(root.op != "call_function" for root in roots[node]) else node for node in made}
+        output.args = (own[made[0]] if len(made) == 1 else tuple(own[node] for node in made),)
+        traced.recompile()
+        call = call_graph(module, name, traced, operands)
+        anchor, nodes = call, [call]
+        if len(made) > 1:
+            nodes = []
+            for i in range(len(made)):
+                with module.graph.inserting_after(anchor):
+                    anchor = result(call, i, f"{name}_{i}")
+                nodes.append(anchor)
+        given |= dict(zip(made, nodes, strict=True))
+    return [given[node] for node in results]
+
+
+def check_results(what: str, results: Sequence[Node], expected: Sequence[Tensor]) -> None:
+    """Check what a function of a policy, an indicator or a way of reusing returned.
+
+    Raises:
+        ConfigError: Another number of tensors, or tensors of another shape or dtype.
+    """
+    got, wanted = [node.meta["val"] for node in results], list(expected)
+    if [(value.dtype, hint_shape(value)) for value in got] != [(value.dtype, hint_shape(value)) for value in wanted]:
+        shown = [", ".join(map(format_value, values)) for values in (got, wanted)]
+        raise ConfigError(f"{what} returns {shown[0]}, and must return {shown[1]}.")
+
+
+def _copied(node: Node) -> Node:
+    copy = node.graph.call_function(torch.ops.aten.clone.default, (node,))
+    copy.meta["val"] = node.meta["val"]
+    return copy
 
 
 def result(call: Node, index: int, name: str) -> Node:

@@ -1,30 +1,29 @@
-"""Keep what a reused step will need: the region's outputs, or what it added to its inputs."""
+"""Keep what a reused step will need, as the way of reusing says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.graph_text import called_graph
 from bwcache_compile.layout import Order, in_order, memory_order
-from bwcache_compile.passes._edit import call_traced, inserted, read_slot, step_input, write_slot
-from bwcache_compile.program import CachedProgram, PassResult, Region
+from bwcache_compile.passes._edit import call_pure, check_results, inserted, read_slot, slot_value, step_input, write_slot
+from bwcache_compile.policies import REUSES
+from bwcache_compile.policies.definitions import takes
+from bwcache_compile.program import CachedProgram, CacheSlot, PassResult, Region
 
 aten = torch.ops.aten
 
 
-def as_time(clock: Tensor) -> Tensor:
+def _as_time(clock: Tensor) -> Tensor:
     """The time of this step, float32[1], from an input of any rank: of a batch, the first."""
     return clock.reshape(-1)[:1].float()
-
-
-def _push_time(time: Tensor, times: Tensor) -> Tensor:
-    return torch.cat([as_time(time), times[:1]])
 
 
 def clock(program: CachedProgram) -> Node:
@@ -74,40 +73,83 @@ def source_of(call: Node, region: Region, index: int) -> Node:
     return source
 
 
-def _residual(order: Order) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda output, source: in_order(policy.residual(output, source), order)
+def traceable(function: Callable[..., Any], orders: Sequence[Order]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a function of a way of reusing as the passes trace it.
+
+    It takes the time as it comes and hands it on as float32[1]. Results lie in memory as `orders` say, except those that are
+    operands.
+    """
+    names = takes(function)
+
+    @functools.wraps(function)
+    def traced(*operands: Tensor) -> tuple[Tensor, ...]:
+        values = [_as_time(value) if name == "time" else value for name, value in zip(names, operands, strict=True)]
+        returned = function(*values)
+        results = tuple(returned) if isinstance(returned, (list, tuple)) else (returned,)
+        return tuple(r if any(r is v for v in operands) else in_order(r, order) for r, order in zip(results, orders, strict=True))
+
+    return traced
+
+
+def _next_values(
+    program: CachedProgram, what: str, function: Callable[..., Any], slots: Sequence[CacheSlot], named: dict[str, Callable[[], Node]]
+) -> list[Node]:
+    """Insert what gives some slots their next values, at the insertion point, and return these.
+
+    Args:
+        program: Its compute graph is edited.
+        what: Name of the call.
+        function: Of a way of reusing: `keep` or `keep_shared`.
+        slots: What it updates, in order.
+        named: Makes what it may take.
+    """
+    operands = [named[name]() for name in takes(function)]
+    values = call_pure(program.compute, what, traceable(function, [slot.order for slot in slots]), operands)
+    expected = [slot_value(program, slot) for slot in slots]
+    check_results(f"reuse={program.planned().settings.reuse!r}: `{function.__name__}`", values, expected)
+    return values
+
+
+def _itself(node: Node) -> Node:
+    return node
 
 
 def _keep(program: CachedProgram, region: Region) -> None:
     plan, graph = program.planned(), program.compute.graph
-    slots = {slot.name: slot for slot in plan.slots}
+    way, slots = REUSES[plan.settings.reuse], {slot.name: slot for slot in plan.slots}
     call = inserted(graph, f"region{region.tag}")
-    shared = _shared_inside(called_graph(program.compute, call))
+    shared_storage = _shared_inside(called_graph(program.compute, call))
+    shared = [slots[region.slot(slot.name)] for slot in way.shared]
+
+    def readable(*held: CacheSlot) -> dict[str, Callable[[], Node]]:
+        kept = {f"kept_{slot.role}": functools.partial(read_slot, program, slot) for slot in (*held, *shared)}
+        return {**kept, "time": lambda: clock(program), "step": lambda: step_input(program)}
+
     for i in range(len(region.outputs)):
-        slot = slots[region.slot("output", i)]
+        own = [slots[region.slot(kind, i)] for kind in way.slots]
         value = inserted(graph, f"region{region.tag}_{i}")
-        if plan.config.reuse == "residual":
-            with graph.inserting_after(value):
-                operands = [value, source_of(call, region, i)]
-                kept = call_traced(program.compute, region.slot("keep", i), _residual(slot.order), operands)
-        else:
-            kept = _snapshot(program, value, shared[i])
-        if plan.config.reuse == "taylor":
-            write_slot(program, slots[region.slot("previous", i)], read_slot(program, slot))
-        write_slot(program, slot, kept)
-    if plan.config.reuse == "taylor":
-        slot = slots[region.slot("times")]
-        time, times = clock(program), read_slot(program, slot)
+        named: dict[str, Callable[[], Node]] = {
+            **readable(*own),
+            "source": functools.partial(source_of, call, region, i),
+            "output": functools.partial(_itself, value),
+        }
+        with graph.inserting_after(value):
+            kept = _next_values(program, region.slot("keep", i), way.keep, own, named)
+        # the last one first: a slot hands its value on before it takes another
+        for slot, following in reversed(list(zip(own, kept, strict=True))):
+            write_slot(program, slot, _snapshot(program, value, shared_storage[i]) if following is value else following)
+    if way.keep_shared is not None:
         with graph.inserting_before(graph.output_node()):
-            moved = call_traced(program.compute, region.slot("push_time"), _push_time, [time, times])
-        write_slot(program, slot, moved)
+            moved = _next_values(program, region.slot("keep_shared"), way.keep_shared, shared, readable())
+        for slot, following in zip(shared, moved, strict=True):
+            write_slot(program, slot, following)
 
 
 def insert_cache(program: CachedProgram) -> PassResult:
-    """Write each output slot from the region's outputs; nothing later in the step can change what was kept.
+    """Write each slot of the way of reusing; nothing later in the step can change what was kept.
 
-    With `reuse="residual"` the slot keeps output minus input, proved to belong together by the plan. With "taylor"
-    the slot's old value moves to `previous_*`, and `times` keeps the two times.
+    A slot keeps the region's output itself, what another slot held, or what is made of them (with `reuse="residual"`,
+    output minus input, proved to belong together by the plan).
     """
     for region in program.planned().regions:
         _keep(program, region)

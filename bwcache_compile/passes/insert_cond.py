@@ -19,7 +19,7 @@ from bwcache_compile.passes._edit import fake, fake_mode, inserted, new_input, s
 from bwcache_compile.passes.insert_cache import clock, source_of
 from bwcache_compile.passes.specialize import stand_in
 from bwcache_compile.passes.split_region import REGION
-from bwcache_compile.program import OURS, CachedProgram, CachePlan, PassResult, Region
+from bwcache_compile.program import OURS, CachedProgram, PassResult, Region
 
 aten = torch.ops.aten
 cond = torch.ops.higher_order.cond
@@ -38,7 +38,7 @@ class _Parts:
         time: The input that tells the time for extrapolation.
     """
 
-    plan: CachePlan
+    program: CachedProgram
     flat: Flat
     region: Region
     slots: dict[str, Node]
@@ -90,7 +90,7 @@ def _with_fixed_strides(graph: Graph, operand: Node) -> Node:
 
 def _arms(parts: _Parts) -> tuple[Arm, Arm, dict[str, tuple[Node, Node]]]:
     """Build both arms of a region's cond, and say what they return, by name: the computing one's node, the reusing one's."""
-    plan, region, slots = parts.plan, parts.region, parts.slots
+    plan, region, slots = parts.program.planned(), parts.region, parts.slots
     mode = fake_mode(parts.flat.graph)
     computing, reusing = Arm(parts.flat.attributes, mode), Arm(parts.flat.attributes, mode)
     earlier = [node for node in parts.flat.graph.nodes if node.target is cond]
@@ -98,8 +98,12 @@ def _arms(parts: _Parts) -> tuple[Arm, Arm, dict[str, tuple[Node, Node]]]:
     part = parts.flat.parts[f"{REGION}{region.tag}"]
     computing.copy(skippable(parts.flat.graph, part, list(parts.following.values()), needed, earlier))
     results: dict[str, tuple[Node, Node]] = {}
+    as_they_are: set[str] = set()
     for i, node in enumerate(parts.outputs):
-        function, operands = stand_in(plan, region, i, slots, parts.sources[i] if parts.sources else None, parts.time)
+        source = parts.sources[i] if parts.sources else None
+        function, operands = stand_in(parts.program, region, i, slots, source, parts.time, parts.step)
+        if function is None:
+            as_they_are |= {name for name, node in slots.items() if node is operands[0]}
         here = [reusing.find(n) for n in operands]
         held = here[0] if function is None else reusing.call(function, here)
         made = computing.find(node)
@@ -109,7 +113,7 @@ def _arms(parts: _Parts) -> tuple[Arm, Arm, dict[str, tuple[Node, Node]]]:
     for slot in region.slots:
         following = parts.following[slot.name]
         # a held output is what the region returns in both arms, so it is returned once
-        if plan.config.reuse != "output" or following not in parts.outputs:
+        if slot.name not in as_they_are or following not in parts.outputs:
             results[slot.name] = computing.find(following), reusing.find(slots[slot.name])
     until, left = region.slot("reuse_until"), computing.find(parts.following[region.slot("reuse_left")])
     until_now = computing.append(aten.add.Tensor, computing.find(parts.step), left, value=left.meta["val"])
@@ -124,13 +128,13 @@ def _arms(parts: _Parts) -> tuple[Arm, Arm, dict[str, tuple[Node, Node]]]:
 
 def _insert(parts: _Parts) -> dict[str, Node]:
     """Put one region into a cond; return the next value of each of its slots, and `change`, by name."""
-    graph, region = parts.flat.graph, parts.region
+    graph, region, device = parts.flat.graph, parts.region, parts.program.planned().device
     computing, reusing, results = _arms(parts)
     outside = list(dict.fromkeys([*computing.operands, *reusing.operands]))
     # right behind the region: before whoever reads its outputs
     with graph.inserting_before(parts.flat.parts[f"{REGION}{region.tag}"][-1].next):
-        flag = fake((), torch.bool, parts.plan.device)
-        step = _append(graph, aten.reshape.default, parts.step, [], name="now", value=fake((), torch.int64, parts.plan.device))
+        flag = fake((), torch.bool, device)
+        step = _append(graph, aten.reshape.default, parts.step, [], name="now", value=fake((), torch.int64, device))
         until = parts.slots[region.slot("reuse_until")]
         last = _append(graph, aten.reshape.default, until, [], name=f"last{region.tag}", value=step.meta["val"])
         reuses = _append(graph, aten.le.Tensor, step, last, name=f"reuses{region.tag}", value=flag)
@@ -162,7 +166,7 @@ def _parts(program: CachedProgram, flat: Flat, region: Region, slots: dict[str, 
     call = inserted(compute, f"region{region.tag}")
     names = [*(slot.name for slot in region.slots), region.slot("reuse_left"), region.slot("change")]
     return _Parts(
-        plan=program.planned(),
+        program=program,
         flat=flat,
         region=region,
         slots=slots,

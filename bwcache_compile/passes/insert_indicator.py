@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from bwcache_compile import policy
 from bwcache_compile.graph_text import called_graph
-from bwcache_compile.passes._edit import call_traced, inserted, new_input, read_slot, result, size_node, write_slot
+from bwcache_compile.passes._edit import call_traced, check_results, fake, inserted, new_input, read_slot, result, size_node, write_slot
+from bwcache_compile.policies import INDICATORS
+from bwcache_compile.policies.sampling import sampled_tokens
 from bwcache_compile.program import OURS, CachedProgram, Measured, PassResult, Region
 from bwcache_compile.sizes import Size, size_of
 
@@ -48,8 +49,8 @@ def _places(program: CachedProgram, call: Node, before: Node, measured: Measured
     rows = _passed_in(program, call, size_of(before.meta["val"].shape[0]))
     with inner.graph.inserting_before(before):
         if isinstance(rows, Node):
-            return call_traced(inner, f"tokens_{index}", lambda n: policy.sampled_tokens(n, stride, index, device), [rows])
-        places = policy.sampled_tokens(rows, stride, index).to(device)
+            return call_traced(inner, f"tokens_{index}", lambda n: sampled_tokens(n, stride, index, device), [rows])
+        places = sampled_tokens(rows, stride, index).to(device)
         inner.register_buffer(f"{OURS}tokens_{index}", places, persistent=False)
         node = inner.graph.get_attr(f"{OURS}tokens_{index}")
     node.meta["val"] = before.meta["val"].new_empty(len(places), dtype=torch.int64)  # of the graph's own fake mode
@@ -89,20 +90,22 @@ def _measure(program: CachedProgram, region: Region) -> None:
     references = [read_slot(program, slot) for slot in slots]
 
     def change(*tensors: Tensor) -> Tensor:
-        return policy.relative_change(tensors[: len(slots)], tensors[len(slots) :])
+        returned: Tensor = INDICATORS[plan.settings.indicator](tensors[: len(slots)], tensors[len(slots) :])
+        return returned
 
     operands = [*features, *references]
     with graph.inserting_before(graph.output_node()):
-        call_traced(module, region.slot("indicator"), change, operands, region.slot("change"))
+        made = call_traced(module, region.slot("indicator"), change, operands, region.slot("change"))
+    check_results(f"indicator={plan.settings.indicator!r}", [made], [fake((len(slots),), torch.float32, plan.device)])
     for slot, feature in zip(slots, features, strict=True):
         write_slot(program, slot, feature)
 
 
 def insert_indicator(program: CachedProgram) -> PassResult:
-    """Make `change` the relative L1 change of each measured block, float32[blocks], against the reference slots.
+    """Make `change` what the indicator finds of each measured block, float32[blocks], against the reference slots.
 
-    The region returns the measured rows behind its outputs; each becomes the next value of its reference slot. A
-    static policy measures nothing, and the graph stays as it is. With guards per block each has its own `change0` ...
+    The region returns the measured rows behind its outputs; each becomes the next value of its reference slot. For a
+    policy that measures nothing the graph stays as it is. With guards per block each has its own `change0` ...
     """
     measuring = [region for region in program.planned().regions if region.measured]
     for region in measuring:

@@ -2,50 +2,78 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
-from bwcache_compile import policy
-from bwcache_compile.config import policy_dtype
-from bwcache_compile.passes._edit import call_traced, fake, graph_input, inserted, read_slot, result, step_input, write_slot
+from bwcache_compile.passes._edit import (
+    call_traced,
+    check_results,
+    fake,
+    graph_input,
+    inserted,
+    read_slot,
+    result,
+    slot_value,
+    step_input,
+    write_slot,
+)
+from bwcache_compile.policies import POLICIES, Policy
+from bwcache_compile.policies.definitions import takes
 from bwcache_compile.program import CachedProgram, PassResult, Region
 
 
 def policy_inputs(program: CachedProgram) -> dict[str, Tensor]:
-    """Return the policy's inputs by name, as values without data: float32 or int64, of shape [1], or [S] for a mask."""
+    """Return the policy's inputs by the policy's names for them, as values without data."""
     plan = program.planned()
-    values = plan.config.policy_values(plan.config.steps or 1)  # the number of steps is a value like the others, and may be known later
-    return {f"policy_{name}": fake((len(v),), getattr(torch, policy_dtype(name)), plan.device) for name, v in values.items()}
+    parameters = POLICIES[plan.settings.policy].parameters
+    return {p.name: fake((plan.settings.length(p),), getattr(torch, p.dtype), plan.device) for p in parameters}
 
 
-def _decide(program: CachedProgram, region: Region, parameters: list[Node], step: Node) -> list[Node]:
+def _deciding(policy: Policy) -> Any:
+    """Return the policy's decision with results of their own: no output of a graph is one of its inputs."""
+
+    @functools.wraps(policy.decide)
+    def decide(*values: Tensor) -> Any:
+        returned = policy.decide(*values)
+        return pytree.tree_map_only(Tensor, lambda r: r.clone() if any(r is value for value in values) else r, returned)
+
+    return decide
+
+
+def _decide(program: CachedProgram, region: Region, named: dict[str, Node]) -> list[Node]:
     """Insert one region's decision; return `reuse_left` and, where measured, `change`."""
     plan, module, graph = program.planned(), program.compute, program.compute.graph
-    name, left = region.slot("policy"), region.slot("reuse_left")
-    if plan.config.policy == "static":
-        with graph.inserting_before(graph.output_node()):
-            return [call_traced(module, name, policy.static, [*parameters, step], left)]
-    (slot,) = (slot for slot in plan.slots if slot.name == region.slot("trigger"))
-    change = inserted(graph, region.slot("change"))
-    operands = [change, read_slot(program, slot), step, *parameters]
+    policy, slots = POLICIES[plan.settings.policy], {slot.name: slot for slot in plan.slots}
+    own, left = [slots[region.slot(slot.name)] for slot in policy.slots], region.slot("reuse_left")
+    changes = [inserted(graph, region.slot("change"))] if region.measured else []
+    named = {**named, **{slot.role: read_slot(program, slot) for slot in own}, **dict(zip(["change"], changes, strict=False))}
+    operands = [named[name] for name in takes(policy.decide)]
     with graph.inserting_before(graph.output_node()):
-        call = call_traced(module, name, policy.schedule, operands)
-        trigger, remaining = result(call, 0, slot.name), result(call, 1, left)
-    write_slot(program, slot, trigger)
-    return [remaining, change]
+        call = call_traced(module, region.slot("policy"), _deciding(policy), operands, None if own else left)
+        returned = [result(call, i, slot.name) for i, slot in enumerate(own)]
+        remaining = result(call, len(own), left) if own else call
+    expected = [*(slot_value(program, slot) for slot in own), fake((1,), torch.int64, plan.device)]
+    check_results(f"policy={plan.settings.policy!r}: `decide`", [*returned, remaining], expected)
+    for slot, following in zip(own, returned, strict=True):
+        write_slot(program, slot, following)
+    return [remaining, *changes]
 
 
 def insert_policy(program: CachedProgram) -> PassResult:
     """Return `reuse_left`, int64[1], as the output behind the user's; the parameters become inputs `policy_*`.
 
-    With the paper's schedule the trigger is a slot, and the indicator per block is returned too, for the report. With
-    guards per block there is one pair of outputs for each.
+    What the policy keeps are slots (with the paper's schedule, the trigger), and what was measured is returned too, for the
+    report. With guards per block there is one pair of outputs for each.
     """
     graph = program.compute.graph
-    parameters = [graph_input(graph, name, value) for name, value in policy_inputs(program).items()]
-    step = step_input(program)
-    extra = [node for region in program.planned().regions for node in _decide(program, region, parameters, step)]
+    named = {name: graph_input(graph, f"policy_{name}", value) for name, value in policy_inputs(program).items()}
+    named["step"] = step_input(program)
+    extra = [node for region in program.planned().regions for node in _decide(program, region, named)]
     output = graph.output_node()
     output.args = ((*output.args[0], *extra),)  # type: ignore[misc]
     return PassResult(program, True)

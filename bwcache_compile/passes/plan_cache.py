@@ -17,7 +17,8 @@ from bwcache_compile.graph_text import format_value
 from bwcache_compile.layout import Order, slot_order
 from bwcache_compile.passes._edit import size_values
 from bwcache_compile.passes._streams import continued, same_places
-from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region, Role
+from bwcache_compile.policies import POLICIES, REUSES, SmallSlot
+from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region
 from bwcache_compile.size_expressions import evaluated, largest
 from bwcache_compile.sizes import has_no_size, hint, hint_shape, shape_of, size_of
 
@@ -121,7 +122,7 @@ def _sources(
         if len(proved) != 1:
             shapes = ", ".join(f"{i.name} {format_value(i.meta.get('val'))}" for i in inputs)
             raise ConfigError(
-                f"reuse='residual' does not fit {program.model_name}: no input of the blocks is proved to be what `{output.name}`"
+                f"reuse={config.reuse!r} does not fit {program.model_name}: no input of the blocks is proved to be what `{output.name}`"
                 f" {format_value(output.meta.get('val'))} continues (inputs: {shapes}). Use {advice}reuse='output' or 'taylor'."
             )
         sources[output.name] = proved[0].name
@@ -129,7 +130,7 @@ def _sources(
 
 
 def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfig, nodes: dict[str, Node]) -> tuple[Measured, ...]:
-    if config.policy == "static":
+    if not POLICIES[config.policy].measures:
         return ()
     count = len(blocks) if config.indicator_blocks == "all" else min(config.indicator_blocks, len(blocks))
     chosen = [blocks[-(-(i + 1) * len(blocks) // count) - 1] for i in range(count)]
@@ -141,7 +142,7 @@ def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfi
 
 
 def _slot(
-    name: str, role: Role, shape: Iterable[int | SymInt], dtype: torch.dtype, fill: float = 0, order: Order | None = None
+    name: str, role: str, shape: Iterable[int | SymInt], dtype: torch.dtype, fill: float = 0, order: Order | None = None
 ) -> CacheSlot:
     sizes = list(shape)
     return CacheSlot(name, role, tuple(map(size_of, sizes)), dtype, tuple(map(hint, sizes)), order or tuple(range(len(sizes))), fill)
@@ -160,18 +161,18 @@ def _reference_slot(program: CachedProgram, name: str, measured: Measured, value
 def _slots(program: CachedProgram, config: CacheConfig, region: Region, nodes: dict[str, Node]) -> tuple[CacheSlot, ...]:
     values = [nodes[name].meta["val"] for name in region.outputs]
 
-    def like_output(i: int, value: Tensor, role: Role) -> CacheSlot:
+    def like_output(i: int, value: Tensor, role: str) -> CacheSlot:
         return _slot(region.slot(role, i), role, value.shape, value.dtype, order=slot_order(value))
 
-    slots = [like_output(i, value, "output") for i, value in enumerate(values)]
-    if config.reuse == "taylor":
-        slots += [like_output(i, value, "previous") for i, value in enumerate(values)]
-        slots.append(_slot(region.slot("times"), "times", (2,), torch.float32, fill=float("nan")))
+    def small(slot: SmallSlot) -> CacheSlot:
+        return _slot(region.slot(slot.name), slot.name, slot.shape, getattr(torch, slot.dtype), slot.fill)
+
+    way, policy = REUSES[config.reuse], POLICIES[config.policy]
+    slots = [like_output(i, value, kind) for kind in way.slots for i, value in enumerate(values)]
+    slots += map(small, way.shared)
     for i, m in enumerate(region.measured):
         slots.append(_reference_slot(program, region.slot("reference", i), m, nodes[m.node].meta["val"]))
-    if config.policy == "schedule":
-        slots.append(_slot(region.slot("trigger"), "trigger", (1,), torch.int64, fill=-1))
-    return tuple(slots)
+    return (*slots, *map(small, policy.slots))
 
 
 def _make_region(
@@ -191,14 +192,14 @@ def _make_region(
     _check_sizes(outputs, program)
     _check_writes(flow, members, outputs, program)
     for node in outputs:
-        if config.reuse != "output" and not node.meta["val"].is_floating_point():
+        if not REUSES[config.reuse].any_dtype and not node.meta["val"].is_floating_point():
             raise ConfigError(f"reuse={config.reuse!r} needs floating outputs; `{node.name}` is {format_value(node.meta['val'])}.")
     region = Region(
         tag=tag,
         nodes=tuple(n.name for n in members),
         inputs=tuple(n.name for n in inputs),
         outputs=tuple(n.name for n in outputs),
-        sources=_sources(program, nodes, inputs, outputs, blocks, config) if config.reuse == "residual" else {},
+        sources=_sources(program, nodes, inputs, outputs, blocks, config) if REUSES[config.reuse].needs_source else {},
         measured=measured,
     )
     return dataclasses.replace(region, slots=_slots(program, config, region, nodes))
@@ -211,9 +212,9 @@ def _notes(
     if program.signature.sizes is not None:
         captured = ", ".join(f"{name} = {value}" for name, value in program.signature.captured_sizes.items())
         notes.append(f"sizes are open; bytes are given for {captured}")
-        if config.reuse == "residual":
+        if REUSES[config.reuse].needs_source:
             notes.append("which output continues which input was proved at these sizes")
-    if config.reuse == "taylor" and time_input is None:
+    if REUSES[config.reuse].needs_time and time_input is None:
         notes.append("no input is certain to be the time (the only one of rank 0 or 1, in float32), so steps are counted instead")
     for m in measured[-1:]:
         if m.token_range is not None:
@@ -245,10 +246,10 @@ def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig)
         regions = tuple(_make_region(program, flow, nodes, (block,), m, config, str(i)) for i, (block, m) in each)
     else:
         regions = (_make_region(program, flow, nodes, blocks, measured, config, ""),)
-    time_input = _time_input(program) if config.reuse == "taylor" else None
+    time_input = _time_input(program) if REUSES[config.reuse].needs_time else None
     feature = nodes[blocks[-1].feature].meta["val"]
     return CachePlan(
-        config=config,
+        settings=config.graph_settings,
         blocks=blocks,
         regions=regions,
         time_input=time_input,

@@ -6,47 +6,50 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from bwcache_compile import policy
 from bwcache_compile.dataflow import DataFlow, eliminate_dead_code
-from bwcache_compile.layout import Order, in_order
-from bwcache_compile.passes._edit import call_traced, inserted, new_input, slot_value
-from bwcache_compile.passes.insert_cache import as_time, clock, source_of
-from bwcache_compile.program import CachedProgram, CachePlan, PassResult, Region
-
-
-def _added(order: Order) -> Callable[..., Tensor]:
-    def added(source: Tensor, kept: Tensor) -> Tensor:
-        return in_order(policy.add_residual(source, kept), order)
-
-    return added
-
-
-def _extrapolated(order: Order) -> Callable[..., Tensor]:
-    def extrapolated(last: Tensor, previous: Tensor, times: Tensor, now: Tensor) -> Tensor:
-        return in_order(policy.extrapolate(last, previous, times, as_time(now)), order)
-
-    return extrapolated
+from bwcache_compile.passes._edit import as_graph, call_traced, check_results, fake_mode, inserted, new_input, slot_value
+from bwcache_compile.passes.insert_cache import clock, source_of, traceable
+from bwcache_compile.policies import REUSES
+from bwcache_compile.policies.definitions import takes
+from bwcache_compile.program import CachedProgram, PassResult, Region
 
 
 def stand_in(
-    plan: CachePlan, region: Region, index: int, slots: dict[str, Node], source: Node | None, time: Node
-) -> tuple[Callable[..., Tensor] | None, list[Node]]:
+    program: CachedProgram, region: Region, index: int, slots: dict[str, Node], source: Node | None, time: Node, step: Node
+) -> tuple[Callable[..., Any] | None, list[Node]]:
     """Choose what a reused step takes in place of the region's output `index`; it lies in memory as that output does.
+
+    Args:
+        program: Past planning.
+        region: What is skipped.
+        index: Position among its outputs.
+        slots: The inputs that hold the state, by slot name.
+        source: What the output continues, where the plan proves it.
+        time: The input that tells the time.
+        step: The input that holds the step.
 
     Returns:
         A function of tensors and its operands, or None and the slot that stands in as it is.
     """
-    kept = slots[region.slot("output", index)]
-    order = next(slot.order for slot in region.slots if slot.name == region.slot("output", index))
-    if plan.config.reuse == "output":
-        return None, [kept]
-    if plan.config.reuse == "residual":
-        assert source is not None, "the plan proves what each output continues"
-        return _added(order), [source, kept]
-    return _extrapolated(order), [kept, slots[region.slot("previous", index)], slots[region.slot("times")], time]
+    plan = program.planned()
+    way, described = REUSES[plan.settings.reuse], {slot.name: slot for slot in region.slots}
+    named = {f"kept_{kind}": region.slot(kind, index) for kind in way.slots}
+    named |= {f"kept_{slot.name}": region.slot(slot.name) for slot in way.shared}
+    others = {"source": source, "time": time, "step": step}
+    operands = [slots[named[name]] if name in named else others[name] for name in takes(way.reuse)]
+    found = [node for node in operands if node is not None]
+    assert len(found) == len(operands), "the plan proves what each output continues"
+    first = described[region.slot(way.slots[0], index)]
+    function = traceable(way.reuse, [first.order])
+    traced = as_graph(function, [node.meta["val"] for node in found], fake_mode(program.compute.graph))
+    (returned,) = traced.graph.output_node().all_input_nodes
+    check_results(f"reuse={plan.settings.reuse!r}: `{way.reuse.__name__}`", [returned], [slot_value(program, first)])
+    if returned.op == "placeholder":
+        return None, [found[traced.graph.find_nodes(op="placeholder").index(returned)]]
+    shares = any(root.op != "call_function" for root in DataFlow(traced.graph).roots[returned])
+    return lambda *values: function(*values)[0].clone() if shares else function(*values)[0], found
 
 
 def _protect(graph: Graph, slots: dict[str, Node]) -> None:
@@ -78,7 +81,7 @@ def specialize(program: CachedProgram) -> PassResult:
     copies: dict[Node, Node] = {node: graph.node_copy(node) for node in inputs[:user_inputs]}
     slots = {}
     for slot in plan.slots:
-        if slot.role in ("output", "previous", "times"):
+        if slot.role in REUSES[plan.settings.reuse].slot_names:
             slots[slot.name] = new_input(graph, f"cache_in_{slot.name}", slot_value(program, slot))
     step = inserted(source.graph, "step")
     copies[step] = graph.node_copy(step)
@@ -91,7 +94,7 @@ def specialize(program: CachedProgram) -> PassResult:
     for i in range(len(region.outputs)):
         node = inserted(graph, f"region_{i}")
         continued = source_of(inserted(graph, "region"), region, i) if region.sources else None
-        function, operands = stand_in(plan, region, i, slots, continued, time)
+        function, operands = stand_in(program, region, i, slots, continued, time, copies[step])
         with graph.inserting_before(node):
             node.replace_all_uses_with(operands[0] if function is None else call_traced(module, f"reuse_{i}", function, operands))
     _protect(graph, slots)

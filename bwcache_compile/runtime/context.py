@@ -11,6 +11,7 @@ from torch import Tensor
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import Context
 from bwcache_compile.errors import CacheWarning, StateError
+from bwcache_compile.policies import POLICIES
 from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.programs import Fit
 from bwcache_compile.runtime.signature import CallKey, changed_numbers
@@ -127,19 +128,17 @@ def state_for(context: ModelContext, advance: Advance, fit: Fit) -> tuple[CacheS
 
 def warn_without_reuse(context: ModelContext, config: CacheConfig) -> None:
     """At the end of a generation that reused nothing: say so, and which threshold would have."""
-    if config.policy != "schedule" or config.threshold == 0:
+    explain = POLICIES[config.policy].no_reuse
+    if explain is None:
         return
     report = context.report()
     if report.reused or any(report.reused_by_block):
         return
     if len(report.steps) < 3:  # an expert that joined at the end: too short a stretch for any threshold
         return
-    best = report.smallest(max(1, config.warmup_steps))
-    advice = (
-        f"the smallest indicator was {best.indicator:.4g} at step {best.step}; a threshold above it would have triggered there."
-        if best is not None
-        else "no finite indicator was measured."
-    )
-    text = f"no step of context {context.name!r} was reused at threshold {config.threshold:g}: {advice}"
+    why = explain(config, report.smallest(max(1, config.warmup_steps)))
+    if why is None:
+        return
+    text = f"no step of context {context.name!r} was reused {why}"
     context.events.append(text)
     warnings.warn(text, CacheWarning, stacklevel=4)

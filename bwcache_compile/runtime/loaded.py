@@ -13,7 +13,9 @@ from torch.utils import _pytree as pytree
 
 from bwcache_compile.compare import same
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.policy import policy_parameters
+from bwcache_compile.policies import POLICIES
+from bwcache_compile.policies.definitions import takes
+from bwcache_compile.policies.tensors import policy_parameters
 from bwcache_compile.program import OURS, CachedProgram
 from bwcache_compile.runtime.frames import left_out
 from bwcache_compile.runtime.signature import CallKey
@@ -120,7 +122,11 @@ class LoadedProgram:
 
     def decide(self, change: Tensor, trigger: Tensor, step: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Run the graph's own policy apart from the graph: the trigger afterwards, and how many steps reuse."""
-        returned: tuple[Tensor, Tensor] = self.program.compute.get_submodule(f"{OURS}policy")(change, trigger, step, *parameters)
+        policy = POLICIES[self.plan.settings.policy]
+        named = {"change": change, "trigger": trigger, "step": step}
+        named |= {parameter.name: value for parameter, value in zip(policy.parameters, parameters, strict=True)}
+        operands = [named[name] for name in takes(policy.decide)]
+        returned: tuple[Tensor, Tensor] = self.program.compute.get_submodule(f"{OURS}policy")(*operands)
         return returned
 
     def kind(self, state: CacheState) -> str:

@@ -18,6 +18,8 @@ from tests.models import Exposed, Functional, InPlace, Interleaved, OneStream, R
 
 DENSE = CacheConfig(num_steps=4, indicator_tokens="all")
 SPARSE = CacheConfig(num_steps=4, indicator_tokens=3)
+WAYS = ("output", "residual", "taylor")
+MASK = (0, 1, 0, 1, 1)
 POLICY = {"threshold": 0.15, "interval": 1, "tail_numerator": 1, "tail_denominator": 2, "warmup": 0, "num_steps": 4}
 
 
@@ -65,6 +67,12 @@ def policy_values(**changes: float) -> list[Tensor]:
     return [torch.tensor([value], dtype=torch.float32 if name == "threshold" else None) for name, value in {**POLICY, **changes}.items()]
 
 
+def policy_inputs(program: CachedProgram, **changes: float) -> list[Tensor]:
+    """Return the policy's inputs in order: the schedule's, or a mask."""
+    steps = program.planned().settings.mask_steps
+    return [torch.tensor(MASK[:steps])] if steps else policy_values(**changes)
+
+
 def run(program: CachedProgram, *args: Tensor, step: int = 0) -> list[Tensor]:
     """Run the graph as far as it is built, and return everything that it returns; the state is fresh."""
     slots = [fresh(program.planned())[name] for name in program.compute_slots]
@@ -80,8 +88,7 @@ def compute(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run a lifted graph on a state; return the user's outputs with the policy's behind them, and the next state."""
     slots = [state[name].clone() for name in program.compute_slots]
-    values = policy_values() if program.planned().config.policy == "schedule" else [torch.tensor(program.planned().config.steps_mask)]
-    returned = list(program.compute(*(arg.clone() for arg in args), *slots, *values, torch.tensor([step])))
+    returned = list(program.compute(*(arg.clone() for arg in args), *slots, *policy_inputs(program), torch.tensor([step])))
     count, names = program.signature.out_spec.num_leaves, [slot.name for slot in program.planned().slots]
     kept = [value.clone() for value in returned[count : count + len(names)]]
     return returned[:count] + returned[count + len(names) :], dict(zip(names, kept, strict=True))

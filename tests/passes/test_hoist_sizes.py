@@ -11,13 +11,14 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.fx import Node
 
-from bwcache_compile import passes, policy
+from bwcache_compile import passes
 from bwcache_compile.capture import capture
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_text import diff_graphs, format_graph
 from bwcache_compile.passes._edit import as_graph
 from bwcache_compile.passes.canonicalize import canonicalize
 from bwcache_compile.passes.hoist_sizes import hoist_sizes
+from bwcache_compile.policies.sampling import sampled_tokens
 from bwcache_compile.program import CachedProgram
 from bwcache_compile.verify import verify
 from tests.models import OneStream, noise
@@ -116,7 +117,7 @@ def test_no_block_hands_a_size_on(kind: type[Folded]) -> None:
 
 
 def sampler(stride: int, block: int) -> Callable[[Any], Tensor]:
-    return lambda count: policy.sampled_tokens(count, stride, block)
+    return lambda count: sampled_tokens(count, stride, block)
 
 
 def test_the_same_tokens_are_sampled_whether_sizes_are_open_or_not() -> None:
@@ -126,4 +127,4 @@ def test_the_same_tokens_are_sampled_whether_sizes_are_open_or_not() -> None:
         for block in (0, 1, 7):
             traced = as_graph(sampler(stride, block), [count])
             for tokens in (2, 3, 31, 32, 33, 64, 100, 4097):
-                assert torch.equal(traced(tokens), policy.sampled_tokens(tokens, stride, block)), (stride, block, tokens)
+                assert torch.equal(traced(tokens), sampled_tokens(tokens, stride, block)), (stride, block, tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bwcache_compile.config import CacheConfig, Reuse
+from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, InvariantError
 from bwcache_compile.graph_text import called_graphs, format_graph, format_node, op_counts
 from bwcache_compile.passes import CACHE_PIPELINE, GUARD_PIPELINE, run_pipeline
@@ -20,10 +20,10 @@ from bwcache_compile.passes.insert_cond import insert_cond
 from bwcache_compile.program import REGION_MARK, CachedProgram
 from bwcache_compile.verify import verify
 from tests.models import Block, Exposed, Functional, InPlace, Interleaved, OneStream, PostNorm, Refined, Tiny, TwoStream
-from tests.passes.helpers import eager, folded, fresh, models, planned, policy_values, reuse, same
+from tests.passes.helpers import MASK, WAYS, eager, folded, fresh, models, planned, policy_inputs, policy_values, reuse, same
 from tests.reference import BlockOracle
 
-STATIC = {"policy": "static", "steps_mask": (0, 1, 0, 1, 1)}
+STATIC = {"policy": "static", "steps_mask": MASK}
 
 
 def guarded(model: Tiny, pipeline: Any = GUARD_PIPELINE, **changes: Any) -> CachedProgram:
@@ -40,8 +40,7 @@ def step_once(
     program: CachedProgram, args: tuple[Tensor, ...], state: list[Tensor], step: int, **policy: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run the guarded graph; return what it returns besides the state, and the next state. Its operands stay as they are."""
-    config = program.planned().config
-    values = policy_values(**policy) if config.policy == "schedule" else [torch.tensor(config.steps_mask)]
+    values = policy_inputs(program, **policy)
     before = [slot.clone() for slot in state]
     returned = list(program.guarded(*(arg.clone() for arg in args), *state, *values, torch.tensor([step])))
     assert same(before, state)
@@ -182,9 +181,9 @@ WHOLE = [OneStream(), TwoStream(), Interleaved(), InPlace(), Exposed(), Function
 NO_RESIDUAL = (InPlace, TwoStream, Interleaved, PaddedRegion)
 
 
-@pytest.mark.parametrize("reusing", get_args(Reuse))
+@pytest.mark.parametrize("reusing", WAYS)
 @pytest.mark.parametrize("model", WHOLE, ids=lambda model: type(model).__name__)
-def test_does_what_the_pair_does(model: Tiny, reusing: Reuse) -> None:
+def test_does_what_the_pair_does(model: Tiny, reusing: str) -> None:
     if reusing == "residual" and type(model) in NO_RESIDUAL:
         with pytest.raises(ConfigError, match="is proved to be what"):
             guarded(model, reuse=reusing)
@@ -229,7 +228,7 @@ def compute_with(
 
 @settings(max_examples=25, deadline=None)
 @given(models(), st.sampled_from(["output", "taylor"]), st.integers(1, 3), st.sampled_from([0.03, 0.06, math.inf]))
-def test_any_model_any_policy(model: Tiny, reusing: Reuse, interval: int, threshold: float) -> None:
+def test_any_model_any_policy(model: Tiny, reusing: str, interval: int, threshold: float) -> None:
     program = guarded(model, (*CACHE_PIPELINE, insert_cond), reuse=reusing)
     kept, state = fresh(program.planned()), start(program)
     until = -1

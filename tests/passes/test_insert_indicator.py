@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from bwcache_compile import policy
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_text import diff_graphs
 from bwcache_compile.passes import run_pipeline
 from bwcache_compile.passes.insert_cache import insert_cache
 from bwcache_compile.passes.insert_indicator import insert_indicator
 from bwcache_compile.passes.split_region import split_region
+from bwcache_compile.policies.sampling import sampled_tokens
 from bwcache_compile.program import CachedProgram
 from tests.models import Exposed, InPlace, Interleaved, OneStream, Tiny, TwoStream
 from tests.passes.helpers import applied, eager, fill_buffers, models, planned, ready_for, run, same, text
@@ -106,7 +106,7 @@ def expected_samples(program: CachedProgram, *args: Tensor) -> list[Tensor]:
             value = value[:, measured.token_range[0] : measured.token_range[1]]
         if measured.stride is not None:
             rows = value.reshape(-1, value.shape[-1])
-            value = rows[policy.sampled_tokens(len(rows), measured.stride, i)]
+            value = rows[sampled_tokens(len(rows), measured.stride, i)]
         samples.append(value)
     return samples
 

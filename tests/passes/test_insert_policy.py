@@ -210,7 +210,7 @@ def test_the_graph_decides_as_defined(
 @given(models(), st.integers(0, 3))
 def test_static_counts_the_mask(model: Tiny, step: int) -> None:
     program = applied(insert_policy, ready_for(insert_policy, model, STATIC))
-    assert list(policy_inputs(program)) == ["policy_mask"]
+    assert list(policy_inputs(program)) == ["mask"]
     fill_buffers(program)
     outputs = program.compute(*model.example(step=step), torch.tensor(STATIC.steps_mask), torch.tensor([step]))
     assert int(outputs[-1]) == [2, 1, 0, 1][step]

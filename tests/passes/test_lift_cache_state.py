@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bwcache_compile.config import CacheConfig, Reuse
+from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, InvariantError
 from bwcache_compile.graph_text import diff_graphs
 from bwcache_compile.passes.lift_cache_state import lift_cache_state
 from bwcache_compile.program import CachedProgram
 from tests.models import Exposed, Interleaved, OneStream, Tiny, TwoStream
-from tests.passes.helpers import applied, compute, eager, fill_buffers, folded, fresh, models, policy_values, ready_for, same, text
+from tests.passes.helpers import (
+    WAYS,
+    applied,
+    compute,
+    eager,
+    fill_buffers,
+    folded,
+    fresh,
+    models,
+    policy_inputs,
+    policy_values,
+    ready_for,
+    same,
+    text,
+)
 
 aten = torch.ops.aten
 
@@ -57,11 +69,11 @@ def test_taylor_hands_the_old_output_on() -> None:
 +cache_in_times: f32[2] = input
 -copy__default: f32[1, 6, 8] = copy_(cache.previous_0, cache.output_0)
 -copy__default_1: f32[1, 6, 8] = copy_(cache.output_0, region_0)
--push_time: f32[2] = call(push_time, t, cache.times)
--copy__default_2: f32[2] = copy_(cache.times, push_time)
-+push_time: f32[2] = call(push_time, t, cache_in_times)
+-keep_shared: f32[2] = call(keep_shared, t, cache.times)
+-copy__default_2: f32[2] = copy_(cache.times, keep_shared)
++keep_shared: f32[2] = call(keep_shared, t, cache_in_times)
 -return linear_6, reuse_left
-+return linear_6, region_0, cache_in_output_0, push_time, reuse_left""",
++return linear_6, region_0, cache_in_output_0, keep_shared, reuse_left""",
     )
 
 
@@ -136,7 +148,7 @@ MODELS = [OneStream(), TwoStream(), Exposed(), Interleaved()]
 
 @pytest.mark.parametrize("reuse", ["output", "taylor"])
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: type(m).__name__)
-def test_numbers(model: Tiny, reuse: Reuse) -> None:
+def test_numbers(model: Tiny, reuse: str) -> None:
     check_numbers(model, CacheConfig(num_steps=4, reuse=reuse, indicator_tokens=2))
 
 
@@ -145,8 +157,8 @@ def test_numbers_residual_static() -> None:
 
 
 @settings(max_examples=10, deadline=None)
-@given(models(), st.sampled_from(get_args(Reuse)), st.sampled_from([1, "all"]), st.booleans())
-def test_state_round_trips(model: Tiny, reuse: Reuse, blocks: int | str, static: bool) -> None:
+@given(models(), st.sampled_from(WAYS), st.sampled_from([1, "all"]), st.booleans())
+def test_state_round_trips(model: Tiny, reuse: str, blocks: int | str, static: bool) -> None:
     policy = {"policy": "static", "steps_mask": (0, 1, 0, 1)} if static else {"num_steps": 4}
     try:
         program = applied(lift_cache_state, ready_for(lift_cache_state, model, CacheConfig(reuse=reuse, indicator_blocks=blocks, **policy)))
@@ -155,7 +167,7 @@ def test_state_round_trips(model: Tiny, reuse: Reuse, blocks: int | str, static:
         return
     plan = program.planned()
     state, args = fresh(plan), model.example()
-    returned = program.compute(*args, *(state[n] for n in program.compute_slots), *program_values(program), torch.tensor([0]))
+    returned = program.compute(*args, *(state[n] for n in program.compute_slots), *policy_inputs(program), torch.tensor([0]))
     assert len(returned) == len(eager(model, *args)) + len(plan.slots) + (1 if static else 2)
     first, once = compute(program, args, state, 0)
     _, twice = compute(program, args, once, 1)
@@ -168,8 +180,3 @@ def test_state_round_trips(model: Tiny, reuse: Reuse, blocks: int | str, static:
     reads = {slot.role for slot in plan.slots if slot.name in program.compute_slots}
     assert reads == ({"output", "times"} if reuse == "taylor" else set()) | (set() if static else {"reference", "trigger"})
     assert same(first[: len(eager(model, *args))], eager(model, *args))
-
-
-def program_values(program: CachedProgram) -> list[torch.Tensor]:
-    mask = program.planned().config.steps_mask
-    return policy_values() if mask is None else [torch.tensor(mask)]

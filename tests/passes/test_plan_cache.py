@@ -214,7 +214,7 @@ def test_plans_add_up(model: Tiny, first: int, last: int, reuse: str, tokens: in
 def check_slots(made: CachePlan, values: dict[str, Tensor]) -> None:
     outputs = [slot for slot in made.slots if slot.role == "output"]
     assert [(slot.shape, slot.dtype) for slot in outputs] == [(values[n].shape, values[n].dtype) for n in made.regions[0].outputs]
-    assert len([slot for slot in made.slots if slot.role == "previous"]) == (len(outputs) if made.config.reuse == "taylor" else 0)
+    assert len([slot for slot in made.slots if slot.role == "previous"]) == (len(outputs) if made.settings.reuse == "taylor" else 0)
     references = [slot for slot in made.slots if slot.role == "reference"]
     assert [slot.shape[-1] for slot in references] == [values[m.node].shape[-1] for m in made.measured]
     assert [torch.Size(slot.shape[:-1]).numel() for slot in references] == [tokens(m, values[m.node]) for m in made.measured]

@@ -1,0 +1,1 @@
+"""Ways of reusing, a file each."""

@@ -1,0 +1,34 @@
+"""Which tokens of a block's features are measured, for every indicator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bwcache_compile.policies.arithmetic import quotient
+from bwcache_compile.size_expressions import largest, smallest
+
+if TYPE_CHECKING:
+    import torch
+
+
+def sampled_tokens(count: int | torch.SymInt, stride: int, block: int, device: torch.device | None = None) -> torch.Tensor:
+    """Choose one token in every stratum of `stride`, at a hashed place that differs from block to block.
+
+    A plain stride aliases with the token grid. Letting each block look elsewhere makes the mean over blocks cover
+    `blocks` times as many tokens for the same memory. A closed form, so that a graph of open sizes can hold it too.
+
+    Args:
+        count: Tokens in all (batch times sequence).
+        stride: Tokens per stratum.
+        block: Position of the block among the measured ones.
+        device: Where the places are wanted.
+
+    Returns:
+        int64[max(1, count // stride)], increasing, within [0, count).
+    """
+    import torch
+
+    strata = torch.arange(largest(1, count // stride), device=device)
+    width = smallest(stride, count)
+    mixed = (strata + 7919 * block + 1) * 2654435761 % 2**32  # Knuth's multiplicative hash
+    return strata * stride + quotient(mixed * width, 2**32)
