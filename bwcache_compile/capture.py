@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import operator
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -22,18 +21,44 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.compare import clone_tensors, difference, difference_from, flat_outputs
 from bwcache_compile.dataflow import writes_escape
 from bwcache_compile.errors import CaptureError, ConfigError, first_line
-from bwcache_compile.known import KnownValues, inputs_of, source_line, sources
+from bwcache_compile.known import KnownValues, inputs_of, sources
 from bwcache_compile.program import CachedProgram, Captured, Reading, Signature
 from bwcache_compile.sizes import CallSizes, VaryingSizes, hint, open_sizes
+from bwcache_compile.source_lines import class_files, error_line
 from bwcache_compile.tracing import tracing
 
 Mode = Literal["non-strict", "strict", "reading"]
 """Ways to trace, in the order in which they are tried; the last builds in what Python reads of masks and lengths."""
 
 
-def _source_of(error: BaseException, model: nn.Module) -> str:
-    """Find the line of the user's own code, or of the model's library, that stopped the capture."""
-    return source_line(traceback.extract_tb(error.__traceback__)) or f"in {type(model).__name__}.forward"
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """Why a way to trace failed, and which inputs decide the values that Python read last."""
+
+    error: Exception
+    inputs: frozenset[int]
+
+    def describe(self, mode: Mode, model: nn.Module, names: list[str]) -> str:
+        """Name the way, the error, the line of the model's own code, and the inputs."""
+        at = error_line(self.error, class_files(model.modules()))
+        lines = [
+            f"{mode}: {type(self.error).__name__}: {first_line(self.error)}",
+            f"at {at}" if at else f"in {type(model).__name__}.forward",
+        ]
+        if self.inputs:
+            lines.append(f"which reads values that depend on {', '.join(names[i] for i in sorted(self.inputs))}")
+        return "\n    ".join(lines)
+
+
+def _leaf_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Name each leaf of a call after the argument that it belongs to."""
+    by_position = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    found = []
+    for path, _ in pytree.tree_leaves_with_path((args, kwargs)):
+        key = path[1]
+        name = getattr(key, "key", None) or (by_position[key.idx] if key.idx < len(by_position) else f"argument {key.idx}")  # type: ignore[attr-defined]
+        found.append(f"{name}{pytree.keystr(path[2:])}")
+    return found
 
 
 def _unlifted(exported: ExportedProgram) -> Captured:
@@ -121,15 +146,20 @@ def _completed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return {name: shapes.get(name) for name in names}
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, mode: Mode) -> CachedProgram:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, mode: Mode) -> CachedProgram | _Failure:
     known, values = KnownValues(), sources(model, args, kwargs) if mode == "reading" else {}
     large = {i: leaf for i, leaf in inputs_of(args, kwargs).items() if i not in values} if mode == "reading" else {}
     with tracing():
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # it leaves marks on what it is given
         named = inspect.signature(model.forward) if shapes is None else _signature(model, args, kwargs)
-        reads = contextlib.nullcontext() if mode == "strict" else known
-        with _with_signature(model, named), reads, known.knowing(model, values, large):
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=mode == "strict")
+        try:
+            with _with_signature(model, named), contextlib.ExitStack() as stack:
+                if mode != "strict":  # Dynamo traces hooks, and takes no such mode
+                    stack.enter_context(known)
+                    stack.enter_context(known.knowing(model, values, large))
+                exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=mode == "strict")
+        except Exception as error:  # every front end raises its own kinds
+            return _Failure(error, known.asked)
     program = flat_program(exported, type(model).__name__)
     read = {name: values[name].clone() for name in known.read if not isinstance(name, Reading)}
     readings = tuple(reading for reading in known.read if isinstance(reading, Reading))
@@ -158,18 +188,19 @@ def _serves(program: CachedProgram, seen: Sequence[CallSizes]) -> bool:
 
 def _attempts(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, modes: Sequence[Mode], seen: Sequence[CallSizes]
-) -> Iterator[tuple[Mode, CachedProgram | Exception]]:
+) -> Iterator[tuple[Mode, CachedProgram | _Failure]]:
     """Trace a model in one way after the other; strict tracing comes first where it alone leaves the sizes seen open."""
     stopped, narrow = len(modes) == 1, None
     for mode in modes:
         if mode == "reading" and not stopped:
             return
-        outcome: CachedProgram | Exception
+        outcome: CachedProgram | _Failure
         try:
             with torch.no_grad():
                 outcome = _export(model, args, kwargs, shapes, mode)
-        except Exception as error:  # every front end raises its own kinds
-            outcome, stopped = error, True
+        except Exception as error:  # what was exported opens no size, or decomposes into nothing that is supported
+            outcome = _Failure(error, frozenset())
+        stopped = stopped or isinstance(outcome, _Failure)
         serves = isinstance(outcome, CachedProgram) and _serves(outcome, seen)
         if mode == "non-strict" and isinstance(outcome, CachedProgram) and not serves:
             narrow = outcome  # int(size ** 0.5) is a number in there
@@ -279,8 +310,8 @@ def capture(
     failures: list[str] = []
     modes = get_args(Mode)[-1:] if reading else get_args(Mode)
     for mode, outcome in _attempts(model, args, kwargs, shapes, modes, seen):
-        if isinstance(outcome, Exception):
-            failures.append(f"{mode}: {type(outcome).__name__}: {first_line(outcome)}\n    at {_source_of(outcome, model)}")
+        if isinstance(outcome, _Failure):
+            failures.append(outcome.describe(mode, model, _leaf_names(model, args, kwargs)))
             continue
         with torch.no_grad():
             flat, _ = pytree.tree_flatten((clone_tensors(args), clone_tensors(kwargs)))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bwcache_compile.program import OPERAND, Reading
+from bwcache_compile.source_lines import class_files, source_line
 
 _MOST = 4096
 """Elements of the largest tensor that is followed: grids, lengths and offsets are short."""
@@ -35,6 +36,7 @@ _STATIC = {
     "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_tensor", "type",
 }  # fmt: skip
 """What they tell of a tensor is no value of its."""
+_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "equal", "allclose"}
 _SYMBOLS = (SymInt, SymFloat, SymBool)
 _NEW = {"zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "eye"}
 _TAKES_SIZES = _NEW | {
@@ -47,12 +49,6 @@ Source = int | str
 """Where a value comes from that the model does not make itself: a position among the leaves of the call, or a buffer's name."""
 Origin = Source | Reading
 """A source, or what was computed of one that is too large to be followed itself."""
-
-
-def source_line(frames: traceback.StackSummary) -> str:
-    """Return the innermost line of the user's own code, or of the model's library; empty where there is none."""
-    outside = [f for f in frames if "/torch/" not in f.filename.replace("\\", "/") and "bwcache_compile" not in f.filename]
-    return f'{outside[-1].filename}:{outside[-1].lineno}, in {outside[-1].name}: "{outside[-1].line}"' if outside else ""
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -122,6 +118,9 @@ class KnownValues(TorchFunctionMode):
         self._origins: Any = WeakIdKeyDictionary()
         self.read: set[Origin] = set()
         self.read_at = ""
+        self.asked: frozenset[int] = frozenset()
+        self._inputs: Any = WeakIdKeyDictionary()
+        self._files: frozenset[str] = frozenset()
 
     def value(self, traced: Tensor) -> Tensor | None:
         """Return what a tensor holds, where that is known."""
@@ -137,9 +136,11 @@ class KnownValues(TorchFunctionMode):
             values: Of short inputs and buffers.
             large: Of the other inputs: what is reduced to a short tensor, such as `torch.all(x == 0)`, is known.
         """
+        self._files = class_files(model.modules())
         real = {name: value.clone() for name, value in values.items()}  # what the model writes in place is written to these too
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self._inputs.update({tensor: frozenset([i]) for i, tensor in inputs_of(args, kwargs).items()})
             traced = sources(model, args, kwargs)
             for name in real.keys() & traced.keys():
                 self._real[traced[name]] = real[name]
@@ -155,8 +156,18 @@ class KnownValues(TorchFunctionMode):
             handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function, and take down on which inputs its result depends."""
+        depends = frozenset().union(*(self._inputs.get(tensor, ()) for tensor in _tensors((args, kwargs or {}))))
+        if getattr(func, "__name__", "") in _READS:
+            self.asked = depends
+        result = self._run_with_values(func, types, args, kwargs or {})
+        if depends:
+            for tensor in (*_tensors(result), *_written(getattr(func, "__name__", ""), args, kwargs or {})):
+                self._inputs[tensor] = self._inputs.get(tensor, frozenset()) | depends
+        return result
+
+    def _run_with_values(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Run a function; where it follows from what is known, run it on the known values too."""
-        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__deepcopy__" and not isinstance(args[0], nn.Parameter):
             return self.__torch_function__(torch.clone, types, args[:1])
@@ -208,7 +219,7 @@ class KnownValues(TorchFunctionMode):
     def _reads(self, origins: frozenset[Origin]) -> None:
         """Take down that the graph depends on the values of these, and the first line that makes it so."""
         if origins and not self.read:
-            self.read_at = source_line(traceback.extract_stack())
+            self.read_at = source_line(traceback.extract_stack(), self._files)
         self.read |= origins
 
     def _origins_of(self, given: list[Tensor]) -> frozenset[Origin]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from typing import Any
@@ -153,3 +154,40 @@ def test_functions_that_a_model_compiles_are_captured_uncompiled() -> None:
         program = capture(model, model.example(), {})
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         assert torch.equal(program.compute(*model.example())[0], model(*model.example()))
+
+
+class CopiesAValue(OneStream):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        out = super().forward(x, t)
+        if copy.deepcopy(x.mean(dim=(1, 2))).tolist()[0] > 0:
+            return out * 2
+        return out
+
+
+def test_a_refusal_names_the_models_own_line_and_the_input_in_each_way() -> None:
+    model = CopiesAValue().eval()
+    with pytest.raises(bw.CaptureError) as caught:
+        capture(model, model.example(), {})
+    _, *lines, remedy = str(caught.value).split("\n")
+    assert [line.strip().partition(":")[0] for line in lines if line.startswith("  ") and line[2] != " "] == [
+        "non-strict",
+        "strict",
+        "reading",
+    ]
+    at = [line for line in lines if line.startswith("    at ")]
+    assert len(at) == 3, "one for each way"
+    assert all(re.search(r"at \S*test_capture\.py:\d+, in forward: ", line) for line in at)
+    assert lines.count("    which reads values that depend on x") == 2, "Dynamo does not say"
+    assert "Remove the data-dependent Python at that line" in remedy
+
+
+def test_a_size_that_values_decide_names_its_line() -> None:
+    class Kept(OneStream):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            kept = x[0, :, 0] > 0
+            return super().forward(x[:, kept], t)
+
+    model = Kept().eval()
+    with pytest.raises(bw.UnsupportedGraphError) as caught:
+        bw.transform(model, bw.CacheConfig(num_steps=4), example_args=model.example())
+    assert re.search(r'\n    at \S*test_capture\.py:\d+, in forward: "return super\(\)\.forward\(x\[:, kept\], t\)"\n', str(caught.value))

@@ -15,7 +15,7 @@ NAME = "bwcache_compile"
 ROOT = Path(bwcache_compile.__file__).parent
 LAYERS = (
     {"errors"},
-    {"report", "size_expressions", "stepping", "tracing"},
+    {"report", "size_expressions", "source_lines", "stepping", "tracing"},
     {"config", "contexts", "policies", "sizes"},
     {"layout"},
     {"program"},

@@ -21,6 +21,7 @@ from bwcache_compile.policies import POLICIES, REUSES, SmallSlot
 from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region
 from bwcache_compile.size_expressions import evaluated, largest
 from bwcache_compile.sizes import has_no_size, hint, hint_shape, shape_of, size_of
+from bwcache_compile.source_lines import node_line
 
 
 def _cached_blocks(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> tuple[Block, ...]:
@@ -81,10 +82,12 @@ def _check_sizes(values: Iterable[Node], program: CachedProgram) -> None:
     """Refuse to keep what has no size before the model runs."""
     for node in values:
         if has_no_size(node.meta["val"]):
+            at = next((node_line(n) for n in program.captured.graph.nodes if n.meta.get("unbacked_bindings") and node_line(n)), "")
             raise UnsupportedGraphError(
                 f"{program.model_name} cannot be cached: `{node.name}` {format_value(node.meta['val'])}, which the blocks return,"
-                " has a size that depends on the values of a tensor (.item(), .tolist(), indexing by a mask)."
-                " Work sizes out from shapes instead."
+                " has a size that depends on the values of a tensor (.item(), .tolist(), indexing by a mask)"
+                + (f"\n    at {at}\n " if at else ".")
+                + " Work sizes out from shapes instead, or pass the mask or the lengths as an input of at most two dimensions."
             )
 
 
