@@ -14,10 +14,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
 from bwcache_compile.config import GraphSettings
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_out, user_names
 from bwcache_compile.layout import Order, in_order
-from bwcache_compile.policies import REUSES
+from bwcache_compile.policies import POLICIES, REUSES
 from bwcache_compile.size_expressions import evaluated
 from bwcache_compile.sizes import OpenSizes, Shape, Size, has_no_size
+from bwcache_compile.tree_paths import leaf_paths, output_name
 
 OURS = "bwcache_"
 """Prefix of the names of graphs and buffers that passes add to a module, so that they never hide the model's own."""
@@ -318,11 +320,8 @@ class CachedProgram:
 
     `compute` is the whole model, edited in place by each pass; `reuse` exists after `specialize`. Neither holds
     weights of its own: both point at the model's. `plan` is there from planning on.
-    After `lift_cache_state` the inputs of `compute` are the user's, then the slots in `compute_slots`, then the
-    policy's, then the step; its outputs are the user's, then every slot, then per region `reuse_left` and (if anything
-    is measured) the indicator per measured block. `reuse` takes the user's inputs, the slots in `reuse_slots` and the step.
-    `guarded` exists after `insert_cond`: it takes the user's inputs, the plan's `guard_slots`, the policy's and the step,
-    and returns the user's outputs, the next `guard_slots`, and (if anything is measured) the indicator per block.
+    After `lift_cache_state`, `io("compute")` says what `compute` takes and returns. `reuse` exists after `specialize`, `guarded`
+    after `insert_cond`.
     """
 
     compute: GraphModule
@@ -352,6 +351,31 @@ class CachedProgram:
     def replace(self, **changes: Any) -> CachedProgram:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def io(self, kind: str) -> GraphIO:
+        """Return the names, in order, of what one of the finished graphs takes and returns."""
+        plan = self.planned()
+        slots = tuple(slot.name for slot in (plan.guard_slots if kind == "guarded" else plan.slots))
+        read = {"compute": self.compute_slots, "reuse": self.reuse_slots, "guarded": slots}[kind]
+        parameters = () if kind == "reuse" else tuple(parameter.name for parameter in POLICIES[plan.settings.policy].parameters)
+        own = (STEP, REUSE_LEFT, INDICATOR)
+        results = map(output_name, leaf_paths(self.signature.out_spec))
+        taken = (*self.signature.inputs, *own, *(cache_out(slot.name) for slot in plan.slots))
+        measures: tuple[str, ...] = ()
+        if kind == "compute":
+            found = ((f"{REUSE_LEFT}{r.tag}", *((f"{INDICATOR}{r.tag}",) if r.measured else ())) for r in plan.regions)
+            measures = tuple(name for names in found for name in names)
+        elif kind == "guarded" and plan.measured:
+            measures = (INDICATOR,)
+        return GraphIO(
+            kind=kind,
+            users=user_names(self.signature.inputs, own, ".in"),
+            slots=read,
+            parameters=parameters,
+            results=user_names(results, taken, ".out"),
+            written=() if kind == "reuse" else slots,
+            measures=measures,
+        )
 
     def planned(self) -> CachePlan:
         """Return the plan of a program that is past planning."""

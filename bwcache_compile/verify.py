@@ -48,7 +48,6 @@ def _verify_graph(module: GraphModule, after: str) -> None:
 
 
 def _verify_specialized(program: CachedProgram, after: str) -> None:
-    plan = program.planned()
     for module in (program.compute, program.reuse):
         assert module is not None
         for node in module.graph.nodes:
@@ -59,15 +58,19 @@ def _verify_specialized(program: CachedProgram, after: str) -> None:
         for node in inner.graph.nodes if isinstance(inner, GraphModule) else ():
             if node.meta.get(REGION_MARK):
                 _fail(after, f"{node.name} of a cached block runs on a reused step", node)
-    user = program.signature.out_spec.num_leaves
-    for name, graph, expected in (
-        ("compute", program.compute.graph, user + len(plan.slots) + len(plan.regions) * (2 if plan.measured else 1)),
-        ("reuse", program.reuse.graph, user),
-    ):
-        outputs = graph.output_node().args[0]
-        returned = len(outputs) if isinstance(outputs, (list, tuple)) else 1
-        if returned != expected:
-            _fail(after, f"the {name} graph returns {returned} values, not {expected}")
+    for kind in ("compute", "reuse"):
+        _verify_ends(program, kind, after)
+
+
+def _verify_ends(program: CachedProgram, kind: str, after: str) -> None:
+    """Check that a graph takes and returns as much as there are names for."""
+    io, graph = program.io(kind), getattr(program, kind).graph
+    outputs = graph.output_node().args[0]
+    returned, taken = len(outputs) if isinstance(outputs, (list, tuple)) else 1, len(graph.find_nodes(op="placeholder"))
+    if returned != len(io.outputs):
+        _fail(after, f"the {kind} graph returns {returned} values, not {len(io.outputs)}")
+    if taken != len(io.inputs):
+        _fail(after, f"the {kind} graph takes {taken} values, not {len(io.inputs)}")
 
 
 def _layout(value: Tensor) -> list[tuple[int, int | None]]:
@@ -108,10 +111,7 @@ def _verify_guarded(program: CachedProgram, after: str) -> None:
     for node in guarded.graph.nodes:
         if node.meta.get(REGION_MARK):
             _fail(after, f"{node.name} of a cached block runs outside its guard", node)
-    returned = len(guarded.graph.output_node().args[0])  # type: ignore[arg-type]
-    expected = program.signature.out_spec.num_leaves + len(plan.guard_slots) + bool(plan.measured)
-    if returned != expected:
-        _fail(after, f"the guarded graph returns {returned} values, not {expected}")
+    _verify_ends(program, "guarded", after)
 
 
 def verify(program: CachedProgram, after: str = "capture") -> None:

@@ -9,9 +9,6 @@ from typing import Any, Protocol
 from bwcache_compile.errors import StateError
 from bwcache_compile.exporters.arithmetic import arithmetic
 
-UNTIL = "reuse_until"
-"""Name of the one slot that a guard adds: the last step that reuses."""
-
 
 class Output(dict[str, Any]):
     """What a model returns that names its outputs: `out.sample`, `out["sample"]` and `out[0]` are the same."""

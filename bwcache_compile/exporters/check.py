@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
-from bwcache_compile.exporters.describe import input_names
 from bwcache_compile.exporters.graphs import PlainGraph, under_autocast
 from bwcache_compile.exporters.session import Session
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out
 from bwcache_compile.layout import in_order, slot_order
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.policies.tensors import policy_parameters
@@ -99,18 +99,17 @@ class TorchRun:
     def step(self, step: int, flat: list[Any]) -> tuple[list[Any], bool, Tensor | None]:
         """Run one step; return the outputs, whether it computed, and the indicator."""
         program, device = self.program, self.program.planned().device
-        now = torch.tensor([step], device=device)
         cursor = self.cursor.at(step)
-        if cursor.reuses:
-            assert program.reuse is not None
-            self.cursor = cursor.reused()
-            return list(program.reuse(*flat, *(self.slots[name] for name in program.reuse_slots), now)), False, None
-        parameters = policy_parameters(self.config, self.num_steps, device)
-        returned = list(program.compute(*flat, *(self.slots[name] for name in program.compute_slots), *parameters, now))
-        users = program.signature.out_spec.num_leaves
-        self.slots = dict(zip(self.slots, returned[users : users + len(self.slots)], strict=True))
-        self.cursor = cursor.computed(int(returned[users + len(self.slots)]))
-        return returned[:users], True, returned[-1] if program.planned().measured else None
+        computes = not cursor.reuses
+        io = program.io("compute" if computes else "reuse")
+        values = dict(zip(io.users, flat, strict=True)) | {cache_in(name): value for name, value in self.slots.items()}
+        values |= dict(zip(io.policy_inputs, policy_parameters(self.config, self.num_steps, device), strict=False))
+        values[STEP] = torch.tensor([step], device=device)
+        returned = io.unpack(getattr(program, io.kind)(*io.pack(values)))
+        if computes:
+            self.slots = {name: returned[cache_out(name)] for name in self.slots}
+        self.cursor = cursor.computed(int(returned[REUSE_LEFT])) if computes else cursor.reused()
+        return [returned[name] for name in io.results], computes, returned.get(INDICATOR)
 
 
 def other_sizes(program: CachedProgram, conditions: list[str]) -> dict[str, int] | None:
@@ -196,7 +195,7 @@ class _Compared:
         decisions, indicators = [], []
         for step in range(steps):
             flat = _random_inputs(self.program, step, known)
-            named = zip(input_names(self.program), flat, strict=True)
+            named = zip(self.program.io("compute").users, flat, strict=True)
             wanted = {entry["name"] for entry in self.manifest["inputs"]}
             given = {name: self.handed(value) for name, value in named if name in wanted}
             with torch.no_grad(), under_autocast(self.program):

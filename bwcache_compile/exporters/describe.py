@@ -4,45 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.call import graph_shape
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out, policy_input
 from bwcache_compile.layout import slot_order
 from bwcache_compile.program import CachedProgram, CacheSlot
 from bwcache_compile.sizes import hint_shape, shape_of
+from bwcache_compile.tree_paths import leaf_paths, positions
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name as numpy has it."""
     return str(dtype).removeprefix("torch.")
-
-
-def _places(tree: Any, path: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], int]]:
-    """Yield the path and the position of every leaf of a tree whose leaves are their positions."""
-    inside: Any
-    if isinstance(tree, int):
-        yield path, tree
-    if tree is None or isinstance(tree, int):  # a field that a registered dataclass leaves out is None
-        return
-    if isinstance(tree, Mapping):
-        inside = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        inside = enumerate(tree)
-    elif dataclasses.is_dataclass(tree):
-        inside = [(field.name, getattr(tree, field.name)) for field in dataclasses.fields(tree)]
-    else:
-        inside = enumerate(pytree.tree_leaves(tree))
-    for key, value in inside:
-        yield from _places(value, (*path, key if isinstance(key, int) else str(key)))
 
 
 def _constant(value: Any, said: str, program: CachedProgram) -> Any:
@@ -56,30 +38,13 @@ def _constant(value: Any, said: str, program: CachedProgram) -> Any:
     raise ExportError(f"{program.model_name} {said}; beside tensors a bundle holds None, text and finite numbers. Use one of these.")
 
 
-_OWN = ("step", "reuse_left", "indicator")
-"""What the graphs take and return of their own; the cache's and the policy's names have a dot, which no input's has."""
-
-
-def input_names(program: CachedProgram) -> list[str]:
-    """Return the names of the model's inputs in the graphs: their own, or with `.in` where a graph's own input has it."""
-    return [f"{name}.in" if name in _OWN else name for name in program.signature.inputs]
-
-
-def graph_inputs(program: CachedProgram, kind: str, config: CacheConfig) -> list[str]:
-    """Return the names of everything that a graph takes, in order, Python numbers included."""
-    compute = kind == "compute"
-    policy = config.policy_values(config.steps or 1) if compute else {}
-    slots = program.compute_slots if compute else program.reuse_slots
-    return [*input_names(program), *(f"cache_in.{slot}" for slot in slots), *(f"policy.{name}" for name in policy), "step"]
-
-
 def describe_values(program: CachedProgram) -> list[dict[str, Any]]:
     """Return the values of inputs that are built into the graphs, since Python read them: one flat list for each.
 
     Raises:
         ExportError: A manifest cannot hold one of them.
     """
-    names, described = input_names(program), []
+    names, described = program.io("compute").users, []
     if program.signature.readings:
         raise ExportError(
             f"{program.model_name} reads in Python what it computes of {names[program.signature.readings[0].source]}, and a bundle cannot"
@@ -103,8 +68,7 @@ def describe_values(program: CachedProgram) -> list[dict[str, Any]]:
 
 def _call(program: CachedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a call's arguments with their positions as leaves."""
-    spec = program.signature.in_spec
-    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    args, kwargs = positions(program.signature.in_spec)
     return args, kwargs
 
 
@@ -115,11 +79,10 @@ def describe_inputs(program: CachedProgram, parameters: tuple[str, ...]) -> tupl
         program: Past planning.
         parameters: Names of what the model's forward takes by position; `*args` go by their places.
     """
-    names = input_names(program)
-    places = sorted(_places(_call(program)), key=lambda place: place[1])
+    names, paths = program.io("compute").users, leaf_paths(program.signature.in_spec)
     nodes = program.compute.graph.find_nodes(op="placeholder")[: len(names)]
     tensors, constants = [], []
-    for (path, _), name, node in zip(places, names, nodes, strict=True):
+    for path, name, node in zip(paths, names, nodes, strict=True):
         outer, first, *inner = path
         by_position = outer == 0 and isinstance(first, int) and first < len(parameters)
         argument = parameters[int(first)] if by_position else str(first)
@@ -162,25 +125,18 @@ def describe_outputs(program: CachedProgram) -> dict[str, Any]:
     Raises:
         ExportError: It holds an open Python number, or something else that a manifest does not.
     """
-    spec = program.signature.out_spec
-    returned: Any = program.compute.graph.output_node().args[0]
-    whole = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    places = sorted(_places(whole), key=lambda place: place[1])
-    taken = {*program.signature.inputs, *_OWN, *(f"cache_out.{slot.name}" for slot in program.planned().slots)}
-    items, leaves = [], []
-    for (path, _), node in zip(places, returned[: spec.num_leaves], strict=True):
+    io, returned = program.io("compute"), program.compute.graph.output_node().args[0]
+    assert isinstance(returned, (list, tuple))
+    named, items, leaves = io.unpack(returned), [], []
+    for name in io.results:
+        node = named[name]
         value = node.meta["val"] if isinstance(node, Node) else node
         if not isinstance(value, Tensor):
             leaves.append({"value": _constant(value, f"returns {'the open size ' * isinstance(value, torch.SymInt)}{value!r}", program)})
             continue
-        key = "_".join(map(str, path))
-        name = (f"output_{key}" if not key or key[0].isdigit() else key).rstrip("_")
-        while name in taken:
-            name += ".out"
-        taken.add(name)
         items.append({"name": name, "dtype": dtype_name(value.dtype), "shape": list(shape_of(value))})
         leaves.append({"tensor": name})
-    return {"form": _form(whole, leaves, program), "items": items}
+    return {"form": _form(positions(program.signature.out_spec), leaves, program), "items": items}
 
 
 def _describe_slot(slot: CacheSlot) -> dict[str, Any]:
@@ -227,7 +183,7 @@ def describe(program: CachedProgram, config: CacheConfig, parameters: tuple[str,
     outputs = describe_outputs(program)
     symbols = []
     for symbol in sizes.symbols if sizes else ():
-        symbols.append({**dataclasses.asdict(symbol), "input": input_names(program)[symbol.position]})
+        symbols.append({**dataclasses.asdict(symbol), "input": program.io("compute").users[symbol.position]})
     conditions = list(sizes.conditions) if sizes else []
     slots = [_describe_slot(slot) for slot in plan.slots]
     check_sizes(program, conditions, [size for entry in [*inputs, *outputs["items"], *slots] for size in entry["shape"]])
@@ -254,7 +210,7 @@ def add_layout(content: dict[str, Any], program: CachedProgram) -> None:
     """Say on which device the graphs run, and how each input and slot lies in memory: compiled code depends on it."""
     plan = program.planned()
     content["device"] = str(plan.device)
-    nodes = dict(zip(input_names(program), program.compute.graph.find_nodes(op="placeholder"), strict=False))
+    nodes = dict(zip(program.io("compute").users, program.compute.graph.find_nodes(op="placeholder"), strict=False))
     for entry in content["inputs"]:
         entry["order"] = list(slot_order(nodes[entry["name"]].meta["val"]))
     for entry, slot in zip(content["slots"], plan.slots, strict=True):
@@ -265,6 +221,6 @@ def declared_shapes(content: dict[str, Any]) -> dict[str, list[int | str]]:
     """Return the shapes of everything that goes in or out of a graph, by the name that it has there."""
     shapes = {entry["name"]: entry["shape"] for entry in content["outputs"]["items"]}
     shapes |= {entry["name"]: graph_shape(entry) for entry in content["inputs"]}
-    shapes |= {f"{way}.{slot['name']}": slot["shape"] for slot in content["slots"] for way in ("cache_in", "cache_out")}
-    shapes |= {f"policy.{entry['name']}": entry["shape"] for entry in content["policy"]["parameters"]}
-    return shapes | {"step": [1], "reuse_left": [1], "indicator": [len(content["measured"])]}
+    shapes |= {name(slot["name"]): slot["shape"] for slot in content["slots"] for name in (cache_in, cache_out)}
+    shapes |= {policy_input(entry["name"]): entry["shape"] for entry in content["policy"]["parameters"]}
+    return shapes | {STEP: [1], REUSE_LEFT: [1], INDICATOR: [len(content["measured"])]}

@@ -12,13 +12,14 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError
 from bwcache_compile.exporters.bundle import Bundle, open_bundle
 from bwcache_compile.exporters.check import check_runs, check_structure, tolerance_of
-from bwcache_compile.exporters.describe import add_layout, check_sizes, declared_shapes, describe, describe_outputs, graph_inputs
+from bwcache_compile.exporters.describe import add_layout, check_sizes, declared_shapes, describe
 from bwcache_compile.exporters.graphs import PlainGraph, plain_graph
 from bwcache_compile.exporters.load import ort_session, torch_session
 from bwcache_compile.exporters.refuse import refuse
 from bwcache_compile.exporters.stand_in import computes_in_half, stand_in
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
 from bwcache_compile.exporters.write import new_bundle, write_manifest
+from bwcache_compile.graph_io import guarded_io
 from bwcache_compile.program import CachedProgram
 
 
@@ -28,15 +29,6 @@ def _need_onnx() -> None:
             __import__(name)
         except ModuleNotFoundError as error:
             raise ExportError(f'export needs {name}: pip install "bwcache-compile[onnx]".') from error
-
-
-def _output_names(program: CachedProgram, kind: str) -> tuple[str, ...]:
-    plan = program.planned()
-    users = tuple(item["name"] for item in describe_outputs(program)["items"])
-    if kind == "reuse":
-        return users
-    behind = ("reuse_left", *(("indicator",) if plan.measured else ()))
-    return (*users, *(f"cache_out.{slot.name}" for slot in plan.slots), *behind)
 
 
 def export_onnx(
@@ -78,13 +70,12 @@ def export_onnx(
         written, graphs = {}, {}
         with WeightFile(folder / WEIGHTS) as weights:
             for kind in ("compute", "reuse"):
-                plain[kind] = plain_graph(program, kind, graph_inputs(program, kind, config), _output_names(program, kind))
+                plain[kind] = plain_graph(program, kind)
                 written[kind] = writer.onnx_graph(plain[kind], opset, shapes)
                 writer.save(written[kind], folder / f"{kind}.onnx", weights)
             report = check_structure(plain, written)
             if guarded:
-                slots, outputs = [slot["name"] for slot in content["slots"]], [item["name"] for item in content["outputs"]["items"]]
-                written["guarded"] = writer.guarded_graph(folder, slots, outputs, len(content["measured"]))
+                written["guarded"] = writer.guarded_graph(folder, guarded_io(program.io("compute")), len(content["measured"]))
                 writer.save(written["guarded"], folder / "guarded.onnx", weights)
         for kind, graph in written.items():
             values = (graph.model.graph.inputs, graph.model.graph.outputs)
@@ -159,7 +150,7 @@ def export_torch(
         conditions: list[str] = []
         with WeightFile(folder / WEIGHTS) as weights:
             for kind in ("compute", "reuse"):
-                plain[kind] = plain_graph(program, kind, graph_inputs(program, kind, config), _output_names(program, kind))
+                plain[kind] = plain_graph(program, kind)
                 path = folder / f"{kind}.pt2"
                 graph = written[kind] = writer.save(writer.torch_graph(plain[kind]), path)
                 if compiled:

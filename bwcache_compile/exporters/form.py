@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import NoneType
 from typing import Any
 
-from bwcache_compile.exporters.call import UNTIL
+from bwcache_compile.graph_io import REUSE_LEFT, UNTIL, cache_out
 
 _TENSOR = {"name": str, "dtype": str, "shape": [(int, str)]}
 _PLACE = {"argument": str, "path": [(int, str)]}
@@ -98,6 +98,6 @@ def unmade(manifest: dict[str, Any], kind: str, returned: list[str]) -> list[str
     """Return what a session reads of a graph's outputs that it does not make."""
     needed = [item["name"] for item in manifest["outputs"]["items"]]
     if kind != "reuse":
-        needed += [f"cache_out.{slot['name']}" for slot in manifest["slots"]]
-    needed += {"compute": ["reuse_left"], "guarded": [f"cache_out.{UNTIL}"]}.get(kind, [])
+        needed += [cache_out(slot["name"]) for slot in manifest["slots"]]
+    needed += {"compute": [REUSE_LEFT], "guarded": [cache_out(UNTIL)]}.get(kind, [])
     return [name for name in needed if name not in returned]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -148,15 +147,14 @@ def exported_program(
     )
 
 
-def plain_graph(program: CachedProgram, kind: str, names: Sequence[str], outputs: tuple[str, ...]) -> PlainGraph:
-    """Return one of a program's graphs, its calls written out, its weights lifted; `names` are those of all its inputs.
+def plain_graph(program: CachedProgram, kind: str) -> PlainGraph:
+    """Return one of a program's graphs, its calls written out, its weights lifted.
 
     Nothing is traced again, unless it was captured under autocast, whose casts are written out.
     """
-    module = getattr(program, kind)
-    flat = inline_calls(module)
+    io, flat = program.io(kind), inline_calls(getattr(program, kind))
     inputs = []
-    for node, name in zip(flat.graph.find_nodes(op="placeholder"), names, strict=True):
+    for node, name in zip(flat.graph.find_nodes(op="placeholder"), io.inputs, strict=True):
         if isinstance(node.meta.get("val"), Tensor):
             inputs.append(name)
         else:
@@ -165,11 +163,12 @@ def plain_graph(program: CachedProgram, kind: str, names: Sequence[str], outputs
     _marked(lifted)
     returned = lifted.graph.output_node().args[0]
     assert isinstance(returned, (list, tuple))
-    kept = [node for node in returned if isinstance(node, Node)]
+    outputs = {name: node for name, node in io.unpack(returned).items() if isinstance(node, Node)}  # what is constant is built in
+    kept = list(outputs.values())
     lifted.graph.output_node().args = (tuple(kept),)
     output_specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in kept]
     exported = exported_program(lifted, ExportGraphSignature(specs, output_specs), {}, parameters, constants)
     if program.signature.autocast:
         with tracing(), under_autocast(program):
             exported = exported.run_decompositions({})  # traces it, so that casts stand in the graph
-    return PlainGraph(kind, exported, tuple(inputs), outputs)
+    return PlainGraph(kind, exported, tuple(inputs), tuple(outputs))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bwcache_compile.exporters.call import UNTIL
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, GraphIO, cache_in, cache_out
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -52,49 +52,42 @@ def _same(a: Any, b: Any) -> bool:
     return a.dtype == b.dtype and tuple(a.shape) == tuple(b.shape) and a.tobytes() == b.tobytes()
 
 
-def guarded_model(folder: Path, slots: list[str], outputs: list[str], measured: int) -> ir.Model:
+def guarded_model(folder: Path, io: GraphIO, measured: int) -> ir.Model:
     """Return a model with one `If`: the reuse graph where the step is not past `cache_in.reuse_until`, else the compute graph.
 
-    Its inputs are the user's, every slot, the guard's own slot, the policy's and the step; its outputs the user's, every
-    slot's next value and (if anything is measured) `indicator`, which is NaN on a reused step. Weights stand outside of
-    both arms, and the prologue and the epilogue in each.
+    It takes and returns what `io` says, without what is no tensor. `indicator` holds `measured` numbers, all NaN on a reused
+    step. Weights stand outside of both arms, and the prologue and the epilogue in each.
     """
     import onnx_ir as ir
 
     compute, reuse = ir.load(folder / "compute.onnx"), ir.load(folder / "reuse.onnx")
-    made = {str(value.name): value for value in compute.graph.outputs}
-    read = {str(value.name): value for value in [*reuse.graph.inputs, *compute.graph.inputs]}
-    names = [name for name in read if not name.startswith(("cache_in.", "policy.")) and name != "step"]
-    outer = {name: _like(read[name], name) for name in names}
-    for slot in slots:
-        outer[f"cache_in.{slot}"] = _like(read.get(f"cache_in.{slot}", made[f"cache_out.{slot}"]), f"cache_in.{slot}")
-    outer[f"cache_in.{UNTIL}"] = _like(read["step"], f"cache_in.{UNTIL}")
-    outer |= {name: _like(value, name) for name, value in read.items() if name.startswith("policy.")}
-    outer["step"] = _like(read["step"], "step")
-
-    returned = [*outputs, *(f"cache_out.{slot}" for slot in slots), f"cache_out.{UNTIL}", *(["indicator"] if measured else [])]
-    shapes = {name: _like(made[name], name) for name in returned if name in made} | {f"cache_out.{UNTIL}": _like(read["step"], "")}
+    known = {str(value.name): value for value in [*reuse.graph.inputs, *compute.graph.inputs, *compute.graph.outputs]}
+    known |= {name(UNTIL): known[STEP] for name in (cache_in, cache_out)}
+    known |= {cache_in(slot): known[cache_out(slot)] for slot in io.written if cache_in(slot) not in known}
+    outer = {name: _like(known[name], name) for name in io.inputs if name in known}
+    returned = [name for name in io.outputs if name in known]
+    shapes = {name: _like(known[name], name) for name in returned}
     weights: dict[str, Any] = {}
     arms = {}
     for kind, model in (("reuse", reuse), ("compute", compute)):
         nodes, results = _arm(model, kind, outer, weights)
         if kind == "compute":
-            nodes.append(ir.node("Add", [outer["step"], results["reuse_left"]]))
-            results[f"cache_out.{UNTIL}"] = nodes[-1].outputs[0]
+            nodes.append(ir.node("Add", [outer[STEP], results[REUSE_LEFT]]))
+            results[cache_out(UNTIL)] = nodes[-1].outputs[0]
         else:
-            for slot in [*slots, UNTIL]:
-                nodes.append(ir.node("Identity", [outer[f"cache_in.{slot}"]]))
-                results[f"cache_out.{slot}"] = nodes[-1].outputs[0]
-            if measured:
+            for slot in io.written:
+                nodes.append(ir.node("Identity", [outer[cache_in(slot)]]))
+                results[cache_out(slot)] = nodes[-1].outputs[0]
+            if INDICATOR in io.measures:
                 nothing = ir.tensor(np.full(measured, np.nan, dtype=np.float32))
                 nodes.append(ir.node("Constant", [], attributes={"value": nothing}))
-                results["indicator"] = nodes[-1].outputs[0]
+                results[INDICATOR] = nodes[-1].outputs[0]
         for name in returned:
             results[name].name = f"{kind}.{name}"
             results[name].shape, results[name].type = shapes[name].shape, shapes[name].type
         arms[kind] = ir.Graph([], [results[name] for name in returned], nodes=nodes, name=kind)
 
-    within = ir.node("LessOrEqual", [outer["step"], outer[f"cache_in.{UNTIL}"]], name="within")
+    within = ir.node("LessOrEqual", [outer[STEP], outer[cache_in(UNTIL)]], name="within")
     reuses = ir.node("Squeeze", [within.outputs[0]], name="reuses")
     within.outputs[0].name, reuses.outputs[0].name = "within", "reuses"
     attributes = {"then_branch": arms["reuse"], "else_branch": arms["compute"]}

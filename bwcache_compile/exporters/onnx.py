@@ -15,6 +15,7 @@ from bwcache_compile.exporters.fit import fit
 from bwcache_compile.exporters.graphs import PlainGraph
 from bwcache_compile.exporters.half import admits_dtypes, between_casts
 from bwcache_compile.exporters.weights import WeightFile
+from bwcache_compile.graph_io import GraphIO
 from bwcache_compile.program import REGION_MARK
 from bwcache_compile.tracing import tracing
 
@@ -148,8 +149,8 @@ def save(graph: OnnxGraph, path: Path, weights: WeightFile) -> None:
         raise ExportError(f"onnx.checker objects to the {graph.kind} graph: {first_line(error)}\n  {OTHERWISE}") from error
 
 
-def guarded_graph(folder: Path, slots: list[str], outputs: list[str], measured: int) -> OnnxGraph:
+def guarded_graph(folder: Path, io: GraphIO, measured: int) -> OnnxGraph:
     """Return the guarded graph over the written pair; see `guarded_model`."""
     from bwcache_compile.exporters.guard import guarded_model
 
-    return OnnxGraph("guarded", guarded_model(folder, slots, outputs, measured), {}, 0)
+    return OnnxGraph("guarded", guarded_model(folder, io, measured), {}, 0)

@@ -9,6 +9,7 @@ from typing import Any
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.call import graph_shape
+from bwcache_compile.graph_io import cache_in
 
 Range = tuple[int, int, int]
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -86,7 +87,7 @@ def profile(manifest: Mapping[str, Any], kind: str, sizes: Mapping[str, Range] |
     """
     ranges = symbol_ranges(manifest, sizes or {})
     declared = {entry["name"]: graph_shape(entry) for entry in manifest["inputs"]}
-    declared |= {f"cache_in.{slot['name']}": slot["shape"] for slot in manifest["slots"]}
+    declared |= {cache_in(slot["name"]): slot["shape"] for slot in manifest["slots"]}
     corners = [dict(zip(ranges, corner, strict=True)) for corner in itertools.product(*((r[0], r[2]) for r in ranges.values()))]
     usual = {name: r[1] for name, r in ranges.items()}
     shapes: Shapes = {}

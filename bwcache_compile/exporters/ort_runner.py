@@ -11,8 +11,9 @@ import numpy as np
 from bwcache_compile.errors import BundleError, ConfigError, StateError, first_line
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.call import PAIRS, graph_shape
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, cache_in
 
-_ON_HOST = ("reuse_left", "indicator")
+_ON_HOST = (REUSE_LEFT, INDICATOR)
 _NAMES = {"float": "float32", "double": "float64"}
 
 
@@ -70,7 +71,7 @@ class OrtRunner:
             if [value.name for value in found] != entry[what]:
                 raise BundleError(f"{entry['file']} has the {what} {[v.name for v in found]}, and the manifest says {entry[what]}.")
         known = {entry["name"]: entry for entry in self._manifest["inputs"]}
-        known |= {f"cache_in.{slot['name']}": slot for slot in self._manifest["slots"]}
+        known |= {cache_in(slot["name"]): slot for slot in self._manifest["slots"]}
         for value in session.get_inputs():
             if value.name not in known:
                 continue

@@ -11,7 +11,8 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import Context, ContextTable
 from bwcache_compile.errors import BundleError, ConfigError, StateError
 from bwcache_compile.exporters.bundle import Bundle
-from bwcache_compile.exporters.call import UNTIL, Call, Runner, bound, flat_call, put_together
+from bwcache_compile.exporters.call import Call, Runner, bound, flat_call, put_together
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, cache_in, cache_out, policy_input
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.stepping import HALF, Cursor, StepInfo, TimeInput, may_be_time
 
@@ -148,7 +149,7 @@ class Session:
 
     def _parameters(self, num_steps: int | None) -> dict[str, Any]:
         values, dtypes = self.cache_config.policy_values(num_steps), self.cache_config.policy_dtypes
-        return {f"policy.{name}": self._runner.vector(value, dtypes[name]) for name, value in values.items()}
+        return {policy_input(name): self._runner.vector(value, dtypes[name]) for name, value in values.items()}
 
     def _run(
         self, context: SessionContext, state: SessionState, call: Call, num_steps: int | None
@@ -156,18 +157,18 @@ class Session:
         """Run a step; return everything that the graph returned, the state afterwards, and what the step did."""
         cursor, runner = state.cursor, self._runner
         kind = "guarded" if self.guarded else "reuse" if cursor.reuses else "compute"
-        inputs = {**call.values, **{f"cache_in.{name}": value for name, value in state.slots.items()}}
-        inputs["step"] = runner.vector([cursor.step], "int64")
+        inputs = {**call.values, **{cache_in(name): value for name, value in state.slots.items()}}
+        inputs[STEP] = runner.vector([cursor.step], "int64")
         if kind != "reuse":
             inputs |= self._parameters(num_steps)
-        returned = runner.run(kind, inputs, {f"cache_out.{name}": value for name, value in context.spare.items()})
-        change = runner.host(returned["indicator"]) if "indicator" in returned else None
+        returned = runner.run(kind, inputs, {cache_out(name): value for name, value in context.spare.items()})
+        change = runner.host(returned[INDICATOR]) if INDICATOR in returned else None
         slots = state.slots
         if kind != "reuse":
-            slots = {name: returned[f"cache_out.{name}"] for name in state.slots}
+            slots = {name: returned[cache_out(name)] for name in state.slots}
         computed, until = kind == "compute", cursor.reuse_until
         if kind == "compute":
-            until = cursor.step + int(runner.host(returned["reuse_left"])[0])
+            until = cursor.step + int(runner.host(returned[REUSE_LEFT])[0])
         elif kind == "guarded" and cursor.step > until:  # eight bytes; the caches stay where they are
             computed, until = True, int(runner.host(slots[UNTIL])[0])
         record = RawStep(cursor.step, computed, cursor.computed_at < 0, change)

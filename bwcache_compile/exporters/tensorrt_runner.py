@@ -14,6 +14,7 @@ from bwcache_compile.errors import BundleError, StateError
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.call import PAIRS
 from bwcache_compile.exporters.torch_runner import TorchTensors
+from bwcache_compile.graph_io import INDICATOR, cache_in, cache_out, policy_input
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
@@ -84,9 +85,9 @@ class TensorRTRunner(TorchTensors):
     def _dtype(self, name: str) -> str:
         manifest = self._manifest
         known = {e["name"]: PAIRS.get(e["dtype"], e["dtype"]) for e in [*manifest["inputs"], *manifest["outputs"]["items"]]}
-        known |= {f"{way}.{slot['name']}": slot["dtype"] for slot in manifest["slots"] for way in ("cache_in", "cache_out")}
-        known |= {f"policy.{entry['name']}": entry["dtype"] for entry in manifest["policy"]["parameters"]}
-        return str(known.get(name, "float32" if name == "indicator" else "int64"))
+        known |= {way(slot["name"]): slot["dtype"] for slot in manifest["slots"] for way in (cache_in, cache_out)}
+        known |= {policy_input(entry["name"]): entry["dtype"] for entry in manifest["policy"]["parameters"]}
+        return str(known.get(name, "float32" if name == INDICATOR else "int64"))
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as a contiguous tensor on the device, where it is not copied if it is one."""

@@ -14,9 +14,10 @@ import numpy as np
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.bundle import Bundle, open_bundle
-from bwcache_compile.exporters.call import PAIRS, UNTIL, graph_shape
+from bwcache_compile.exporters.call import PAIRS, graph_shape
 from bwcache_compile.exporters.external_data import external_locations
 from bwcache_compile.exporters.open_sizes import symbols_at
+from bwcache_compile.graph_io import INDICATOR, STEP, UNTIL, cache_in, cache_out, policy_input
 
 CONTROLS = {"START": "bool", "END": "bool", "CORRID": "uint64"}
 """The inputs that Triton fills in itself. A started sequence computes; the other two are for whoever changes the graph."""
@@ -57,7 +58,7 @@ def _state(name: str, dtype: str, dims: list[int], fill: float) -> dict[str, Any
     start: dict[str, Any] = {"name": name, "data_type": _type(dtype), "dims": dims}
     start |= {"data_file": name} if fill else {"zero_data": True}
     kind = {"data_type": _type(dtype), "dims": dims}
-    return {"input_name": f"cache_in.{name}", "output_name": f"cache_out.{name}", **kind, "initial_state": start}
+    return {"input_name": cache_in(name), "output_name": cache_out(name), **kind, "initial_state": start}
 
 
 def _bytes(dtype: str, dims: list[int], fill: float) -> bytes:
@@ -127,11 +128,11 @@ def write(
     slots = [(slot["name"], slot["dtype"], dims(slot["shape"]), float(slot["fill"])) for slot in manifest["slots"]]
     slots.append((UNTIL, "int64", [1], -1.0))
     inputs = [(entry["name"], PAIRS.get(entry["dtype"], entry["dtype"]), dims(graph_shape(entry))) for entry in manifest["inputs"]]
-    inputs += [(f"policy.{entry['name']}", entry["dtype"], entry["shape"]) for entry in manifest["policy"]["parameters"]]
-    inputs.append(("step", "int64", [1]))
+    inputs += [(policy_input(entry["name"]), entry["dtype"], entry["shape"]) for entry in manifest["policy"]["parameters"]]
+    inputs.append((STEP, "int64", [1]))
     taken = set(manifest["graphs"]["guarded"]["inputs"])
     outputs = [(item["name"], item["dtype"], dims(item["shape"])) for item in manifest["outputs"]["items"]]
-    outputs += [("indicator", "float32", [len(manifest["measured"])])] if manifest["measured"] else []
+    outputs += [(INDICATOR, "float32", [len(manifest["measured"])])] if manifest["measured"] else []
     controls: list[dict[str, Any]] = [
         {"name": "START", "control": {"kind": _Word("CONTROL_SEQUENCE_START"), "bool_false_true": [False, True]}},
         {"name": "END", "control": {"kind": _Word("CONTROL_SEQUENCE_END"), "bool_false_true": [False, True]}},

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import StateError
 from bwcache_compile.runtime.frames import call_with_room
@@ -60,9 +59,8 @@ def guarded_step(
     loaded: LoadedProgram, flat: Sequence[Any], state: GuardedState, parameters: tuple[Tensor, ...]
 ) -> tuple[Any, GuardedState]:
     """Run the graph that decides by itself. Traced as it stands by an outer `torch.compile(fullgraph=True)`."""
+    io = loaded.io["guarded"]
+    operands = io.pack(loaded.named(io, flat, state.slots, parameters, state.step))
     with torch.no_grad():
-        returned = loaded.graphs["guarded"](*flat, *state.slots, *parameters, state.step)
-    spec = loaded.program.signature.out_spec
-    end = spec.num_leaves + len(state.slots)
-    outputs = pytree.tree_unflatten(list(returned[: spec.num_leaves]), spec)
-    return outputs, GuardedState(tuple(returned[spec.num_leaves : end]), state.step + 1)
+        returned = io.unpack(loaded.graphs["guarded"](*operands))
+    return loaded.results(io, returned), GuardedState(tuple(loaded.written(returned)), state.step + 1)

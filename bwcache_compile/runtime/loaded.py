@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from bwcache_compile.compare import same
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_in, cache_out
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.policies.definitions import takes
 from bwcache_compile.policies.tensors import policy_parameters
@@ -68,12 +69,9 @@ class LoadedProgram:
         inputs = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
         self.input_kinds = [_kind(node.meta.get("val")) for node in inputs]
         self._scalars: dict[Hashable, Any] = {}
-        names = [slot.name for slot in self.slots]
-        self._reads = {
-            "compute": [names.index(name) for name in program.compute_slots],
-            "reuse": [names.index(name) for name in program.reuse_slots],
-            "guarded": list(range(len(names))),
-        }
+        self.io = {kind: program.io(kind) for kind in kinds}
+        self._cache_in = [cache_in(slot.name) for slot in self.slots]
+        self._cache_out = [cache_out(slot.name) for slot in self.slots]
 
     def reads(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether tensors whose values are built in hold the same values now."""
@@ -135,13 +133,27 @@ class LoadedProgram:
 
     def operands(self, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> list[Any]:
         """Return the inputs of the graph that runs next."""
-        kind, sizes = self.kind(state), self.program.signature.sizes
-        reads = self._reads[kind]
-        slots = [state.slots[i] for i in reads]
+        io, sizes = self.io[self.kind(state)], self.program.signature.sizes
+        slots: Sequence[Tensor] = state.slots
         if sizes is not None:
             flat = [_open(leaf, described) for leaf, described in zip(flat, sizes.inputs, strict=True)]
-            slots = [_open(slot, self.slots[i].shape) for slot, i in zip(slots, reads, strict=True)]
-        return [*flat, *slots, *(() if kind == "reuse" else parameters), self.step_tensor(state.step)]
+            slots = [_open(tensor, slot.shape) for tensor, slot in zip(slots, self.slots, strict=True)]
+        return io.pack(self.named(io, flat, slots, parameters, self.step_tensor(state.step)))
+
+    def named(
+        self, io: GraphIO, flat: Sequence[Any], slots: Sequence[Tensor], parameters: Sequence[Tensor], step: Tensor
+    ) -> dict[str, Any]:
+        """Return what a graph takes, and every slot, by name."""
+        values = dict(zip(io.users, flat, strict=True)) | dict(zip(self._cache_in, slots, strict=True))
+        return {**values, **dict(zip(io.policy_inputs, parameters, strict=False)), STEP: step}
+
+    def results(self, io: GraphIO, returned: Mapping[str, Any]) -> Any:
+        """Put the model's own outputs together."""
+        return pytree.tree_unflatten([returned[name] for name in io.results], self.program.signature.out_spec)
+
+    def written(self, returned: Mapping[str, Any]) -> list[Tensor]:
+        """Return the next value of every slot."""
+        return [returned[name] for name in self._cache_out]
 
     def computes(self, state: CacheState) -> bool | Tensor:
         """Whether the next step computes; bool[regions] where only the graph knows."""
@@ -154,17 +166,16 @@ class LoadedProgram:
 
         Reads `reuse_left` on the host after a computed step: the only synchronisation, and none with the guard in the graph.
         """
-        spec = self.program.signature.out_spec
-        outputs = pytree.tree_unflatten(list(returned[: spec.num_leaves]), spec)
+        io = self.io[self.kind(state)]
+        named = io.unpack(returned)
+        outputs = self.results(io, named)
         if state.reuses_next:
             return outputs, state.reused(), None
-        end = spec.num_leaves + len(self.slots)
-        kept = [*returned[spec.num_leaves : end], *(returned[-1:] if self.plan.measured else ())]
+        slots, change = self.written(named), named.get(INDICATOR)
         if self.plan.device.type == "cuda":  # a replayed CUDA graph overwrites what it returned before
-            kept = [value.clone() for value in kept]
-        left = 0 if self.guarded else int(returned[end])
-        slots, change = tuple(kept[: len(self.slots)]), kept[-1] if self.plan.measured else None
-        return outputs, state.computed(slots, left), change
+            slots, change = [value.clone() for value in slots], None if change is None else change.clone()
+        left = 0 if self.guarded else int(named[REUSE_LEFT])
+        return outputs, state.computed(tuple(slots), left), change
 
 
 @left_out

@@ -17,7 +17,7 @@ from expecttest import assert_expected_inline
 
 import bwcache_compile as bw
 from bwcache_compile.exporters import check
-from bwcache_compile.exporters.describe import declared_shapes, graph_inputs
+from bwcache_compile.exporters.describe import declared_shapes
 from bwcache_compile.exporters.graphs import plain_graph
 from tests.exporters.helpers import CONFIG, Exported
 from tests.models import OneStream, TwoStream, noise
@@ -237,8 +237,7 @@ def test_a_reuse_graph_with_a_block_is_refused(deployed: Exported) -> None:
     from bwcache_compile.exporters import onnx as writer
 
     program = deployed.cached.program
-    outputs = tuple(deployed.manifest["graphs"]["compute"]["outputs"])
-    plain = plain_graph(program, "compute", graph_inputs(program, "compute", CONFIG), outputs)
+    plain = plain_graph(program, "compute")
     written = writer.onnx_graph(plain, 20, declared_shapes(deployed.manifest))
     with pytest.raises(bw.ExportError, match=r"the reuse graph runs \S+, which came from \S+ of a cached block"):
         check.check_structure({"compute": plain, "reuse": plain}, {"compute": written, "reuse": written})
