@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from bwcache_compile.errors import BundleError
 from bwcache_compile.exporters.external_data import external_locations
 from bwcache_compile.exporters.form import misfit, unmade
+from bwcache_compile.exporters.manifest_text import read_text
 
 FORMAT = "bwcache-bundle"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
 FORMATS = ("onnx", "pt2", "aoti")
@@ -55,16 +55,18 @@ def file_hash(path: Path) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_text(path.read_bytes())
     except FileNotFoundError as error:
         raise BundleError(f"{path} does not exist: {folder} is no bundle.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise BundleError(f"{path} does not describe a bundle.")
     version = manifest.get("format_version")
     if type(version) is not int or version < 1:
         raise BundleError(f"{path}: format_version is {version!r}, no version number.")
+    if version < VERSION:
+        raise BundleError(f"{path} is of format version {version}, and this bwcache-compile reads version {VERSION}. Export it again.")
     if version > VERSION:
         raise BundleError(f"{path} is of format version {version}, and this bwcache-compile reads up to {VERSION}. Upgrade it.")
     wrong = misfit(manifest)

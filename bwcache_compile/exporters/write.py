@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -14,24 +13,14 @@ from typing import Any
 
 from bwcache_compile.errors import ExportError
 from bwcache_compile.exporters.bundle import FORMAT, MANIFEST, VERSION, Bundle, file_hash
-
-
-def _encoded(value: Any) -> Any:
-    """Write what JSON has no number for as a string."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _encoded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encoded(item) for item in value]
-    return value
+from bwcache_compile.exporters.manifest_text import write_text
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Describe every file of a folder and write the manifest, which is what makes it a bundle."""
     files = {path.name: _described(path) for path in sorted(folder.iterdir())}
     head = {"format": FORMAT, "format_version": VERSION}
-    (folder / MANIFEST).write_text(_json({**head, **content, "files": files}))
+    (folder / MANIFEST).write_text(write_text({**head, **content, "files": files}))
 
 
 def add_files(bundle: Bundle, texts: dict[str, str], content: dict[str, Any]) -> None:
@@ -44,15 +33,11 @@ def add_files(bundle: Bundle, texts: dict[str, str], content: dict[str, Any]) ->
         for name, text in texts.items():
             (place / name).write_text(text)
         files = bundle.manifest["files"] | {name: _described(place / name) for name in texts}
-        (place / MANIFEST).write_text(_json({**bundle.manifest, **content, "files": files}))
+        (place / MANIFEST).write_text(write_text({**bundle.manifest, **content, "files": files}))
 
 
 def _described(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-
-
-def _json(content: dict[str, Any]) -> str:
-    return json.dumps(_encoded(content), indent=1, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 
 import bwcache_compile as bw
 from bwcache_compile.exporters.bundle import file_hash
+from bwcache_compile.exporters.manifest_text import write_text
 from bwcache_compile.exporters.session import Session
 from tests.models import OneStream, noise
 
@@ -45,13 +46,13 @@ def refusal(folder: Path, **arguments: Any) -> str:
 
 
 def edit(folder: Path, change: Edit, *rehash: str) -> None:
-    """Change the manifest, and let it vouch for files that were changed too."""
+    """Change the manifest, with a checksum that fits, and let it vouch for files that were changed too."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for name in rehash:
         manifest["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)}
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(write_text(manifest))
 
 
 def opened(folder: Path) -> Session:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import bwcache_compile as bw
 from bwcache_compile.exporters.bundle import file_hash
+from bwcache_compile.exporters.manifest_text import write_text
 from tests.models import OneStream
 
 FIXED = settings(deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -114,7 +115,7 @@ def put(folder: Path, name: str, content: bytes, vouched: bool) -> None:
     if vouched:
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["files"][name] = {"bytes": len(content), "sha256": file_hash(folder / name)}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_text(write_text(manifest))
 
 
 def use(folder: Path, **arguments: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bwcache_compile.exporters.manifest_text import write_text
 from tests.exporters.tampering import FIXED, alter_bytes, alter_tree, put, untouched_around, use
 
 
@@ -31,7 +32,7 @@ def untouched(bundle: Path) -> Iterator[Path]:
 def test_manifests(bundle: Path, untouched: Path, data: st.DataObject, guarded: bool) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     alter_tree(data, manifest)
-    (untouched / "manifest.json").write_text(json.dumps(manifest))
+    (untouched / "manifest.json").write_text(write_text(manifest))
     use(untouched, guarded=guarded)
 
 

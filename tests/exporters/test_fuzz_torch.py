@@ -14,6 +14,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from bwcache_compile.exporters.manifest_text import write_text
 from tests.exporters.helpers import export_one_stream
 from tests.exporters.tampering import FIXED, alter_bytes, alter_tree, put, untouched_around, use
 
@@ -53,7 +54,7 @@ def altered_program(data: st.DataObject, content: bytes) -> bytes:
 def manifests(bundle: Path, untouched: Path, data: st.DataObject) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     alter_tree(data, manifest)
-    (untouched / "manifest.json").write_text(json.dumps(manifest))
+    (untouched / "manifest.json").write_text(write_text(manifest))
     use(untouched, **TORCH)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import bwcache_compile as bw
 from bwcache_compile.exporters import export as exporting
-from bwcache_compile.exporters.bundle import file_hash
+from bwcache_compile.exporters.bundle import file_hash, open_bundle
 from tests.exporters.helpers import Edit, edit, refusal
 from tests.models import OneStream
 
@@ -45,7 +45,8 @@ def test_files(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda m: m.update(format_version=2), "is of format version 2, and this bwcache-compile reads up to 1. Upgrade it."),
+    (lambda m: m.update(format_version=3), "is of format version 3, and this bwcache-compile reads up to 2. Upgrade it."),
+    (lambda m: m.update(format_version=1), "is of format version 1, and this bwcache-compile reads version 2. Export it again."),
     (lambda m: m.update(format_version="1"), "format_version is '1', no version number."),
     (lambda m: m.update(format="zip"), "does not describe a bundle."),
     (lambda m: m.pop("slots"), "lacks slots."),
@@ -71,6 +72,19 @@ def test_files(bundle: Path) -> None:
 def test_manifests(bundle: Path, change: Edit, message: str) -> None:
     edit(bundle, change)
     assert message in refusal(bundle)
+
+
+def test_every_byte_of_a_manifest_counts(bundle: Path) -> None:
+    """One flipped bit, or one other byte, anywhere: the checksum, names that nothing reads, white space."""
+    path = bundle / "manifest.json"
+    data = path.read_bytes()
+    for i in range(0, len(data), 7):
+        for other in (data[i] ^ (1 << i % 8), ord(" ") if data[i] == ord("\n") else ord("\n")):
+            path.write_bytes(data[:i] + bytes([other]) + data[i + 1 :])
+            with pytest.raises(bw.BundleError, match=r"manifest\.json cannot be read"):
+                open_bundle(bundle)
+    path.write_text(data.decode().replace('"schedule"', '"schedula"'))
+    assert refusal(bundle) == (".../bundle/manifest.json cannot be read: it is not the manifest that was written: its checksum differs.")
 
 
 def test_manifests_that_are_none(bundle: Path) -> None:

@@ -1,0 +1,53 @@
+"""A manifest as text with a checksum over every byte of it. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+CHECKSUM = "sha256"
+
+
+def _encoded(value: Any) -> Any:
+    """Write what JSON has no number for as a string."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _encoded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(item) for item in value]
+    return value
+
+
+def write_text(content: Mapping[str, Any]) -> str:
+    """Return a manifest as text; its last entry is the SHA-256 of the text with that entry left empty."""
+    entries = {key: value for key, value in _encoded(dict(content)).items() if key != CHECKSUM}
+    text = json.dumps({**entries, CHECKSUM: ""}, indent=1, allow_nan=False) + "\n"
+    return _filled(text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _filled(text: str, checksum: str) -> str:
+    head, _, tail = text.rpartition('""')
+    return f'{head}"{checksum}"{tail}'
+
+
+def read_text(data: bytes) -> dict[str, Any]:
+    """Return what a manifest says, without its checksum.
+
+    Raises:
+        ValueError: It is no JSON object, or a byte of it is not what was written.
+    """
+    text = data.decode("utf-8")
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a table, got {repr(content)[:60]}")
+    recorded = content.pop(CHECKSUM, None)
+    if not isinstance(recorded, str) or not recorded or text.count(f'"{recorded}"') != 1:
+        raise ValueError("it holds no checksum")
+    empty = text.replace(f'"{recorded}"', '""')
+    if hashlib.sha256(empty.encode()).hexdigest() != recorded or not empty.endswith(f'"{CHECKSUM}": ""\n}}\n'):
+        raise ValueError("it is not the manifest that was written: its checksum differs")
+    return content
