@@ -14,12 +14,24 @@ from bwcache_compile.exporters.call import PAIRS, graph_shape
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, cache_in
 
 _ON_HOST = (REUSE_LEFT, INDICATOR)
+_ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+_BFLOAT16 = 16
+"""Its number in onnx.TensorProto."""
 _NAMES = {"float": "float32", "double": "float64"}
 
 
 def _dtype(onnx_type: str) -> str:
     name = onnx_type.removeprefix("tensor(").removesuffix(")")
     return _NAMES.get(name, name)
+
+
+def _device(providers: Sequence[Any], available: Sequence[str]) -> tuple[str, int]:
+    """Return where the state lies: on the CUDA device of the first provider that has one, wherever it stands in the list."""
+    for provider in providers:
+        name, settings = (provider, {}) if isinstance(provider, str) else provider
+        if name in _ON_CUDA and name in available:
+            return "cuda", int(settings.get("device_id", 0))
+    return "cpu", 0
 
 
 def _pairs(given: Any) -> Any:
@@ -41,10 +53,10 @@ class OrtRunner:
             raise ConfigError(f'outputs is {outputs!r}; choose "numpy" or "ortvalue".')
         self._manifest, self._outputs = bundle.manifest, outputs
         providers = list(providers or ["CPUExecutionProvider"])
-        first, settings = (providers[0], {}) if isinstance(providers[0], str) else providers[0]
+        first = providers[0] if isinstance(providers[0], str) else providers[0][0]
         if first not in ort.get_available_providers():
             raise ConfigError(f"{first} is not in this onnxruntime; it has {', '.join(ort.get_available_providers())}.")
-        self._device = ("cuda", int(settings.get("device_id", 0))) if first == "CUDAExecutionProvider" else ("cpu", 0)
+        self._device = _device(providers, ort.get_available_providers())
         self._sessions = {}
         for kind in kinds:
             path = bundle.graph_file(kind)
@@ -111,8 +123,9 @@ class OrtRunner:
 
         try:
             if dtype == "bfloat16":  # numpy has none; what is kept in it starts as zeros
-                zeros = np.zeros(shape, dtype=np.uint16)
-                return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, 16)
+                value = ort.OrtValue.ortvalue_from_shape_and_type(shape, _BFLOAT16, *self._device)
+                value.update_inplace(np.zeros(shape, dtype=np.uint16))
+                return value
             return ort.OrtValue.ortvalue_from_numpy(np.full(shape, fill, dtype=dtype), *self._device)
         except Exception as error:  # numpy's or onnxruntime's: no memory, or no such number
             raise BundleError(f"no {dtype} tensor of shape {shape} for the slot {slot}: {first_line(error)}") from error

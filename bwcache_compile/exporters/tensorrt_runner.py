@@ -22,8 +22,13 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 class TensorRTRunner(TorchTensors):
     """TensorRT: state in contiguous tensors on the device, written in place by the engines.
 
+    Each CUDA stream that runs an engine has an execution context of its own, with its own activation memory: TensorRT runs
+    what is enqueued with one context one after another, and two streams at once would overwrite each other's activations.
+
     `run` waits for nothing: with buffers for every output, and `step` and the policy's parameters on the device, it can be
-    captured in a CUDA graph (`torch.cuda.graph`), one for each pair of buffers that take turns.
+    captured in a CUDA graph (`torch.cuda.graph`), one for each pair of buffers that take turns. A stream that has run nothing
+    before it is captured takes the execution context that ran first, since none can be made while capturing: do not replay
+    such a graph beside other work on the same engine.
     """
 
     takes_buffers = True
@@ -41,11 +46,17 @@ class TensorRTRunner(TorchTensors):
                 raise BundleError(f"{folder} holds version-compatible engines, which carry code. Pass allow_code=True if you trust them.")
             runtime.engine_host_code_allowed = True
         self._alive = [logger, runtime]  # engines refer to both
-        self._contexts, self._locks = {}, {kind: threading.Lock() for kind in kinds}
+        self._engines: dict[str, Any] = {}
+        self._contexts: dict[str, dict[int, Any]] = {kind: {} for kind in kinds}
+        self._locks = {kind: threading.Lock() for kind in kinds}
         self._reads: dict[str, list[str]] = {}
         for kind in kinds:
             with self._current():
-                self._contexts[kind] = self._opened(trt, bundle, folder, kind, record["stripped"])
+                self._engines[kind] = self._opened(trt, bundle, folder, kind, record["stripped"])
+
+    def _stream(self) -> int:
+        """Return the handle of torch's current stream on the device."""
+        return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
 
     def _current(self) -> Any:
         """Make the device current: an engine belongs to the one that is when it is opened, and runs where it was."""
@@ -62,7 +73,7 @@ class TensorRTRunner(TorchTensors):
             if not parser.refit_from_file(str(bundle.graph_file(kind))) or not refitter.refit_cuda_engine():
                 raise BundleError(f"{bundle.graph_file(kind)} does not hold the weights that {kind}.engine lacks.")
         self._reads[kind] = self._check(trt, kind, engine)
-        return engine.create_execution_context()
+        return engine
 
     def _check(self, trt: Any, kind: str, engine: Any) -> list[str]:
         """Compare an engine with what the manifest says of its graph; returns the inputs that it has.
@@ -94,7 +105,17 @@ class TensorRTRunner(TorchTensors):
         tensor = super().value(given, name, dtype)
         return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).contiguous()
 
-    def _choose(self, kind: str, inputs: Mapping[str, Any], stream: int) -> None:
+    def _context(self, kind: str, stream: int) -> Any:
+        """Return a stream's execution context, made when it first runs the engine."""
+        contexts = self._contexts[kind]
+        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if stream not in contexts and contexts and capturing:
+            return next(iter(contexts.values()))
+        if stream not in contexts:
+            contexts[stream] = self._engines[kind].create_execution_context()
+        return contexts[stream]
+
+    def _choose(self, context: Any, kind: str, inputs: Mapping[str, Any], stream: int) -> None:
         """Select the first optimisation profile that these shapes fit.
 
         Raises:
@@ -107,11 +128,10 @@ class TensorRTRunner(TorchTensors):
 
         chosen = next((i for i, profile in enumerate(self._profiles[kind]) if fits(profile)), None)
         if chosen is None:
-            users = [name for name in self._profiles[kind][0] if not name.startswith("cache_in.")]
+            users = [name for name in self._profiles[kind][0] if not name.startswith(cache_in(""))]
             found = ", ".join(f"{name} {list(inputs[name].shape)}" for name in users)
             taken = "; or ".join(", ".join(f"{name} {p[name][0]} to {p[name][2]}" for name in users) for p in self._profiles[kind])
             raise StateError(f"{kind}.engine was built for {taken}, and here is {found}. Build it with another profile.")
-        context = self._contexts[kind]
         if context.active_optimization_profile != chosen:
             context.set_optimization_profile_async(chosen, stream)
 
@@ -122,11 +142,10 @@ class TensorRTRunner(TorchTensors):
             StateError: The engine was not built for these sizes.
             BundleError: TensorRT failed.
         """
-        context = self._contexts[graph]
-        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
-        returned = {}
+        stream, returned = self._stream(), {}
         with self._locks[graph], self._current():
-            self._choose(graph, inputs, stream)
+            context = self._context(graph, stream)
+            self._choose(context, graph, inputs, stream)
             for name in self._reads[graph]:
                 if not context.set_input_shape(name, tuple(inputs[name].shape)):
                     raise BundleError(f"{graph}.engine does not take {name} as {list(inputs[name].shape)}.")

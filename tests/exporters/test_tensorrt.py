@@ -18,6 +18,7 @@ from bwcache_compile.exporters.bundle import open_bundle
 from bwcache_compile.exporters.open_sizes import profile
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.exporters.tensorrt_operators import unlisted_operators
+from bwcache_compile.exporters.tensorrt_runner import TensorRTRunner
 from tests.exporters.helpers import Exported
 from tests.exporters.tensorrt_double import Double
 from tests.models import OneStream, noise
@@ -94,6 +95,25 @@ def test_the_session_is_torch(trt: Double, deployed: Exported, tmp_path: Path, g
                 expected, actual = deployed.cached(x, t), session(x, t=t.numpy())
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert str(session.report()) == str(deployed.cached.report())
+
+
+def test_each_stream_has_an_execution_context(trt: Double, deployed: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two streams that share one would overwrite each other's activations and addresses."""
+    tensorrt.build(deployed.folder, tmp_path)
+    session = tensorrt.load(deployed.folder, tmp_path, device="cpu")
+    used: dict[int, set[int]] = {1: set(), 2: set()}
+    for _ in range(2):
+        for stream in used:
+            monkeypatch.setattr(TensorRTRunner, "_stream", lambda self, stream=stream: stream)
+            with session.cache_context(str(stream)):
+                session(noise("x", 0, 2, 6, 4), torch.ones(2))
+    contexts = {id(made): made for name, made in trt.mocks if name == "IExecutionContext"}
+    for key, made in contexts.items():
+        for call in made.execute_async_v3.call_args_list:
+            used[call.args[0]].add(key)
+    assert used[1]
+    assert used[2]
+    assert not used[1] & used[2]
 
 
 def test_engines_that_do_not_fit_are_refused(trt: Double, deployed: Exported, tmp_path: Path) -> None:
