@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import SymInt, Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Interpreter
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.compare import clone_tensors, difference, difference_from, flat_outputs
 from bwcache_compile.dataflow import writes_escape
 from bwcache_compile.errors import CaptureError, ConfigError, first_line
+from bwcache_compile.examples import keep_examples
 from bwcache_compile.known import KnownValues, inputs_of, sources
 from bwcache_compile.program import CachedProgram, Captured, Reading, Signature
 from bwcache_compile.sizes import CallSizes, VaryingSizes, hint, open_sizes
@@ -229,12 +229,6 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
             del vars(module)["forward"]
 
 
-def _is_zero(leaf: Any) -> bool:
-    """Whether an example is of whole numbers, and none is above 0."""
-    held = isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) and leaf.device.type != "meta"
-    return held and not leaf.is_floating_point() and not leaf.is_complex() and not bool((leaf.double() > 0).any())
-
-
 def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
     """Return an exported program as a flat graph over its own weights; nothing runs, nothing is checked.
 
@@ -248,8 +242,8 @@ def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
     sizes = open_sizes([node.meta.get("val") for node in inputs], exported.range_constraints)
     names = tuple(node.name for node in inputs)
     leaves = pytree.tree_leaves(exported.example_inputs) if exported.example_inputs else [None] * len(names)
-    zeros = frozenset(name for name, leaf in zip(names, leaves, strict=True) if _is_zero(leaf))
-    signature = Signature(exported.call_spec.in_spec, exported.call_spec.out_spec, names, sizes, zeros=zeros)
+    examples = keep_examples(names, leaves)
+    signature = Signature(exported.call_spec.in_spec, exported.call_spec.out_spec, names, sizes, examples=examples)
     return CachedProgram(captured.module(), captured, signature, name)
 
 

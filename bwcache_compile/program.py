@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
 from bwcache_compile.config import GraphSettings
+from bwcache_compile.examples import Example
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_out, user_names
 from bwcache_compile.layout import Order, in_order
 from bwcache_compile.policies import POLICIES, REUSES
@@ -246,13 +247,12 @@ class Reading:
 class Signature:
     """How a flat graph call corresponds to the model's call.
 
-    `inputs` names the graph's user inputs in flat order; positions that hold a constant (None, bool, str, int) are inputs
-    too, whose value the graph ignores. `sizes` says which sizes may change; None: none may. `read` holds the tensors whose
-    values the model read in Python, by position among the inputs or by a buffer's name: the graph is right for these values
-    alone. `readings` are such values of larger inputs. `read_at` is the first line that makes it so. `zeros` names the
-    inputs of whole numbers whose example held nothing above 0, such as an index into a table of one row: ones would be out
-    of bounds there. `autocast` lists the device types and dtypes of the autocast around the capture: the graph is right
-    under the same one alone.
+    `inputs` names the graph's user inputs in flat order; positions that hold a constant (None, bool, str, int) are inputs too,
+    whose value the graph ignores. `sizes` says which sizes may change; None: none may. `read` holds the tensors whose values the
+    model read in Python, by position among the inputs or by a buffer's name: the graph is right for these values alone.
+    `readings` are such values of larger inputs. `read_at` is the first line that makes it so. `examples` holds what was kept of
+    the inputs of the capture, by name: an export is checked with inputs like these. `autocast` lists the device types and dtypes
+    of the autocast around the capture: the graph is right under the same one alone.
     """
 
     in_spec: TreeSpec
@@ -262,7 +262,7 @@ class Signature:
     read: Mapping[int | str, Tensor] = dataclasses.field(default_factory=dict)
     readings: tuple[Reading, ...] = ()
     read_at: str = ""
-    zeros: frozenset[str] = frozenset()
+    examples: Mapping[str, Example] = dataclasses.field(default_factory=dict)
     autocast: tuple[tuple[str, torch.dtype], ...] = ()
 
     @property

@@ -15,9 +15,9 @@ NAME = "bwcache_compile"
 ROOT = Path(bwcache_compile.__file__).parent
 LAYERS = (
     {"errors"},
-    {"report", "size_expressions", "source_lines", "stepping", "tracing"},
+    {"graph_io", "report", "size_expressions", "source_lines", "stepping", "tracing"},
     {"config", "contexts", "policies", "sizes"},
-    {"layout"},
+    {"examples", "layout", "tree_paths"},
     {"program"},
     {"compare", "dataflow", "graph_text", "inline", "known", "verify"},
     {"capture", "passes", "runtime", "exporters"},

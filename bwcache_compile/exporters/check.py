@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
+from bwcache_compile.examples import input_at, is_maskable
 from bwcache_compile.exporters.graphs import PlainGraph, under_autocast
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out
@@ -121,28 +122,42 @@ def other_sizes(program: CachedProgram, conditions: list[str]) -> dict[str, int]
     return None
 
 
-def _random_inputs(program: CachedProgram, step: int, known: Mapping[str, int]) -> list[Any]:
-    """Draw one step's flat inputs: floats that move a little, and for everything else ones, or zeros where the example held no more."""
+def _inputs_at(program: CachedProgram, step: int, known: Mapping[str, int], padded: bool = False) -> list[Any]:
+    """Return one step's flat inputs, like those of the capture; with `padded`, the last keys of masks are padding."""
     sizes, device = program.signature.sizes, program.planned().device
     generator = torch.Generator().manual_seed(0)
     flat: list[Any] = []
     for i, node in enumerate(program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]):
-        value = node.meta.get("val")
+        value, example = node.meta.get("val"), program.signature.examples.get(program.signature.inputs[i])
         if not isinstance(value, Tensor):
             flat.append(value if not isinstance(value, torch.SymInt) else None)
             continue
         shape = evaluated(sizes.inputs[i], known) if sizes and isinstance(sizes.inputs[i], tuple) else tuple(value.shape)  # type: ignore[arg-type]
         if i in program.signature.read:
             flat.append(program.signature.read[i].clone().to(device))
-        elif value.dtype.is_floating_point or value.is_complex():
-            kind = torch.complex64 if value.is_complex() else torch.float32
-            base, drift = (torch.randn(shape, generator=generator, dtype=kind) for _ in range(2))
-            drawn = (base + 0.02 * step * drift).to(value.dtype).to(device)
-            flat.append(in_order(drawn, slot_order(value)))
         else:
-            fill = 0 if program.signature.inputs[i] in program.signature.zeros else 1
-            flat.append(torch.full(shape, fill, dtype=value.dtype, device=device))
+            made = input_at(example, shape, value.dtype, step, generator, padded)
+            flat.append(in_order(made.to(device), slot_order(value)))
     return flat
+
+
+def _has_masks(program: CachedProgram) -> bool:
+    """Whether some input is a mask that the graphs read anew at each call."""
+    signature = program.signature
+    return any(is_maskable(signature.examples.get(name)) and i not in signature.read for i, name in enumerate(signature.inputs))
+
+
+def _takes_padding(program: CachedProgram, config: CacheConfig) -> bool:
+    """Whether the graphs take masks with padding: where sizes follow from a mask, they may hold for one number of ones alone."""
+    if not _has_masks(program):
+        return False
+    run = TorchRun(program, config, config.steps or _STEPS, program.signature.captured_sizes)
+    try:
+        with torch.no_grad(), under_autocast(program):
+            run.step(0, _inputs_at(program, 0, program.signature.captured_sizes, padded=True))
+    except (RuntimeError, IndexError, ValueError):  # what torch's operators raise
+        return False
+    return True
 
 
 def _error(actual: Any, expected: Any, least: float = 1e-30) -> float:
@@ -181,7 +196,7 @@ class _Compared:
             )
 
     def run(
-        self, session: Session, config: CacheConfig, steps: int, sizes: Mapping[str, int] | None = None
+        self, session: Session, config: CacheConfig, steps: int, sizes: Mapping[str, int] | None = None, *, padded: bool = False
     ) -> tuple[list[bool], list[float]]:
         """Run both side by side; return torch's decisions and indicators.
 
@@ -194,7 +209,7 @@ class _Compared:
         torch_run = TorchRun(self.program, config, config.steps or steps, known)
         decisions, indicators = [], []
         for step in range(steps):
-            flat = _random_inputs(self.program, step, known)
+            flat = _inputs_at(self.program, step, known, padded)
             named = zip(self.program.io("compute").users, flat, strict=True)
             wanted = {entry["name"] for entry in self.manifest["inputs"]}
             given = {name: self.handed(value) for name, value in named if name in wanted}
@@ -248,7 +263,7 @@ def check_runs(
     """
     compared = _Compared(program, manifest, tolerance, handed)
     steps = min(len(config.steps_mask), 8) if config.steps_mask is not None else _STEPS
-    pattern, elsewhere = "", other_sizes(program, manifest["conditions"])
+    pattern, elsewhere, padding = "", other_sizes(program, manifest["conditions"]), _takes_padding(program, config)
     for opened in sessions.values():
         try:
             session = opened()
@@ -263,7 +278,10 @@ def check_runs(
             assert all(never)
         if elsewhere is not None:
             compared.run(session, _forced(config, float("inf")), min(steps, 4), elsewhere)
+        if padding:
+            compared.run(session, _forced(config, float("inf")), min(steps, 4), padded=True)
         pattern = "".join("#" if computed else "." for computed in decisions)
         del session  # before the next is opened: each holds all the weights
     sizes = [program.signature.captured_sizes, *([elsewhere] if elsewhere else [])]
-    return {"runs": list(sessions), "sizes": sizes, "steps": pattern, "tolerance": tolerance, "largest_error": compared.worst}
+    report = {"runs": list(sessions), "sizes": sizes, "steps": pattern, "tolerance": tolerance, "largest_error": compared.worst}
+    return {**report, **({"padded_masks": padding} if _has_masks(program) else {})}
