@@ -39,11 +39,26 @@ class Case:
         return pipe
 
     def run(self, pipe: Any, width: int, length: int, **more: Any) -> Tensor:
-        """Generate latents; the noise is the same each time."""
+        """Generate latents in the dtype of the pipeline's model; the noise is the same each time."""
         with torch.no_grad():
+            dtype = pipe.transformer.dtype
+            given = {name: value.to(dtype) if _is_floating(value) else value for name, value in self.call(width, length).items()}
             settings = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, "height": self.widths[0]}
             generator = torch.Generator().manual_seed(0)
-            return pipe(**{**self.call(width, length), **settings, **more}, width=width, generator=generator)[0]
+            return pipe(**{**given, **settings, **more}, width=width, generator=generator)[0]
+
+    def break_off(self, pipe: Any, width: int, length: int, after: int, **more: Any) -> None:
+        """Begin to generate, and stop after some steps, as a server does whose client is gone."""
+
+        def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipe._interrupt = step == after - 1
+            return tensors
+
+        self.run(pipe, width, length, callback_on_step_end=stop, **more)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _prompts(length: int, width: int) -> dict[str, Tensor]:

@@ -62,6 +62,8 @@ def test_every_run_is_a_fresh_pipelines(case: Case) -> None:
     assert not torch.equal(first, eager), "nothing was reused"
     assert torch.equal(first, fresh(small, length))
     assert torch.equal(first, case.run(pipe, small, length)), "a second run"
+    case.break_off(pipe, small, length, after=2)
+    assert torch.equal(first, case.run(pipe, small, length)), "after a run that was broken off"
     for width, prompt in ((large, length), (small, length - 1), (small, length)):
         assert torch.equal(case.run(pipe, width, prompt), fresh(width, prompt))
     assert cached.report().captures <= 3, "one at the first size, and open sizes, with or without the prompt's"
@@ -98,16 +100,10 @@ def test_two_experts_share_a_run() -> None:
 
 def test_a_run_that_was_broken_off_leaves_nothing_behind() -> None:
     case = CASES["flux"]  # names its contexts, but gives no step
-    model = case.model()
-    pipe = case.pipeline(model)
-    cached = pipe.transformer = bw.transform(model, CONFIG)
+    pipe = case.pipeline(case.model())
+    cached = pipe.transformer = bw.transform(pipe.transformer, CONFIG)
     whole = case.run(pipe, 32, 6)
-
-    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step == 1
-        return tensors
-
-    case.run(pipe, 32, 6, callback_on_step_end=stop)
+    case.break_off(pipe, 32, 6, after=2)
     assert patterns(cached) == {"cond": "##", "uncond": "##"}
     assert torch.equal(case.run(pipe, 32, 6), whole)
     assert patterns(cached) == {"cond": PATTERN, "uncond": PATTERN}
@@ -115,3 +111,24 @@ def test_a_run_that_was_broken_off_leaves_nothing_behind() -> None:
         "cond: the time went back before step 2: a new generation began",
         "uncond: the time went back before step 2: a new generation began",
     )
+
+
+def test_in_bfloat16_repeated_and_broken_off(case: Case) -> None:
+    pipe = case.pipeline(case.model().bfloat16())
+    width = case.widths[0]
+    eager = case.run(pipe, width, 6)
+    cached = pipe.transformer = bw.transform(pipe.transformer, CONFIG)
+    first = case.run(pipe, width, 6)
+    assert first.dtype is eager.dtype
+    assert patterns(cached) == dict.fromkeys(case.contexts, PATTERN)
+    assert not torch.equal(first, eager), "nothing was reused"
+    assert torch.equal(case.run(pipe, width, 6), first), "a second run"
+    case.break_off(pipe, width, 6, after=2)
+    assert torch.equal(case.run(pipe, width, 6), first), "after a run that was broken off"
+    cached.configure(threshold=0)
+    assert torch.equal(case.run(pipe, width, 6), eager)
+    # the count of calls does not end runs of 28 steps here: the next one is told by its time alone
+    cached.configure(threshold=float("inf"), reuse_interval=3, num_steps=50)
+    shorter = case.run(pipe, width, 6, num_inference_steps=28)
+    assert all("." in steps for steps in patterns(cached).values())
+    assert torch.equal(case.run(pipe, width, 6, num_inference_steps=28), shorter)
