@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from bwcache_compile import passes
 from bwcache_compile.capture import capture, flat_program
+from bwcache_compile.compare import Verify
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError, StateError
 from bwcache_compile.exporters.bundle import FORMATS
@@ -48,6 +49,7 @@ def transform(
     example_args: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    verify: Verify = "bitwise",
 ) -> CachedModel:
     """Return a drop-in for a diffusion transformer that reuses its blocks' outputs where they hardly change.
 
@@ -56,9 +58,9 @@ def transform(
     not on the model.
 
     A second call that differs from an earlier one in sizes alone (batch, frames, height, width, text length) is captured
-    with open sizes, and that program serves every size that its graph is proved for. It is compared with the model,
-    bit for bit, at each new size, which costs one more forward there. Sizes that it is not proved for get programs of
-    their own.
+    with open sizes, and that program serves every size that its graph is proved for. It is compared with the model at each
+    new size. Sizes that it is not proved for get programs of their own. A call at which a graph is compared costs two
+    forwards, the model's and the graph's, whose result is the step's.
 
     Args:
         model: In evaluation mode by the time it is called. It is not changed, and its weights are not copied.
@@ -73,6 +75,10 @@ def transform(
         dynamic_shapes: Which sizes are open from the first capture on: "auto" for all that the model lets, else in the
             form of `torch.export.export`, where arguments that are left out have fixed sizes. None opens them when a
             second signature shows that they change.
+        verify: How a captured graph is compared with the model before it is used, at its first call and at each new size.
+            "bitwise" wants equal bits; "close" allows the rounding of the outputs' dtype (for models whose kernels change from
+            run to run). False compares nothing, and a wrong capture goes unnoticed; the model still runs once before its first
+            capture, because exporting a model that never ran can damage it.
 
     Returns:
         A module that is called like `model`, and returns what `model` returns.
@@ -93,7 +99,9 @@ def transform(
     if guard not in get_args(Guard):
         raise ConfigError(f"guard is {guard!r}; choose one of {', '.join(map(repr, get_args(Guard)))}.")
     config.check_guard(guard)
-    cached = CachedModel(model, config, _toolchain(blocks, guard), dynamic_shapes)
+    if verify not in get_args(Verify):
+        raise ConfigError(f"verify is {verify!r}; choose one of {', '.join(map(repr, get_args(Verify)))}.")
+    cached = CachedModel(model, config, _toolchain(blocks, guard), dynamic_shapes, verify)
     if example_args is not None or example_kwargs is not None:
         cached.prepare(example_args or (), example_kwargs or {})
     return cached

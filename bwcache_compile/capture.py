@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.compare import clone_tensors, difference, difference_from, flat_outputs
+from bwcache_compile.compare import Reference
 from bwcache_compile.dataflow import writes_escape
 from bwcache_compile.errors import CaptureError, ConfigError, first_line
 from bwcache_compile.examples import keep_examples
@@ -247,32 +247,14 @@ def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
     return CachedProgram(captured.module(), captured, signature, name)
 
 
-def _check_repeatable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Any]) -> None:
-    """Tell a wrong capture from a model that differs from itself; only then is a second eager run worth its time."""
-    with torch.no_grad():
-        noise = difference(expected, flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs))))
-    if noise is not None:
-        raise CaptureError(
-            f"{type(model).__name__} does not return the same twice for the same inputs: {noise}.\n"
-            "  A capture cannot be checked against it. Either its forward draws random numbers or its kernels are not deterministic: take"
-            " the randomness out, and call torch.use_deterministic_algorithms(True). Or it keeps state from call to call (a counter of"
-            " steps, a cache of its own, an attribute that it writes): switch that off, or pass what it counts as an input."
-        )
-
-
-def _check_outputs(name: str, expected: list[Any]) -> None:
-    """Refuse outputs that no graph returns."""
-    for leaf in expected:
-        if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
-            raise CaptureError(
-                f"{name} returns a {type(leaf).__name__}, and a graph returns tensors, numbers, strings and None. Return the tensors that"
-                " it holds, or register its class: torch.export.register_dataclass for a dataclass, else"
-                " torch.utils._pytree.register_pytree_node."
-            )
-
-
 def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None, reading: bool = False
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any = None,
+    reading: bool = False,
+    reference: Reference | None = None,
+    run: Callable[[CachedProgram], list[Any]] | None = None,
 ) -> CachedProgram:
     """Capture a model as a flat graph over its own parameters.
 
@@ -287,6 +269,8 @@ def capture(
         dynamic_shapes: Which sizes stay open: "auto" or `VaryingSizes` for all that the model lets, else as `torch.export.export` takes
             it, where arguments that are left out are not open. None: every size is fixed.
         reading: Build in the values of masks and lengths from the start: sizes that depend on them are fixed then.
+        reference: The model's outputs for this call, and how a capture is compared with them.
+        run: Run what is made of a capture, which it may consume, and return its flat outputs; by default the graph as captured runs.
 
     Returns:
         The program; its weights are the model's own tensors. `signature.sizes` says which sizes it is proved for.
@@ -298,22 +282,24 @@ def capture(
     opened = VaryingSizes() if dynamic_shapes == "auto" else dynamic_shapes
     seen = opened.seen if isinstance(opened, VaryingSizes) else ()
     shapes = _all_open(model, args, kwargs) if isinstance(opened, VaryingSizes) else _completed(model, args, kwargs, opened)
-    with torch.no_grad():
-        expected = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
-    _check_outputs(name, expected)
+    if reference is None:
+        reference = Reference(model, args, kwargs)
+    if reference.verify:
+        reference.outputs()
     failures: list[str] = []
     modes = get_args(Mode)[-1:] if reading else get_args(Mode)
     for mode, outcome in _attempts(model, args, kwargs, shapes, modes, seen):
         if isinstance(outcome, _Failure):
             failures.append(outcome.describe(mode, model, _leaf_names(model, args, kwargs)))
             continue
+        if not reference.verify:
+            return outcome
         with torch.no_grad():
-            flat, _ = pytree.tree_flatten((clone_tensors(args), clone_tensors(kwargs)))
-            returned = list(outcome.compute(*flat))
-        wrong = difference_from(model, args, kwargs, expected, returned)
+            returned = run(outcome) if run is not None else list(outcome.compute(*reference.inputs()))
+        wrong = reference.difference(returned)
         if wrong is None:
             return outcome
-        _check_repeatable(model, args, kwargs, expected)
+        reference.check_repeatable()
         failures.append(f"{mode}: the captured graph computes something else than the model: {wrong}")
     raise CaptureError(
         f"{name} could not be captured as one graph.\n  "

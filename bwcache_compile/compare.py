@@ -1,15 +1,20 @@
-"""Whether a graph returned what the model returns, bit for bit."""
+"""Whether a graph returned what the model returns: bit for bit, or within its dtype's rounding."""
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.errors import CacheWarning
+from bwcache_compile.errors import CaptureError, warn
+
+Verify = Literal["bitwise", "close", False]
+"""How a captured graph is compared with the model."""
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""For "close": the largest difference allowed, relative to the largest value of the output."""
 
 
 def flat_outputs(outputs: Any) -> list[Any]:
@@ -29,8 +34,15 @@ def same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def difference(expected: list[Any], actual: list[Any]) -> str | None:
-    """Say how two flat outputs differ, bit for bit; NaN equals NaN."""
+def _close(want: Tensor, got: Tensor) -> bool:
+    tolerance = TOLERANCES.get(want.dtype)
+    if tolerance is None:
+        return False
+    return torch.allclose(got.double(), want.double(), rtol=0, atol=tolerance * float(want.abs().max()), equal_nan=True)
+
+
+def difference(expected: list[Any], actual: list[Any], close: bool = False) -> str | None:
+    """Say how two flat outputs differ, bit for bit unless `close` allows for rounding; NaN equals NaN."""
     if len(expected) != len(actual):
         return f"{len(actual)} outputs instead of {len(expected)}"
     for i, (want, got) in enumerate(zip(expected, actual, strict=True)):
@@ -40,29 +52,84 @@ def difference(expected: list[Any], actual: list[Any]) -> str | None:
             continue
         if not isinstance(got, Tensor) or (want.shape, want.dtype) != (got.shape, got.dtype):
             return f"output {i} is {type(got).__name__} of another shape or dtype"
-        if not same(want, got):
+        if not same(want, got) and not (close and _close(want, got)):
             wide = torch.complex128 if want.is_complex() else torch.float64
             worst = (want.to(wide) - got.to(wide)).abs().max().item()
             return f"output {i} differs by up to {worst:.3g}"
     return None
 
 
-def difference_from(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Any], actual: list[Any]) -> str | None:
-    """Say how a graph's outputs differ from a model's, or from those of the model with the functions that it compiles uncompiled."""
-    wrong = difference(expected, actual)
-    if wrong is not None:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            plain = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
-        if difference(plain, actual) is not None:
-            return wrong
-        with torch.no_grad():  # a model that counts its calls returns something else each time, compiled functions or none
-            again = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
-        if difference(expected, again) is None:
-            warnings.warn(
-                f"{type(model).__name__} compiles functions of its own, whose kernels round differently: the captured graph is the model"
-                " with these uncompiled, bit for bit. torch.compile the cached model to have all of it compiled.",
-                CacheWarning,
-                stacklevel=2,
-            )
+class Reference:
+    """What a model returns for one call. It runs when that is first asked for, and once only unless a graph differs."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], verify: Verify = "bitwise") -> None:
+        """Run nothing yet."""
+        self.model, self.args, self.kwargs, self.verify = model, args, kwargs, verify
+        self._expected: list[Any] | None = None
+
+    def inputs(self) -> list[Any]:
+        """Return the leaves of the call, copied."""
+        return pytree.tree_leaves(clone_tensors((self.args, self.kwargs)))
+
+    def _run(self) -> list[Any]:
+        with torch.no_grad():
+            return flat_outputs(self.model(*clone_tensors(self.args), **clone_tensors(self.kwargs)))
+
+    def outputs(self) -> list[Any]:
+        """Return the leaves of what the model returns.
+
+        Raises:
+            CaptureError: Something that no graph returns.
+        """
+        if self._expected is None:
+            expected = self._run()
+            _check_outputs(type(self.model).__name__, expected)
+            self._expected = expected
+        return self._expected
+
+    def difference(self, actual: list[Any]) -> str | None:
+        """Say how a graph's outputs differ from the model's, or from those of the model run with torch.compile disabled."""
+        if not self.verify:
             return None
-    return wrong
+        close = self.verify == "close"
+        wrong = difference(self.outputs(), actual, close)
+        if wrong is None:
+            return None
+        with torch.compiler.set_stance("force_eager"):
+            plain = self._run()
+        if difference(plain, actual, close) is not None:
+            return wrong
+        # a model that counts its calls returns something else each time, compiled functions or none
+        if difference(self.outputs(), self._run()) is not None:
+            return wrong
+        warn(
+            f"{type(self.model).__name__} compiles functions of its own, whose kernels round differently: the captured graph is the model"
+            " with these uncompiled, bit for bit. torch.compile the cached model to have all of it compiled."
+        )
+        return None
+
+    def check_repeatable(self) -> None:
+        """Tell a wrong capture from a model that differs from itself; only then is a second eager run worth its time.
+
+        Raises:
+            CaptureError: The model differs from itself.
+        """
+        noise = difference(self.outputs(), self._run())
+        if noise is not None:
+            raise CaptureError(
+                f"{type(self.model).__name__} does not return the same twice for the same inputs: {noise}.\n"
+                "  A capture cannot be checked against it. Either its forward draws random numbers or its kernels are not deterministic:"
+                " take the randomness out, and call torch.use_deterministic_algorithms(True). Or it keeps state from call to call (a"
+                " counter of steps, a cache of its own, an attribute that it writes): switch that off, or pass what it counts as an input."
+            )
+
+
+def _check_outputs(name: str, expected: list[Any]) -> None:
+    """Refuse outputs that no graph returns."""
+    for leaf in expected:
+        if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
+            raise CaptureError(
+                f"{name} returns a {type(leaf).__name__}, and a graph returns tensors, numbers, strings and None. Return the tensors that"
+                " it holds, or register its class: torch.export.register_dataclass for a dataclass, else"
+                " torch.utils._pytree.register_pytree_node."
+            )

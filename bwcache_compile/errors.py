@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class ConfigError(ValueError):
     """A setting is out of range, or does not fit the model or the call."""
@@ -42,3 +45,12 @@ class BundleError(RuntimeError):
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its kind if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def warn(text: str) -> None:
+    """Issue a `CacheWarning` at the innermost line outside this package and torch."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("bwcache_compile", "torch"):
+        frame = frame.f_back
+    known = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, CacheWarning, frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__"), known)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bwcache_compile.compare import Verify
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError, StateError
@@ -44,6 +45,7 @@ class _Call:
         num_steps: Steps of the generation, if known.
         run: The graph.
         operands: Its inputs.
+        first: What the graph returned already, where it was just checked on this call.
     """
 
     context: ModelContext
@@ -55,6 +57,7 @@ class _Call:
     num_steps: int | None
     run: Callable[..., Any]
     operands: list[Any]
+    first: list[Any] | None
 
 
 class CachedModel(ModelWrapper):
@@ -63,20 +66,22 @@ class CachedModel(ModelWrapper):
     Contexts are independent: two threads may run two contexts, but not the same one.
     """
 
-    def __init__(self, model: nn.Module, config: CacheConfig, toolchain: Toolchain, dynamic_shapes: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: CacheConfig, toolchain: Toolchain, dynamic_shapes: Any = None, verify: Verify = "bitwise"
+    ) -> None:
         """Wrap a model; nothing is captured yet."""
         super().__init__(model)
         self.cache_config = config
         self._toolchain = toolchain
-        self._dynamic_shapes = dynamic_shapes
-        self._programs = ProgramCache(model, toolchain, dynamic_shapes)
+        self._dynamic_shapes, self._verify = dynamic_shapes, verify
+        self._programs = ProgramCache(model, toolchain, dynamic_shapes, verify)
         self._contexts = ContextTable(ModelContext)
         self._closed = False
         self._seal()
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         """Copy or pickle the model and the settings; the copy captures anew and starts without state."""
-        return CachedModel, (self._original, self.cache_config, self._toolchain, self._dynamic_shapes)
+        return CachedModel, (self._original, self.cache_config, self._toolchain, self._dynamic_shapes, self._verify)
 
     def _changed(self) -> None:
         self.invalidate()
@@ -87,10 +92,10 @@ class CachedModel(ModelWrapper):
         """Capture the model for inputs like these now instead of at the first call, and return the plan."""
         return self._fit(*ordered(args, kwargs or {})).loaded.plan
 
-    def _fit(self, args: tuple[Any, ...], kwargs: dict[str, Any], held: Fit | None = None) -> Fit:
+    def _fit(self, args: tuple[Any, ...], kwargs: dict[str, Any], held: Fit | None = None, num_steps: int | None = None) -> Fit:
         if self._closed:
             raise StateError("this cached model was closed; transform the model again.")
-        return self._programs.fit(args, kwargs, self.cache_config, held)
+        return self._programs.fit(args, kwargs, self.cache_config, held, num_steps or self.cache_config.steps)
 
     @property
     def plan(self) -> CachePlan:
@@ -129,7 +134,8 @@ class CachedModel(ModelWrapper):
         call = self._begin(args, kwargs)
         try:
             with torch.no_grad():
-                returned = call_with_room(call.run, call.operands)  # `run` is the only frame that an outer torch.compile compiles
+                # `run` is the only frame that an outer torch.compile compiles
+                returned = call.first if call.first is not None else call_with_room(call.run, call.operands)
             return self._finish(call, returned)
         finally:
             self._end(call)
@@ -150,8 +156,10 @@ class CachedModel(ModelWrapper):
     def _prepared(self, context: ModelContext, info: StepInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         """Decide what a call is. Nothing of its context changes before it has succeeded."""
         config = self.cache_config
-        fit = self._fit(args, kwargs, context.fit)
-        loaded, flat, num_steps = fit.loaded, pytree.tree_leaves((args, kwargs)), config.steps_of(info.num_steps)
+        num_steps = config.steps_of(info.num_steps)
+        fit = self._fit(args, kwargs, context.fit, num_steps)
+        first, fit = fit.first, dataclasses.replace(fit, first=None)  # contexts hold on to what they ran with
+        loaded, flat = fit.loaded, pytree.tree_leaves((args, kwargs))
         self._release_stale(context, fit.version[0])
         check_values(context, fit, num_steps)
         renumbered = renumbers(context, fit, num_steps)
@@ -161,7 +169,9 @@ class CachedModel(ModelWrapper):
             synchronize_decisions(context, self._contexts.values(), config, num_steps)
         state, events = state_for(context, advance, fit)
         operands = loaded.operands(flat, state, loaded.parameters(config, num_steps))
-        return _Call(context, advance, fit, state, events, renumbered, num_steps, loaded.graphs[loaded.kind(state)], operands)
+        if state.step != 0 or state.cursor.computed_at >= 0:
+            first = None
+        return _Call(context, advance, fit, state, events, renumbered, num_steps, loaded.graphs[loaded.kind(state)], operands, first)
 
     def _release_stale(self, current: ModelContext, structure: int) -> None:
         """Let idle contexts go of programs that hold weights which the model has dropped."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import Context
-from bwcache_compile.errors import CacheWarning, StateError
+from bwcache_compile.errors import StateError, warn
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.programs import Fit
@@ -140,4 +139,4 @@ def warn_without_reuse(context: ModelContext, config: CacheConfig) -> None:
         return
     text = f"no step of context {context.name!r} was reused {why}"
     context.events.append(text)
-    warnings.warn(text, CacheWarning, stacklevel=4)
+    warn(text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -14,11 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
-from bwcache_compile.compare import clone_tensors, difference_from, flat_outputs
+from bwcache_compile.compare import Reference, Verify
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import CacheWarning, CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError
+from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError, warn
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram
 from bwcache_compile.runtime import notes
@@ -36,14 +34,14 @@ class Toolchain:
     """How a model becomes a program; handed in, so that running needs no compiler.
 
     Attributes:
-        capture: Model, positional and keyword arguments, which sizes stay open, and whether values that sizes depend on are
-            built in, to a captured program.
+        capture: Model, positional and keyword arguments, which sizes stay open, whether values that sizes depend on are built
+            in, what the model returns, and how to run what is made of a capture, to a captured program.
         build: A captured program, which it consumes, and settings to a cached one.
         explain: The same to the diff of each pass.
         guard: Who decides at each step of what `build` makes: "host" or "graph".
     """
 
-    capture: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any, bool], CachedProgram]
+    capture: Callable[..., CachedProgram]
     build: Callable[[CachedProgram, CacheConfig], CachedProgram]
     explain: Callable[[CachedProgram, CacheConfig], dict[str, GraphDiff]]
     guard: str = "host"
@@ -59,6 +57,7 @@ class Fit:
         sizes: The values of the program's symbols at this call; empty where no size is open.
         version: The model's structure and weights; another one means that what is cached came from another model.
         changed: What changed in the model's structure last, for messages.
+        first: What the program's graph returned for this very call on a fresh state at step 0, if it was just checked on it.
     """
 
     loaded: LoadedProgram
@@ -66,6 +65,7 @@ class Fit:
     sizes: Mapping[str, int]
     version: tuple[int, int]
     changed: str
+    first: list[Any] | None = None
 
     @property
     def signature(self) -> Hashable:
@@ -80,20 +80,55 @@ def _is_flat(model: nn.Module) -> bool:
     return all(node.op != "call_module" or node.target == "_guards_fn" for node in model.graph.nodes)
 
 
-def _difference_at(
-    model: nn.Module, loaded: LoadedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig, sizes: Mapping[str, int]
-) -> str | None:
-    """Say how a program's outputs differ from the model's at a size that it has not served yet."""
-    flat = pytree.tree_leaves(clone_tensors((args, kwargs)))
-    with torch.no_grad():
-        expected = flat_outputs(model(*clone_tensors(args), **clone_tensors(kwargs)))
-        state = loaded.fresh(sizes)
-        operands = loaded.operands(flat, state, loaded.parameters(config, config.steps or 2))
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """A call that needs a program: what it looks like, the model's outputs for it, and the settings in force."""
+
+    key: CallKey
+    reference: Reference
+    config: CacheConfig
+    num_steps: int | None
+
+    def first_step(self, loaded: LoadedProgram) -> list[Any]:
+        """Run a program on this call, on a fresh state at step 0, and return all that its graph returns."""
+        state = loaded.fresh(loaded.symbols(self.key) or {})
         try:
-            returned = list(loaded.modules[loaded.kind(state)](*operands))
-        except RuntimeError as error:
-            return f"it fails with {str(error).splitlines()[0]}"
-    return difference_from(model, args, kwargs, expected, returned[: len(expected)])
+            parameters = loaded.parameters(self.config, self.num_steps)
+        except ConfigError:  # the number of steps is not known yet; outputs do not depend on it
+            parameters = loaded.parameters(self.config, 2)
+        with torch.no_grad():
+            return list(loaded.modules[loaded.kind(state)](*loaded.operands(self.reference.inputs(), state, parameters)))
+
+
+class _Trial:
+    """Makes a program of a capture and runs it, so that what is checked is what will run."""
+
+    def __init__(self, make: Callable[[CachedProgram], LoadedProgram], request: _Request) -> None:
+        self._make, self._request = make, request
+        self.loaded: LoadedProgram | None = None
+        self.first: list[Any] | None = None
+        self.error: NoBlocksFoundError | UnsupportedGraphError | None = None
+
+    def run(self, captured: CachedProgram) -> list[Any]:
+        """Return the model's outputs as the finished graph returns them, or the captured one if no program can be made of it."""
+        self.loaded = self.first = self.error = None
+        try:
+            self.loaded = self._make(captured)
+        except (NoBlocksFoundError, UnsupportedGraphError) as error:
+            self.error = error  # which may be due to a wrong capture
+            return list(captured.fresh().compute(*self._request.reference.inputs()))
+        self.first = self._request.first_step(self.loaded)
+        return self.first[: self.loaded.program.signature.out_spec.num_leaves]
+
+    def result(self, captured: CachedProgram) -> tuple[LoadedProgram, list[Any] | None]:
+        """Return the program, and what its graph returned if it was checked.
+
+        Raises:
+            NoBlocksFoundError, UnsupportedGraphError: No program can be made of the capture.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.loaded or self._make(captured), self.first
 
 
 class ProgramCache:
@@ -103,9 +138,9 @@ class ProgramCache:
     from it in sizes alone, is captured with open sizes, and that program takes the place of those that it covers.
     """
 
-    def __init__(self, model: nn.Module, toolchain: Toolchain, dynamic_shapes: Any = None) -> None:
+    def __init__(self, model: nn.Module, toolchain: Toolchain, dynamic_shapes: Any = None, verify: Verify = "bitwise") -> None:
         """Capture nothing yet."""
-        self._model, self._toolchain, self._shapes = model, toolchain, dynamic_shapes
+        self._model, self._toolchain, self._shapes, self._verify = model, toolchain, dynamic_shapes, verify
         self.watch = ModelWatch(model)
         self._loaded: OrderedDict[CallKey, LoadedProgram] = OrderedDict()
         self._alive: weakref.WeakSet[LoadedProgram] = weakref.WeakSet()
@@ -116,12 +151,20 @@ class ProgramCache:
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         self._running = 0
+        self._ran = False
         self.captured = 0
 
     def __len__(self) -> int:
         return len(self._loaded)
 
-    def fit(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig, held: Fit | None = None) -> Fit:
+    def fit(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        config: CacheConfig,
+        held: Fit | None = None,
+        num_steps: int | None = None,
+    ) -> Fit:
         """Return the program for a call, capturing the model if there is none yet.
 
         Args:
@@ -130,6 +173,7 @@ class ProgramCache:
             config: For building what is captured.
             held: What the same context ran with last: it keeps that program while its calls look alike, so that a
                 program captured meanwhile for another context's sizes does not come between its steps.
+            num_steps: Steps of a generation, where they are known.
 
         Raises:
             CaptureError, NoBlocksFoundError, UnsupportedGraphError: The model is captured for this call, and cannot be.
@@ -144,20 +188,20 @@ class ProgramCache:
             alike = held is not None and held.key._replace(values=()) == key and held.loaded.reads(self._model, args, kwargs)
             if held is not None and (not alike or held.version[0] != self._structure):
                 held = None
-            loaded = held.loaded if held is not None else self._find(key, args, kwargs, config)
-            if loaded is None:
-                # tracing puts hooks on every module of the process, and modules that run meanwhile would run into them
-                self._idle.wait_for(lambda: self._running == 0)
-                loaded = self._find(key, args, kwargs, config) or self._capture(key, args, kwargs, config)
+            first: list[Any] | None = None
+            if held is not None:
+                loaded = held.loaded
+            else:
+                request = _Request(key, Reference(self._model, args, kwargs, self._verify), config, num_steps)
+                loaded, first = self._find(request) or self._captured(request)
             if loaded.key in self._loaded:
                 self._loaded.move_to_end(loaded.key)
             while len(self._loaded) > MAX_PROGRAMS:
                 self._loaded.popitem(last=False)
             self._last = loaded
             sizes = held.sizes if held is not None else loaded.symbols(key) or {}
-            return Fit(
-                loaded, key._replace(values=loaded.key.values), sizes, (self.watch.structure, self.watch.weights), self.watch.changed
-            )
+            version = (self.watch.structure, self.watch.weights)
+            return Fit(loaded, key._replace(values=loaded.key.values), sizes, version, self.watch.changed, first)
 
     def _look(self) -> None:
         """Drop every program if the model is no longer what was captured."""
@@ -167,35 +211,61 @@ class ProgramCache:
             self._fixed.clear()
             self._structure = self.watch.structure
 
-    def _find(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram | None:
-        """Return a kept program that is right for a call; one of open sizes is checked once at each size that it serves."""
+    def _find(self, request: _Request) -> tuple[LoadedProgram, list[Any] | None] | None:
+        """Return a kept program that is right for a call; one of open sizes is checked once at each size that it serves.
+
+        Returns:
+            The program, and what its graph returned if it was checked; None where there is no such program.
+        """
+        key, reference = request.key, request.reference
         for loaded in [self._loaded[key]] if key in self._loaded else reversed(self._loaded.values()):
-            sizes = loaded.symbols(key)
-            if sizes is None or not loaded.reads(self._model, args, kwargs):
+            if loaded.symbols(key) is None or not loaded.reads(self._model, reference.args, reference.kwargs):
                 continue
-            if key.sizes not in loaded.checked:
-                wrong = _difference_at(self._model, loaded, args, kwargs, config, sizes)
-                self.watch.absorb()  # the model ran
-                (loaded.checked if wrong is None else loaded.refused).add(key.sizes)
-                if wrong is not None:
-                    self._fixed[key.kind] = f"the graph of open sizes computes something else than the model at {key.sizes}: {wrong}"
-                    continue
-            return loaded
+            if not reference.verify or key.sizes in loaded.checked:
+                return loaded, None
+            wrong, first = self._difference(loaded, request)
+            if wrong is None:
+                loaded.checked.add(key.sizes)
+                return loaded, first
+            loaded.refused.add(key.sizes)
+            self._fixed[key.kind] = f"the graph of open sizes computes something else than the model at {key.sizes}: {wrong}"
         return None
 
-    def _capture(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig) -> LoadedProgram:
+    def _difference(self, loaded: LoadedProgram, request: _Request) -> tuple[str | None, list[Any]]:
+        """Say how a program's outputs differ from the model's at a size that it has not served yet, and return them."""
+        request.reference.outputs()
+        self.watch.absorb()  # the model ran
+        try:
+            first = request.first_step(loaded)
+        except RuntimeError as error:
+            return f"it fails with {str(error).splitlines()[0]}", []
+        return request.reference.difference(first[: loaded.program.signature.out_spec.num_leaves]), first
+
+    def _captured(self, request: _Request) -> tuple[LoadedProgram, list[Any] | None]:
+        """Capture the model while no program runs: tracing puts hooks on every module of the process."""
+        self._idle.wait_for(lambda: self._running == 0)
+        return self._find(request) or self._capture(request)
+
+    def _capture(self, request: _Request) -> tuple[LoadedProgram, list[Any] | None]:
+        key = request.key
         alike = [other for other in self._loaded if other.kind == key.kind and other.sizes != key.sizes]
         varying = VaryingSizes(tuple(other.sizes for other in alike)) if alike else None
         asked = self._shapes if self._shapes is not None else varying
         if alike and key.kind in self._fixed:
             asked = None
         try:
-            loaded = self._make(key, args, kwargs, config, asked)
-        except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
-            if asked is None or not alike:
-                raise
-            self._fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
-            loaded = self._make(key, args, kwargs, config, None)
+            if not self._ran:
+                request.reference.outputs()  # exporting a model that never ran can damage it
+                self._ran = True
+            try:
+                loaded, first = self._make(request, asked)
+            except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
+                if asked is None or not alike:
+                    raise
+                self._fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
+                loaded, first = self._make(request, None)
+        finally:
+            self.watch.absorb()  # the model ran, also where it could not be captured
         for other in alike:
             if loaded.symbols(other) is not None and not loaded.program.signature.values:
                 del self._loaded[other]
@@ -204,33 +274,35 @@ class ProgramCache:
         self.captured += 1
         if self.captured == 3 * MAX_PROGRAMS:
             changed = f" (last: {self.watch.changed})" if self.watch.changed else ""
-            warnings.warn(
+            warn(
                 f"{self.captured} programs of {type(self._model).__name__} were captured; something in its inputs changes from call"
-                f" to call (a Python number that could be a tensor?), or in its modules{changed}, and each capture takes seconds.",
-                CacheWarning,
-                stacklevel=2,
+                f" to call (a Python number that could be a tensor?), or in its modules{changed}, and each capture takes seconds."
             )
-        return loaded
+        return loaded, first
 
-    def _built(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig, shapes: Any) -> CachedProgram:
-        captured = self._toolchain.capture(self._model, args, kwargs, shapes, False)
+    def _make(self, request: _Request, shapes: Any) -> tuple[LoadedProgram, list[Any] | None]:
+        reference, trial = request.reference, _Trial(lambda captured: self._built(captured, request), request)
+
+        def capture(reading: bool) -> CachedProgram:
+            return self._toolchain.capture(
+                self._model, reference.args, reference.kwargs, shapes, reading, reference=reference, run=trial.run
+            )
+
+        captured = capture(False)
         try:
-            return self._toolchain.build(captured, config)
+            return trial.result(captured)
         except (NoBlocksFoundError, UnsupportedGraphError) as error:
             if not captured.has_unsized_values:
                 raise
             try:
-                captured = self._toolchain.capture(self._model, args, kwargs, shapes, True)
+                captured = capture(True)
             except CaptureError:
                 raise error from None
-            return self._toolchain.build(captured, config)
+            return trial.result(captured)
 
-    def _make(self, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any], config: CacheConfig, shapes: Any) -> LoadedProgram:
-        try:
-            program = self._built(args, kwargs, config, shapes)
-        finally:
-            self.watch.absorb()  # the model ran, also where it could not be captured
-        signature, plan = program.signature, program.planned()
+    def _built(self, captured: CachedProgram, request: _Request) -> LoadedProgram:
+        program = self._toolchain.build(captured, request.config)
+        signature, plan, key = program.signature, program.planned(), request.key
         others = [other.sizes for other in self._loaded if other.kind == key.kind]
         noted = [*notes.built_in(signature), *notes.fixed_sizes(signature, key, others, self._fixed.get(key.kind, ""))]
         program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted)))
