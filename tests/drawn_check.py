@@ -229,7 +229,7 @@ def check(case: Case) -> Outcome:
         config = bw.CacheConfig(
             threshold=0, num_steps=STEPS, tail=0, reuse=reuse, compute_first=case.compute_first, compute_last=case.compute_last
         )
-        cached = bw.CachedModel(model, config, Toolchain(lambda *_: captured.fresh(), passes.build, passes.explain))
+        cached = bw.CachedModel(model, config, Toolchain(lambda *_, **__: captured.fresh(), passes.build, passes.explain))
         cached.prepare((), inputs[0])
         return cached
 

@@ -95,7 +95,7 @@ def model(name: str) -> nn.Module:
 def transform(name: str, model: nn.Module) -> Callable[[bw.CacheConfig], bw.CachedModel]:
     """`bw.transform` with one capture for all settings, at the first size with all sizes open."""
     captured = capture(model, (), dict(sorted(INPUTS[name](0, FIRST).items())), "auto")
-    toolchain = Toolchain(capture=lambda *_: captured.fresh(), build=passes.build, explain=passes.explain)
+    toolchain = Toolchain(capture=lambda *_, **__: captured.fresh(), build=passes.build, explain=passes.explain)
     return lambda config: bw.CachedModel(model, config, toolchain, "auto")
 
 

@@ -34,7 +34,7 @@ class Case:
 
     def transform(self, config: bw.CacheConfig, guard: passes.Guard = "host") -> bw.CachedModel:
         build = functools.partial(passes.build, guard=guard)
-        toolchain = Toolchain(capture=lambda *_: self.captured.fresh(), build=build, explain=passes.explain)
+        toolchain = Toolchain(capture=lambda *_, **__: self.captured.fresh(), build=build, explain=passes.explain)
         return bw.CachedModel(self.model, config, toolchain)
 
     def oracle(self, config: bw.CacheConfig) -> Oracle:

@@ -86,16 +86,26 @@ class CachedModel(ModelWrapper):
     def _changed(self) -> None:
         self.invalidate()
 
+    def _touched(self) -> None:
+        self._programs.suspect()
+
     # -- programs ------------------------------------------------------------------------------------------------
 
     def prepare(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CachePlan:
         """Capture the model for inputs like these now instead of at the first call, and return the plan."""
         return self._fit(*ordered(args, kwargs or {})).loaded.plan
 
-    def _fit(self, args: tuple[Any, ...], kwargs: dict[str, Any], held: Fit | None = None, num_steps: int | None = None) -> Fit:
+    def _fit(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        held: Fit | None = None,
+        num_steps: int | None = None,
+        reuses: bool = False,
+    ) -> Fit:
         if self._closed:
             raise StateError("this cached model was closed; transform the model again.")
-        return self._programs.fit(args, kwargs, self.cache_config, held, num_steps or self.cache_config.steps)
+        return self._programs.fit(args, kwargs, self.cache_config, held, num_steps or self.cache_config.steps, reuses)
 
     @property
     def plan(self) -> CachePlan:
@@ -157,7 +167,7 @@ class CachedModel(ModelWrapper):
         """Decide what a call is. Nothing of its context changes before it has succeeded."""
         config = self.cache_config
         num_steps = config.steps_of(info.num_steps)
-        fit = self._fit(args, kwargs, context.fit, num_steps)
+        fit = self._fit(args, kwargs, context.fit, num_steps, context.state is not None and context.state.reuses_next)
         first, fit = fit.first, dataclasses.replace(fit, first=None)  # contexts hold on to what they ran with
         loaded, flat = fit.loaded, pytree.tree_leaves((args, kwargs))
         self._release_stale(context, fit.version[0])

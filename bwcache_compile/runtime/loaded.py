@@ -21,8 +21,11 @@ from bwcache_compile.program import OURS, CachedProgram
 from bwcache_compile.runtime.frames import left_out
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
+from bwcache_compile.runtime.watch import address_of
 from bwcache_compile.sizes import CallSizes, Shape, Size
 from bwcache_compile.stepping import Cursor
+
+_MOST_STEPS, _MOST_SETTINGS = 256, 8
 
 
 def _open(value: Any, described: Shape | Size | None) -> Any:
@@ -45,6 +48,12 @@ def _kind(value: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
     return tuple(value.shape), value.dtype
 
 
+def _make_room(table: dict[Any, Any], most: int) -> None:
+    """Drop the oldest entry of a full table."""
+    while len(table) >= most:
+        table.pop(next(iter(table)), None)
+
+
 class LoadedProgram:
     """A program ready to run: its graphs, compiled where asked for, and its scalars on the device.
 
@@ -52,6 +61,7 @@ class LoadedProgram:
         modules: By kind: `compute` and `reuse`, or `guarded` alone where the guard is in the graph.
         graphs: The same, compiled where asked for.
         slots: What one context's state holds.
+        addresses: Where the tensors lie in memory that the graphs hold.
         input_kinds: Shape and dtype of each of the user's inputs; None where it is no tensor or a size is open.
     """
 
@@ -68,7 +78,10 @@ class LoadedProgram:
         self.slots = self.plan.guard_slots if self.guarded else self.plan.slots
         inputs = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
         self.input_kinds = [_kind(node.meta.get("val")) for node in inputs]
-        self._scalars: dict[Hashable, Any] = {}
+        held = (tensor for tensor in program.captured.attributes.values() if isinstance(tensor, Tensor))
+        self.addresses = frozenset(address for address in map(address_of, held) if address)
+        self._steps: dict[int, Tensor] = {}
+        self._settings: dict[Hashable, tuple[Tensor, ...]] = {}
         self.io = {kind: program.io(kind) for kind in kinds}
         self._cache_in = [cache_in(slot.name) for slot in self.slots]
         self._cache_out = [cache_out(slot.name) for slot in self.slots]
@@ -104,19 +117,19 @@ class LoadedProgram:
         return CacheState(tuple(slot.fresh(sizes, self.plan.device) for slot in self.slots), Cursor(step))
 
     def step_tensor(self, step: int) -> Tensor:
-        """Return int64[1] on the device, made once per step."""
-        if step not in self._scalars:
-            self._scalars[step] = torch.tensor([step], dtype=torch.int64, device=self.plan.device)
-        tensor: Tensor = self._scalars[step]
-        return tensor
+        """Return int64[1] on the device; those of the last steps are kept."""
+        if step not in self._steps:
+            _make_room(self._steps, _MOST_STEPS)
+            self._steps[step] = torch.tensor([step], dtype=torch.int64, device=self.plan.device)
+        return self._steps[step]
 
     def parameters(self, config: CacheConfig, num_steps: int | None) -> tuple[Tensor, ...]:
-        """Return the policy's inputs, made once per setting."""
-        key = ("policy", config, num_steps)
-        if key not in self._scalars:
-            self._scalars[key] = policy_parameters(config, num_steps, self.plan.device)
-        tensors: tuple[Tensor, ...] = self._scalars[key]
-        return tensors
+        """Return the policy's inputs; those of the last settings are kept."""
+        key = (config, num_steps)
+        if key not in self._settings:
+            _make_room(self._settings, _MOST_SETTINGS)
+            self._settings[key] = policy_parameters(config, num_steps, self.plan.device)
+        return self._settings[key]
 
     def decide(self, change: Tensor, trigger: Tensor, step: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Run the graph's own policy apart from the graph: the trigger afterwards, and how many steps reuse."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from bwcache_compile.program import Signature
+from torch import Tensor
+
+from bwcache_compile.program import CachedProgram, Signature
 from bwcache_compile.runtime.signature import CallKey
+from bwcache_compile.runtime.watch import Forward
 from bwcache_compile.sizes import CallSizes
 
 
@@ -39,3 +42,28 @@ def fixed_sizes(signature: Signature, key: CallKey, others: Sequence[CallSizes],
         elif isinstance(described, int) and any(other != here for other in there):
             notes.append(f"{name} is fixed at {here}: its other values have programs of their own")
     return notes
+
+
+def suspicious(program: CachedProgram, forward: Forward) -> list[str]:
+    """Say what hints that a captured graph does less than the model: inputs that it does not read, and a cache of the model's own.
+
+    Args:
+        program: As it was captured.
+        forward: What the model's forward changed of the model.
+    """
+    texts, name = [], program.model_name
+    nodes = program.captured.graph.find_nodes(op="placeholder")
+    values = [(node, node.meta.get("val")) for node in nodes if not node.users]
+    unread = [node.name for node, value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    if unread:
+        texts.append(
+            f"nothing in the graph of {name} reads {', '.join(map(repr, unread))}: what this input decides was decided when the model was"
+            " captured. If the model keeps what it makes of it in an attribute, each new value needs that attribute cleared."
+        )
+    if forward.kept and forward.counted:
+        counted, kept = (", ".join(map(repr, names)) for names in (forward.counted, forward.kept))
+        texts.append(
+            f"{name} counts its calls ({counted}) and keeps what it computed ({kept}):"
+            " a step cache of its own? A graph has its decision at capture built in. Switch the model's own cache off."
+        )
+    return texts

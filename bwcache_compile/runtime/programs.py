@@ -150,7 +150,8 @@ class ProgramCache:
         self._compile_options: dict[str, Any] | None = None
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
-        self._running = 0
+        self._running: dict[int, int] = {}
+        self._waiting = 0
         self._ran = False
         self.captured = 0
 
@@ -164,6 +165,7 @@ class ProgramCache:
         config: CacheConfig,
         held: Fit | None = None,
         num_steps: int | None = None,
+        reuses: bool = False,
     ) -> Fit:
         """Return the program for a call, capturing the model if there is none yet.
 
@@ -174,6 +176,7 @@ class ProgramCache:
             held: What the same context ran with last: it keeps that program while its calls look alike, so that a
                 program captured meanwhile for another context's sizes does not come between its steps.
             num_steps: Steps of a generation, where they are known.
+            reuses: Whether the step reuses what is cached, so that looking the whole model over would cost more than the step.
 
         Raises:
             CaptureError, NoBlocksFoundError, UnsupportedGraphError: The model is captured for this call, and cannot be.
@@ -184,7 +187,7 @@ class ProgramCache:
             raise StateError(f"{type(self._model).__name__} is in training mode; call .eval() first: caching is for inference.")
         key = call_key(args, kwargs)
         with self._lock:
-            self._look()
+            self._look(glance=reuses)
             alike = held is not None and held.key._replace(values=()) == key and held.loaded.reads(self._model, args, kwargs)
             if held is not None and (not alike or held.version[0] != self._structure):
                 held = None
@@ -203,9 +206,9 @@ class ProgramCache:
             version = (self.watch.structure, self.watch.weights)
             return Fit(loaded, key._replace(values=loaded.key.values), sizes, version, self.watch.changed, first)
 
-    def _look(self) -> None:
+    def _look(self, glance: bool = False) -> None:
         """Drop every program if the model is no longer what was captured."""
-        self.watch.look()
+        self.watch.glance() if glance else self.watch.look()
         if self._structure != self.watch.structure:
             self._loaded.clear()
             self._fixed.clear()
@@ -234,16 +237,26 @@ class ProgramCache:
     def _difference(self, loaded: LoadedProgram, request: _Request) -> tuple[str | None, list[Any]]:
         """Say how a program's outputs differ from the model's at a size that it has not served yet, and return them."""
         request.reference.outputs()
-        self.watch.absorb()  # the model ran
+        self.watch.absorb(self._live())  # the model ran
         try:
             first = request.first_step(loaded)
         except RuntimeError as error:
             return f"it fails with {str(error).splitlines()[0]}", []
         return request.reference.difference(first[: loaded.program.signature.out_spec.num_leaves]), first
 
+    def _live(self) -> frozenset[int]:
+        """Return the addresses of the tensors that programs hold."""
+        return frozenset().union(*(loaded.addresses for loaded in self._alive))
+
     def _captured(self, request: _Request) -> tuple[LoadedProgram, list[Any] | None]:
         """Capture the model while no program runs: tracing puts hooks on every module of the process."""
-        self._idle.wait_for(lambda: self._running == 0)
+        mine = self._running.get(threading.get_ident(), 0)
+        self._waiting += 1
+        try:
+            self._idle.wait_for(lambda: sum(self._running.values()) == mine)
+        finally:
+            self._waiting -= 1
+            self._idle.notify_all()
         return self._find(request) or self._capture(request)
 
     def _capture(self, request: _Request) -> tuple[LoadedProgram, list[Any] | None]:
@@ -264,13 +277,17 @@ class ProgramCache:
                     raise
                 self._fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
                 loaded, first = self._make(request, None)
-        finally:
-            self.watch.absorb()  # the model ran, also where it could not be captured
+        except BaseException:
+            self.watch.absorb(self._live())  # the model ran, also where it could not be captured
+            raise
+        self._alive.add(loaded)
+        changed_by_forward = self.watch.absorb(self._live())
+        for text in notes.suspicious(loaded.program, changed_by_forward):
+            warn(text)
         for other in alike:
             if loaded.symbols(other) is not None and not loaded.program.signature.values:
                 del self._loaded[other]
         self._loaded[loaded.key] = loaded
-        self._alive.add(loaded)
         self.captured += 1
         if self.captured == 3 * MAX_PROGRAMS:
             changed = f" (last: {self.watch.changed})" if self.watch.changed else ""
@@ -360,15 +377,22 @@ class ProgramCache:
                 loaded.compile(options)
 
     def enter(self) -> None:
-        """Keep captures out until `leave`: a program runs."""
+        """Keep captures out until `leave`: a program runs. One that waits already goes first, unless this thread runs another."""
+        thread = threading.get_ident()
         with self._lock:
-            self._running += 1
+            if self._waiting and thread not in self._running:
+                self._idle.wait_for(lambda: not self._waiting)
+            self._running[thread] = self._running.get(thread, 0) + 1
 
     def leave(self) -> None:
         """Let captures in again once no program runs."""
+        thread = threading.get_ident()
         with self._lock:
-            self._running -= 1
-            self._idle.notify_all()
+            self._running[thread] -= 1
+            if not self._running[thread]:
+                del self._running[thread]
+            if self._waiting:
+                self._idle.notify_all()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -383,6 +407,11 @@ class ProgramCache:
         """Take the weights for changed: something was called that may write to them where nothing counts it."""
         with self._lock:
             self.watch.weights += 1
+            self.watch.suspect()
+
+    def suspect(self) -> None:
+        """Look the whole model over at the next call: something was called that may change it."""
+        self.watch.suspect()
 
     def clear(self) -> None:
         """Drop every program."""

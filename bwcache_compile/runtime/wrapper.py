@@ -62,6 +62,7 @@ class ModelWrapper(nn.Module):
             super().__setattr__(name, value)
         else:
             setattr(self._original, name, value)
+            self._touched()
 
     def __delattr__(self, name: str) -> None:
         """Delete an attribute where it was set."""
@@ -69,6 +70,7 @@ class ModelWrapper(nn.Module):
             super().__delattr__(name)
         else:
             delattr(self._original, name)
+            self._touched()
 
     def _announced(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a method that may change the model: `_changed` is called after it, whether or not it fails."""
@@ -83,7 +85,22 @@ class ModelWrapper(nn.Module):
         return announced
 
     def _changed(self) -> None:
-        """Called after the original may have changed."""
+        """Called after the original may have changed where nothing counts it."""
+
+    def _touched(self) -> None:
+        """Called after the original may have changed where looking at it tells."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> ModelWrapper:
+        """Move or cast the original, as `half()` and `cuda()` do."""
+        self._original._apply(*args, **kwargs)
+        self._touched()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the original's weights."""
+        result = self._original.load_state_dict(*args, **kwargs)
+        self._touched()
+        return result
 
     def get_submodule(self, target: str) -> nn.Module:
         """Look in the original, some of whose modules may be called like methods of the wrapper."""
@@ -92,6 +109,7 @@ class ModelWrapper(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> ModelWrapper:
         """Move or cast as the original does, which may keep some of its modules as they are."""
         self._original.to(*args, **kwargs)
+        self._touched()
         return self
 
     def train(self, mode: bool = True) -> ModelWrapper:

@@ -32,7 +32,9 @@ class Transform:
     def __init__(self) -> None:
         self.captured: dict[Any, CachedProgram] = {}
 
-    def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, reading: bool) -> CachedProgram:
+    def _capture(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, reading: bool, **_: Any
+    ) -> CachedProgram:
         key = call_key(args, kwargs), str(shapes), reading
         if key not in self.captured:
             self.captured[key] = capture(model, args, kwargs, shapes, reading)

@@ -134,3 +134,13 @@ def test_copies_verify_as_the_original_does() -> None:
     run(cached, *inputs(6))
     with pytest.raises(bw.ConfigError, match="verify is 'exact'; choose one of 'bitwise', 'close', False"):
         bw.transform(Counted(), verify="exact")  # type: ignore[arg-type]
+
+
+def test_warnings_point_at_the_callers_line() -> None:
+    model = Counted().eval()
+    cached = bw.transform(model, bw.CacheConfig(num_steps=4, threshold=1e-9))
+    for step in range(3):
+        run(cached, *inputs(6, step))
+    with pytest.warns(bw.CacheWarning, match="no step of context") as caught:
+        cached(*inputs(6, 3))
+    assert [str(warning.filename) for warning in caught] == [__file__]

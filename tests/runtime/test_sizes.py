@@ -144,7 +144,7 @@ def test_programs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_that_takes_no_open_sizes_is_captured_for_each() -> None:
-    def fixed(model: nn.Module, args: Any, kwargs: Any, shapes: Any, reading: bool) -> CachedProgram:
+    def fixed(model: nn.Module, args: Any, kwargs: Any, shapes: Any, reading: bool, **_: Any) -> CachedProgram:
         if shapes is not None:
             raise bw.CaptureError("OneStream could not be captured as one graph.\n  non-strict: no size may be open")
         return capture(model, args, kwargs)
@@ -229,7 +229,7 @@ def opened(request: pytest.FixtureRequest) -> tuple[bw.CachedModel, nn.Module, A
     make, inputs = MODELS[request.param]
     model: nn.Module = make().eval()
     captured = capture(model, inputs(2, 6, 3), {}, "auto")
-    toolchain = Toolchain(capture=lambda *_: captured.fresh(), build=passes.build, explain=passes.explain)
+    toolchain = Toolchain(capture=lambda *_, **__: captured.fresh(), build=passes.build, explain=passes.explain)
     return bw.CachedModel(model, bw.CacheConfig(threshold=0, num_steps=2, indicator_tokens=3), toolchain, "auto"), model, inputs
 
 

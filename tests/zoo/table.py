@@ -46,7 +46,7 @@ def _row(entry: Entry) -> str:
     cached = bw.transform(model, bw.CacheConfig(threshold=0, num_steps=4), example_kwargs=entry.call(0))
     seconds = time.process_time() - began
     captured = cached.program
-    toolchain = Toolchain(capture=lambda *_: captured.fresh(), build=passes.build, explain=passes.explain)
+    toolchain = Toolchain(capture=lambda *_, **__: captured.fresh(), build=passes.build, explain=passes.explain)
     mask = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0, 1))
     guards = []
     for guard in get_args(passes.Guard):
