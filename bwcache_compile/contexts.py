@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import itertools
 import threading
 from collections import OrderedDict
@@ -48,6 +49,14 @@ class Context:
         return ContextReport(self.name, step_records(self.records), tuple(self.events), self.state_bytes, self.began)
 
 
+@dataclasses.dataclass
+class Scope:
+    """The inside of one `cache_context` block: what the caller said, and whether a call came."""
+
+    info: StepInfo
+    called: bool = False
+
+
 AnyContext = TypeVar("AnyContext", bound=Context)
 
 
@@ -58,7 +67,7 @@ class ContextTable(Generic[AnyContext]):
         """Start without a context; `make` makes one for a call, with an ordinal."""
         self._make = make
         self._lock = threading.RLock()
-        self._info: contextvars.ContextVar[StepInfo | None] = contextvars.ContextVar("bwcache_step", default=None)
+        self._scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("bwcache_scope", default=None)
         self.clear()
 
     def clear(self) -> None:
@@ -80,19 +89,21 @@ class ContextTable(Generic[AnyContext]):
             return self._contexts.get(name)
 
     @contextlib.contextmanager
-    def naming(self, info: StepInfo) -> Iterator[None]:
+    def naming(self, info: StepInfo) -> Iterator[Scope]:
         """Make this what the caller says about the calls inside."""
-        token = self._info.set(info)
+        scope = Scope(info)
+        token = self._scope.set(scope)
         try:
-            yield
+            yield scope
         finally:
-            self._info.reset(token)
+            self._scope.reset(token)
 
     def info(self, calls_per_step: int) -> StepInfo:
         """Return what the caller said about a call; unnamed calls of one step take turns by the number that succeeded."""
-        said = self._info.get()
-        if said is not None:
-            return said
+        scope = self._scope.get()
+        if scope is not None:
+            scope.called = True
+            return scope.info
         if calls_per_step == 1:
             return StepInfo(named=False)
         with self._lock:
@@ -141,4 +152,4 @@ class ContextTable(Generic[AnyContext]):
             newest = self._latest.get(context.group)
             if newest is None or newest.run <= advance.tracker.run:
                 self._latest[context.group] = advance.tracker
-            self._unnamed += self._info.get() is None
+            self._unnamed += self._scope.get() is None

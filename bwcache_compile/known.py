@@ -83,7 +83,7 @@ def _small(tensors: Iterable[Tensor]) -> bool:
 
 def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Tensor]:
     """Return the tensors of a call, by position among its leaves."""
-    leaves = pytree.tree_leaves((args, {name: kwargs[name] for name in sorted(kwargs)}))
+    leaves = pytree.tree_leaves((args, kwargs))
     return {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.compare import Verify
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
-from bwcache_compile.errors import ConfigError, StateError
+from bwcache_compile.errors import CacheWarning, ConfigError, StateError
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram, CachePlan
 from bwcache_compile.report import RawStep, Report
@@ -25,7 +26,7 @@ from bwcache_compile.runtime.functional import check_inputs, check_state, first_
 from bwcache_compile.runtime.joint import synchronize_decisions
 from bwcache_compile.runtime.loaded import run_all
 from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
-from bwcache_compile.runtime.signature import ordered
+from bwcache_compile.runtime.signature import Parameters
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.wrapper import ModelWrapper
 from bwcache_compile.stepping import Advance, StepInfo
@@ -75,8 +76,9 @@ class CachedModel(ModelWrapper):
         self._toolchain = toolchain
         self._dynamic_shapes, self._verify = dynamic_shapes, verify
         self._programs = ProgramCache(model, toolchain, dynamic_shapes, verify)
+        self._call_parameters = Parameters.of(model)
         self._contexts = ContextTable(ModelContext)
-        self._closed = False
+        self._closed = self._bypassed = False
         self._seal()
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
@@ -93,7 +95,7 @@ class CachedModel(ModelWrapper):
 
     def prepare(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CachePlan:
         """Capture the model for inputs like these now instead of at the first call, and return the plan."""
-        return self._fit(*ordered(args, kwargs or {})).loaded.plan
+        return self._fit(*self._call_parameters.bind(args, kwargs or {})).loaded.plan
 
     def _fit(
         self,
@@ -152,7 +154,7 @@ class CachedModel(ModelWrapper):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        args, kwargs = ordered(args, kwargs)
+        args, kwargs = self._call_parameters.bind(args, kwargs)
         info = self._contexts.info(self.cache_config.calls_per_step)
         context = self._contexts.enter(info)
         try:
@@ -217,7 +219,7 @@ class CachedModel(ModelWrapper):
 
     def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState | GuardedState:
         """Return the state of a fresh context for inputs like these, capturing the model if need be."""
-        return first_state(self._fit(*ordered(args, kwargs or {})))
+        return first_state(self._fit(*self._call_parameters.bind(args, kwargs or {})))
 
     def policy_parameters(self, **changes: Any) -> tuple[Tensor, ...]:
         """Return the policy's inputs for `step`, from the settings with some of them changed.
@@ -252,7 +254,7 @@ class CachedModel(ModelWrapper):
         Raises:
             StateError: The state belongs to other inputs.
         """
-        args, kwargs = ordered(args, kwargs)
+        args, kwargs = self._call_parameters.bind(args, kwargs)
         flat = pytree.tree_leaves((args, kwargs))
         if isinstance(state, GuardedState) and torch.compiler.is_compiling():
             if parameters is None:
@@ -286,8 +288,16 @@ class CachedModel(ModelWrapper):
                 group decide together. Reports list a context of a group as `group/name`.
             **details: What else a pipeline knows (sigma, timestep); not needed.
         """
-        with self._contexts.naming(StepInfo(name, step_index, num_inference_steps, group=group)):
+        with self._contexts.naming(StepInfo(name, step_index, num_inference_steps, group=group)) as scope:
             yield
+        if not scope.called and not self._bypassed:
+            self._bypassed = True
+            warnings.warn(
+                f"the block `with cache_context({name!r})` ended without a call of the cached model, so nothing in it was cached. Call"
+                " what transform returned, or a method of it, instead of the original model.",
+                CacheWarning,
+                stacklevel=3,
+            )
 
     def reset(self, num_steps: int | None = None) -> None:
         """Begin a new generation in every context; `num_steps` replaces the configured number from here on.
@@ -331,7 +341,7 @@ class CachedModel(ModelWrapper):
 
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
         """Run every graph once for inputs like these, so that whatever compiles does so now. No state is touched."""
-        args, kwargs = ordered(args, kwargs or {})
+        args, kwargs = self._call_parameters.bind(args, kwargs or {})
         fit = self._fit(args, kwargs)
         num_steps = self.cache_config.steps or 2
         parameters = fit.loaded.parameters(self.cache_config, num_steps)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
+import inspect
 import sys
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ConfigError, StateError
@@ -60,9 +62,38 @@ def changed_numbers(before: CallKey, now: CallKey) -> dict[int, tuple[Any, Any]]
     return changed
 
 
-def ordered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Sort the keywords: their order in a call means nothing."""
-    return args, {name: kwargs[name] for name in sorted(kwargs)}
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """What a model's forward takes, so that one call has one form, however its arguments are passed.
+
+    Attributes:
+        leading: How many parameters can only be passed by position.
+        names: Those that can be passed by position and by name, in order.
+        order: Every parameter that can be passed by name, in order.
+    """
+
+    leading: int
+    names: tuple[str, ...]
+    order: tuple[str, ...]
+
+    @staticmethod
+    def of(model: nn.Module) -> Parameters:
+        """Read the signature of a model's forward; a decorator that hides it leaves nothing to name."""
+        parameters = inspect.signature(model.forward, follow_wrapped=False).parameters.values()
+        names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+        only = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        return Parameters(sum(p.kind is p.POSITIONAL_ONLY for p in parameters), names, (*names, *only))
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Return a call in its one form: everything that has a name by name, in the order of the signature.
+
+        Arguments that forward would refuse, and those of `*args`, are left as they are.
+        """
+        named = args[self.leading :]
+        if len(named) <= len(self.names) and not any(name in kwargs for name in self.names[: len(named)]):
+            args, kwargs = args[: self.leading], {**dict(zip(self.names, named, strict=False)), **kwargs}
+        rest = [name for name in sorted(kwargs) if name not in self.order]
+        return args, {name: kwargs[name] for name in (*self.order, *rest) if name in kwargs}
 
 
 def _leaf_size(leaf: Any) -> tuple[int, ...] | int | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+import textwrap
 import types
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +16,29 @@ _CHANGING = ("add_", "delete_", "disable_", "enable_", "fuse_", "load_", "merge_
 """How methods begin that may change a module's weights or what it computes; some write where no version counts."""
 
 
+@functools.lru_cache(256)
+def _calls_forward(function: Callable[..., Any]) -> bool:
+    """Whether a method runs its own module, as `self.forward(...)` or `self(...)`: samplers call `forward_with_cfg` and the like."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError):  # made at run time, without a source
+        return "forward" in getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
+    (definition,) = tree.body
+    if not isinstance(definition, ast.FunctionDef) or not definition.args.args:
+        return False
+    module = definition.args.args[0].arg
+    called = [node.func for node in ast.walk(definition) if isinstance(node, ast.Call)]
+    owners = [f.value for f in called if isinstance(f, ast.Attribute) and f.attr in ("forward", "__call__")]
+    return any(isinstance(owner, ast.Name) and owner.id == module for owner in [*called, *owners])
+
+
 class ModelWrapper(nn.Module):
     """A module with another module's parameters, buffers, submodules and attributes, all under the same names.
 
     Nothing is copied: moving, loading or editing the weights through either is seen by both. Attributes that neither
     the wrapper nor `nn.Module` has (`config`, `dtype`, `save_pretrained` ...) are the original's, to read and to set.
-    `isinstance` takes the wrapper for what the original is: pipelines ask before they load, fuse or save.
+    `isinstance` takes the wrapper for what the original is: pipelines ask before they load, fuse or save. Methods that call
+    the module's forward (`forward_with_cfg`) call the wrapper's.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -52,9 +72,11 @@ class ModelWrapper(nn.Module):
             if original is None or (name.startswith("__") and name.endswith("__")):
                 raise
             value = getattr(original, name)
-        if name.startswith(_CHANGING) and isinstance(value, types.MethodType):
+        if not isinstance(value, types.MethodType) or value.__self__ is not original:
+            return value
+        if name.startswith(_CHANGING):
             return self._announced(value)
-        return value
+        return types.MethodType(value.__func__, self) if _calls_forward(value.__func__) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set the wrapper's own attributes here and all others on the original, whose forward reads them."""

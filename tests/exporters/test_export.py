@@ -142,7 +142,7 @@ def test_settings_generations_and_sizes(deployed: Exported) -> None:
 
     def run(steps: int, tokens: int = 6) -> str:
         for step in range(steps):
-            session(noise("x", step, 2, tokens, 4).numpy(), np.ones(2, dtype=np.float32))
+            session(noise("x", step, 2, tokens, 4).numpy(), np.full(2, 1 - step / 8, dtype=np.float32))
         return pattern(session)
 
     assert run(8) == "##..#..#"
