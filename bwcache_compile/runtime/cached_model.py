@@ -16,17 +16,18 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.compare import Verify
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
-from bwcache_compile.errors import CacheWarning, ConfigError, StateError
+from bwcache_compile.errors import CacheWarning, CaptureError, ConfigError, StateError
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram, CachePlan
 from bwcache_compile.report import RawStep, Report
-from bwcache_compile.runtime.context import ModelContext, check_values, renumbers, state_for, time_inputs, warn_without_reuse
+from bwcache_compile.runtime.context import ModelContext, check_values, state_for, time_inputs, warn_without_reuse
 from bwcache_compile.runtime.frames import call_with_room, left_out
 from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
 from bwcache_compile.runtime.joint import synchronize_decisions
 from bwcache_compile.runtime.loaded import run_all
+from bwcache_compile.runtime.numbers import NumberInputs
 from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
-from bwcache_compile.runtime.signature import Parameters
+from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.wrapper import ModelWrapper
 from bwcache_compile.stepping import Advance, StepInfo
@@ -77,6 +78,7 @@ class CachedModel(ModelWrapper):
         self._dynamic_shapes, self._verify = dynamic_shapes, verify
         self._programs = ProgramCache(model, toolchain, dynamic_shapes, verify)
         self._call_parameters = Parameters.of(model)
+        self._numbers = NumberInputs()
         self._contexts = ContextTable(ModelContext)
         self._closed = self._bypassed = False
         self._seal()
@@ -167,14 +169,27 @@ class CachedModel(ModelWrapper):
 
     def _prepared(self, context: ModelContext, info: StepInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         """Decide what a call is. Nothing of its context changes before it has succeeded."""
+        args, kwargs = self._numbers.as_tensors(args, kwargs)
         config = self.cache_config
+        if context.renumbered and context.key is not None:  # one change may have been another run's, two are the time's
+            changed = changed_numbers(context.key, call_key(args, kwargs))
+            if changed:
+                at, (before, _) = next(iter(changed.items()))
+                name = self._programs.latest.program.signature.inputs[at]
+                with self._numbers.trying(self._original, (args, kwargs), at, name, before):
+                    self._programs.watch.absorb()  # the model ran
+                    call = self._prepared(context, info, args, kwargs)
+                    signature = call.fit.loaded.program.signature
+                    if at in signature.read:
+                        raise CaptureError(f"its value is read in Python at {signature.read_at}")
+                    return call
         num_steps = config.steps_of(info.num_steps)
         fit = self._fit(args, kwargs, context.fit, num_steps, context.state is not None and context.state.reuses_next)
         first, fit = fit.first, dataclasses.replace(fit, first=None)  # contexts hold on to what they ran with
         loaded, flat = fit.loaded, pytree.tree_leaves((args, kwargs))
         self._release_stale(context, fit.version[0])
         check_values(context, fit, num_steps)
-        renumbered = renumbers(context, fit, num_steps)
+        renumbered = context.key is not None and num_steps != 1 and bool(changed_numbers(context.key, fit.key))
         times = time_inputs(flat) if info.step_index is None else {}
         advance = context.tracker.advance(info, fit.signature, times, num_steps, self._contexts.latest(info.group))
         if config.decide == "joint" and not advance.began:

@@ -13,7 +13,7 @@ from bwcache_compile.errors import StateError, warn
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.programs import Fit
-from bwcache_compile.runtime.signature import CallKey, changed_numbers
+from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.stepping import HALF, Advance, StepInfo, TimeInput, may_be_time
 
@@ -76,24 +76,6 @@ def check_values(context: ModelContext, fit: Fit, num_steps: int | None) -> None
             "  Take that Python (a branch, .item(), .tolist()) out of the model's forward. If the run before was broken off, call"
             " cached.reset()."
         )
-
-
-def renumbers(context: ModelContext, fit: Fit, num_steps: int | None) -> bool:
-    """Return whether a Python number changed since the last call; one change may be another run's.
-
-    Raises:
-        StateError: It changed at the call before, too.
-    """
-    changed = changed_numbers(context.key, fit.key) if context.key is not None and num_steps != 1 else {}
-    if context.renumbered and changed:
-        at, (old, new) = next(iter(changed.items()))
-        name = fit.loaded.program.signature.inputs[at]
-        raise StateError(
-            f"`{name}` is a Python number that changes from call to call ({old}, then {new}). A graph has such numbers built in, so"
-            f" nothing could be kept from one step to the next. Pass it as a tensor, such as torch.tensor({new}). If each of these calls"
-            " is a run of its own, call cached.reset() between them."
-        )
-    return bool(changed)
 
 
 def _interchangeable(one: LoadedProgram, other: LoadedProgram) -> bool:

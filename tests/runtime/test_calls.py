@@ -75,3 +75,47 @@ def test_one_form_of_a_call() -> None:
     assert list(parameters.bind((1,), {"b": 5, "w": 3, "y": 2, "a": 4})[1]) == ["y", "w", "a", "b"]
     assert parameters.bind((1, 2, 3, 4), {"w": 5}) == ((1, 2, 3, 4), {"w": 5}), "what follows is of *more"
     assert parameters.bind((1, 2), {"y": 3}) == ((1, 2), {"y": 3}), "given twice: forward says so"
+
+
+class Numbered(OneStream):
+    """Takes its time as a Python number or as a tensor, as models of diffusers do."""
+
+    def forward(self, x: Tensor, t: Any) -> Tensor:
+        time = t if isinstance(t, Tensor) else torch.tensor(t)
+        return super().forward(x, time.reshape(1).to(x.dtype) / 8)
+
+
+class OnlyNumbers(OneStream):
+    """Branches on its time."""
+
+    def forward(self, x: Tensor, t: Any) -> Tensor:
+        return super().forward(x if t > 0.5 else -x, torch.ones(1))
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_a_number_that_is_the_time_becomes_a_tensor(kind: type) -> None:
+    model = Numbered().eval()
+    cached = bw.transform(model, bw.CacheConfig(policy="static", steps_mask=(0, 1, 1, 0, 1, 0)))
+    for _ in range(2):
+        for step in range(6):
+            x, _ = model.example(step=step)
+            output = run(cached, x, kind(8 - step))
+            if pattern(cached).endswith("#"):
+                assert torch.equal(output, run(model, x, kind(8 - step)))
+    assert pattern(cached) == "#..#.#"
+    assert cached.report().captures == 3, "two with the number built in, before it was known to change, and one for all times"
+
+
+def test_a_number_that_no_tensor_can_be_passed_for_is_refused() -> None:
+    cached = bw.transform(OnlyNumbers().eval(), STATIC)
+    x, _ = OneStream().example()
+    for time in (0.9, 0.8):
+        run(cached, x, time)
+    for _ in range(2):
+        with pytest.raises(bw.StateError) as caught:
+            run(cached, x, 0.7)
+        lines = str(caught.value).splitlines()
+        assert lines[0].startswith(
+            "`t` is a Python number that changes from call to call (0.8, then 0.7). A graph has such numbers built in"
+        )
+        assert lines[-1] == "  If each of these calls is a run of its own, call cached.reset() between them."

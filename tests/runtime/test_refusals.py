@@ -49,12 +49,6 @@ class NumberedSteps(OneStream):
         return super().forward(x, torch.tensor([t], dtype=torch.float32))
 
 
-def _numbers(times: tuple[float, ...]) -> None:
-    cached = bw.transform(NumberedSteps().eval(), STATIC)
-    for time in times:
-        run(cached, OneStream().example()[0], time)
-
-
 def _shaping_setting(model: OneStream) -> None:
     bw.transform(model, STATIC).configure(reuse="residual", threshold=0.1)
 
@@ -112,20 +106,6 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
         bw.CaptureError,
         "Wrapping returns a Prediction, and a graph returns tensors, numbers, strings and None. Return the tensors that it holds, or"
         " register its class: torch.export.register_dataclass for a dataclass, else torch.utils._pytree.register_pytree_node.",
-    ),
-    "float steps": (
-        lambda m: _numbers((0.9, 0.8, 0.7)),
-        bw.StateError,
-        "`t` is a Python number that changes from call to call (0.8, then 0.7). A graph has such numbers built in, so nothing could be"
-        " kept from one step to the next. Pass it as a tensor, such as torch.tensor(0.7). If each of these calls is a run of its own,"
-        " call cached.reset() between them.",
-    ),
-    "int steps": (
-        lambda m: _numbers((9, 8, 7)),
-        bw.StateError,
-        "`t` is a Python number that changes from call to call (8, then 7). A graph has such numbers built in, so nothing could be"
-        " kept from one step to the next. Pass it as a tensor, such as torch.tensor(7). If each of these calls is a run of its own,"
-        " call cached.reset() between them.",
     ),
     "gradients": (
         lambda m: bw.transform(m, STATIC)(m.example()[0].requires_grad_(), m.example()[1]),
