@@ -209,7 +209,10 @@ class CachePlan:
             f" {self.transient_bytes / mib:.2f} MiB while a step computes",
         ]
         if way.needs_time:
-            lines.append(f"extrapolates along {self.time_input or 'the step index'}")
+            time = self.time_input
+            lines.append(
+                f"extrapolates along {f'{time}, or along the step index while {time} does not move' if time else 'the step index'}"
+            )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

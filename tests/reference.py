@@ -36,6 +36,7 @@ class Oracle:
         self.model, self.blocks, self.streams, self.config, self.rows = model, blocks, streams, config, rows
         self.kept: dict[Any, Any] = {}
         self.step, self.trigger, self.indicators, self.times = 0, None, {}, []
+        self.computed: list[int] = []
 
     def _feature(self, outs: tuple[Tensor, ...]) -> Tensor:
         joined = len(outs) < len(self.streams) or "hidden_states" not in self.streams
@@ -44,8 +45,10 @@ class Oracle:
 
     def _reused(self, name: int, now: float) -> tuple[Tensor, ...]:
         last, previous = self.kept[name], self.kept.get(("previous", name))
-        if self.config.reuse == "taylor" and previous is not None and self.times[-1] != self.times[-2]:
-            weight = torch.tensor((now - self.times[-1]) / (self.times[-1] - self.times[-2]), dtype=torch.float32)
+        if self.config.reuse == "taylor" and previous is not None:
+            moves = self.times[-1] != self.times[-2]  # where the time stands still, steps are counted
+            (before, at), here = (self.times[-2:], now) if moves else (self.computed[-2:], self.step)
+            weight = torch.tensor((here - at) / (at - before), dtype=torch.float32)
             return tuple(
                 (a.float() + weight * (a.float() - b.float())).to(a.dtype) if a is not None else a
                 for a, b in zip(last, previous, strict=True)
@@ -93,6 +96,7 @@ class Oracle:
         if not reuse:
             self.indicators[self.step] = sum(changes) / len(changes) if changes else math.inf
             self.times.append(now)
+            self.computed.append(self.step)
         self.step += 1
         self.reused = reuse
         return result

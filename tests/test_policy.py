@@ -165,15 +165,17 @@ def test_sampled_tokens_stay_inside(count: int, stride: int, block: int) -> None
     assert len(chosen.unique()) == len(chosen)
 
 
-def test_extrapolation_continues_the_line_and_holds_without_two_times() -> None:
+def test_extrapolation_continues_the_line_and_holds_without_two_steps() -> None:
     last, previous = torch.tensor([3.0, 5.0]), torch.tensor([1.0, 6.0])
 
-    def at(times: list[float], now: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        return extrapolate(last.to(dtype), previous.to(dtype), torch.tensor(times), torch.tensor([now]))
+    def at(times: list[float], now: float, dtype: torch.dtype = torch.float32, steps: tuple[float, float] = (4, 3)) -> Tensor:
+        kept = torch.tensor([times, steps]).T
+        return extrapolate(last.to(dtype), previous.to(dtype), kept, torch.tensor([now]), torch.tensor([6]))
 
-    assert torch.equal(at([900.0, 940.0], 880.0), torch.tensor([4.0, 4.5]))
-    assert torch.equal(at([900.0, math.nan], 880.0), last)
-    assert torch.equal(at([900.0, 900.0], 880.0), last)
+    assert torch.equal(at([900.0, 940.0], 880.0), torch.tensor([4.0, 4.5])), "half a step further"
+    assert torch.equal(at([900.0, math.nan], 880.0, steps=(4, math.nan)), last), "one step is known"
+    assert torch.equal(at([900.0, 900.0], 900.0), torch.tensor([7.0, 3.0])), "the time stands still: two steps further"
+    assert torch.equal(at([math.nan, math.nan], math.nan), torch.tensor([7.0, 3.0])), "the time is not finite"
     assert at([900.0, 940.0], 880.0, torch.bfloat16).dtype == torch.bfloat16
 
 

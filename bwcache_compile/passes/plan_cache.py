@@ -92,12 +92,13 @@ def _check_sizes(values: Iterable[Node], program: CachedProgram) -> None:
 
 
 def _time_input(program: CachedProgram) -> str | None:
-    """Return the float32 input that must be the time: the only one of rank 0 or 1. None where others could be."""
-    found = []
-    for node in program.compute.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.dim() <= 1:
-            found.append(node)
+    """Return the float32 input that is taken for the time: the only one of rank 0 or 1, or if there is none, the only column [B, 1].
+
+    None where there are several. An input that is taken for the time and is not does not move, which the graphs see.
+    """
+    inputs = [node for node in program.compute.graph.find_nodes(op="placeholder") if isinstance(node.meta.get("val"), Tensor)]
+    columns = [node for node in inputs if node.meta["val"].dim() == 2 and hint(node.meta["val"].shape[1]) == 1]
+    found = [node for node in inputs if node.meta["val"].dim() <= 1] or columns
     return found[0].name if len(found) == 1 and found[0].meta["val"].dtype == torch.float32 else None
 
 
@@ -218,7 +219,9 @@ def _notes(
         if REUSES[config.reuse].needs_source:
             notes.append("which output continues which input was proved at these sizes")
     if REUSES[config.reuse].needs_time and time_input is None:
-        notes.append("no input is certain to be the time (the only one of rank 0 or 1, in float32), so steps are counted instead")
+        notes.append(
+            "no input is certain to be the time (the only one of rank 0 or 1, or the only column, in float32), so steps are counted instead"
+        )
     for m in measured[-1:]:
         if m.token_range is not None:
             notes.append(f"the indicator measures tokens {m.token_range[0]}:{m.token_range[1]}, those that the output takes")

@@ -52,17 +52,22 @@ def test_taylor() -> None:
         diff(OneStream(depth=2), reuse="taylor"),
         """\
 @@ insert_cache
++step: i64[1] = input
 +copy__default: f32[1, 6, 8] = copy_(cache.previous_0, cache.output_0)
 +copy__default_1: f32[1, 6, 8] = copy_(cache.output_0, region_0)
-+keep_shared: f32[2] = call(keep_shared, t, cache.times)
++keep_shared: f32[2, 2] = call(keep_shared, t, step, cache.times)
 +  time_1: f32[1] = input
-+  kept_times_1: f32[2] = input
++  step_1: i64[1] = input
++  kept_times_1: f32[2, 2] = input
 +  view: f32[1] = view(time_1, [-1])
 +  slice_1: f32[1] = slice(view, 0, 0, 1)
-+  slice_2: f32[1] = slice(kept_times_1, 0, 0, 1)
-+  cat: f32[2] = cat([slice_1, slice_2])
-+  return cat
-+copy__default_2: f32[2] = copy_(cache.times, keep_shared)""",
++  _to_copy: f32[1] = _to_copy(step_1, dtype=torch.float32)
++  cat: f32[2] = cat([slice_1, _to_copy])
++  view_1: f32[1, 2] = view(cat, [1, 2])
++  slice_2: f32[1, 2] = slice(kept_times_1, 0, 0, 1)
++  cat_1: f32[2, 2] = cat([view_1, slice_2])
++  return cat_1
++copy__default_2: f32[2, 2] = copy_(cache.times, keep_shared)""",
     )
 
 
@@ -203,8 +208,8 @@ def check_numbers(model: Tiny, reuse: str) -> None:
     assert same([slots[f"output_{i}"] for i in range(len(kept))], kept)
     if reuse == "taylor":
         assert same([slots[f"previous_{i}"] for i in range(len(kept))], list(first))
-        times = [0.875, 1.0] if plan.time_input else [1.0, 0.0]
-        assert torch.equal(slots["times"], torch.tensor(times))
+        times = [[0.875, 1.0], [1.0, 0.0]] if plan.time_input else [[1.0, 1.0], [0.0, 0.0]]
+        assert torch.equal(slots["times"], torch.tensor(times)), "time and step of the last two"
 
 
 @pytest.mark.parametrize("model", [Returned(), Written(), Strided(), Halved(), Exposed(), Interleaved()], ids=lambda m: type(m).__name__)

@@ -66,12 +66,12 @@ def test_taylor_hands_the_old_output_on() -> None:
         """\
 @@ lift_cache_state
 +cache_in_output_0: f32[1, 6, 8] = input
-+cache_in_times: f32[2] = input
++cache_in_times: f32[2, 2] = input
 -copy__default: f32[1, 6, 8] = copy_(cache.previous_0, cache.output_0)
 -copy__default_1: f32[1, 6, 8] = copy_(cache.output_0, region_0)
--keep_shared: f32[2] = call(keep_shared, t, cache.times)
--copy__default_2: f32[2] = copy_(cache.times, keep_shared)
-+keep_shared: f32[2] = call(keep_shared, t, cache_in_times)
+-keep_shared: f32[2, 2] = call(keep_shared, t, step, cache.times)
+-copy__default_2: f32[2, 2] = copy_(cache.times, keep_shared)
++keep_shared: f32[2, 2] = call(keep_shared, t, step, cache_in_times)
 -return linear_6, reuse_left
 +return linear_6, region_0, cache_in_output_0, keep_shared, reuse_left""",
     )

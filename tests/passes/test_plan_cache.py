@@ -71,13 +71,13 @@ Measured(block='single_blocks.1', node='add_9', token_range=(2, 8), stride=None)
 def test_taylor() -> None:
     made = plan(OneStream(depth=2), reuse="taylor", indicator_tokens="all")
     assert made.time_input == "t"
-    assert str(made).splitlines()[-1] == "extrapolates along t"
+    assert str(made).splitlines()[-1] == "extrapolates along t, or along the step index while t does not move"
     assert_expected_inline(
         slots(made),
         """\
 output_0: output float32[1, 6, 8] = 0
 previous_0: previous float32[1, 6, 8] = 0
-times: times float32[2] = nan
+times: times float32[2, 2] = nan
 reference_0: reference float32[1, 6, 8] = 0
 reference_1: reference float32[1, 6, 8] = 0
 trigger: trigger int64[1] = -1""",
@@ -185,7 +185,9 @@ class IntegerTime(OneStream):
 def test_taylor_counts_steps_where_the_time_is_uncertain() -> None:
     made = plan(IntegerTime(), reuse="taylor")
     assert made.time_input is None
-    assert made.notes == ("no input is certain to be the time (the only one of rank 0 or 1, in float32), so steps are counted instead",)
+    assert made.notes == (
+        "no input is certain to be the time (the only one of rank 0 or 1, or the only column, in float32), so steps are counted instead",
+    )
 
 
 @settings(max_examples=12, deadline=None)

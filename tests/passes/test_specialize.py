@@ -65,31 +65,41 @@ x: f32[1, 6, 4] = input
 t: f32[1] = input
 cache_in_output_0: f32[1, 6, 8] = input
 cache_in_previous_0: f32[1, 6, 8] = input
-cache_in_times: f32[2] = input
+cache_in_times: f32[2, 2] = input
 step: i64[1] = input
-reuse_0: f32[1, 6, 8] = call(reuse_0, cache_in_output_0, cache_in_previous_0, cache_in_times, t)
+reuse_0: f32[1, 6, 8] = call(reuse_0, cache_in_output_0, cache_in_previous_0, cache_in_times, t, step)
   arg0_1: f32[1, 6, 8] = input
   arg1_1: f32[1, 6, 8] = input
-  arg2_1: f32[2] = input
+  arg2_1: f32[2, 2] = input
   arg3_1: f32[1] = input
+  arg4_1: i64[1] = input
   view: f32[1] = view(arg3_1, [-1])
   slice_1: f32[1] = slice(view, 0, 0, 1)
-  select: f32[] = select(arg2_1, 0, 0)
-  select_1: f32[] = select(arg2_1, 0, 1)
-  sub: f32[] = sub(select, select_1)
-  view_1: f32[] = view(slice_1, [])
-  select_2: f32[] = select(arg2_1, 0, 0)
-  sub_1: f32[] = sub(view_1, select_2)
-  div: f32[] = div(sub_1, sub)
-  abs_1: f32[] = abs(div)
+  _to_copy: f32[1] = _to_copy(arg4_1, dtype=torch.float32)
+  cat: f32[2] = cat([slice_1, _to_copy])
+  select: f32[2] = select(arg2_1, 0, 0)
+  sub: f32[2] = sub(cat, select)
+  select_1: f32[2] = select(arg2_1, 0, 0)
+  select_2: f32[2] = select(arg2_1, 0, 1)
+  sub_1: f32[2] = sub(select_1, select_2)
+  div: f32[2] = div(sub, sub_1)
+  select_3: f32[] = select(div, 0, 0)
+  abs_1: f32[] = abs(select_3)
   ne: b8[] = ne(abs_1, inf)
-  eq: b8[] = eq(div, div)
+  eq: b8[] = eq(select_3, select_3)
   mul: b8[] = mul(eq, ne)
-  zeros_like: f32[] = zeros_like(div, pin_memory=False)
-  where: f32[] = where(mul, div, zeros_like)
+  select_4: f32[] = select(div, 0, 0)
+  select_5: f32[] = select(div, 0, 1)
+  where: f32[] = where(mul, select_4, select_5)
+  abs_2: f32[] = abs(where)
+  ne_1: b8[] = ne(abs_2, inf)
+  eq_1: b8[] = eq(where, where)
+  mul_1: b8[] = mul(eq_1, ne_1)
+  zeros_like: f32[] = zeros_like(where, pin_memory=False)
+  where_1: f32[] = where(mul_1, where, zeros_like)
   sub_2: f32[1, 6, 8] = sub(arg0_1, arg1_1)
-  mul_1: f32[1, 6, 8] = mul(where, sub_2)
-  add: f32[1, 6, 8] = add(arg0_1, mul_1)
+  mul_2: f32[1, 6, 8] = mul(where_1, sub_2)
+  add: f32[1, 6, 8] = add(arg0_1, mul_2)
   return add
 linear_6: f32[1, 6, 4] = linear(reuse_0, head.weight, head.bias)
 return linear_6""",
