@@ -27,7 +27,7 @@ from bwcache_compile.runtime.joint import synchronize_decisions
 from bwcache_compile.runtime.loaded import run_all
 from bwcache_compile.runtime.numbers import NumberInputs
 from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
-from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers
+from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.wrapper import ModelWrapper
 from bwcache_compile.stepping import Advance, StepInfo
@@ -186,7 +186,7 @@ class CachedModel(ModelWrapper):
         num_steps = config.steps_of(info.num_steps)
         fit = self._fit(args, kwargs, context.fit, num_steps, context.state is not None and context.state.reuses_next)
         first, fit = fit.first, dataclasses.replace(fit, first=None)  # contexts hold on to what they ran with
-        loaded, flat = fit.loaded, pytree.tree_leaves((args, kwargs))
+        loaded, flat = fit.loaded, leaves_of(args, kwargs)[0]
         self._release_stale(context, fit.version[0])
         check_values(context, fit, num_steps)
         renumbered = context.key is not None and num_steps != 1 and bool(changed_numbers(context.key, fit.key))

@@ -48,6 +48,15 @@ def _kind(value: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
     return tuple(value.shape), value.dtype
 
 
+def _uses_cuda_graphs(options: Mapping[str, Any]) -> bool:
+    """Whether `torch.compile` with these options replays CUDA graphs."""
+    mode, chosen = options.get("mode"), options.get("options") or {}
+    backend = options.get("backend", "inductor")
+    if backend != "inductor":
+        return backend == "cudagraphs"
+    return mode in ("reduce-overhead", "max-autotune") or bool(chosen.get("triton.cudagraphs"))
+
+
 def _make_room(table: dict[Any, Any], most: int) -> None:
     """Drop the oldest entry of a full table."""
     while len(table) >= most:
@@ -75,6 +84,7 @@ class LoadedProgram:
         kinds = ("guarded",) if self.guarded else ("compute", "reuse")
         self.modules = {kind: getattr(program, kind) for kind in kinds}
         self.graphs: dict[str, Callable[..., Any]] = dict(self.modules)
+        self._replays = self.plan.device.type == "cuda"  # an outer torch.compile may use CUDA graphs, and does not say so
         self.slots = self.plan.guard_slots if self.guarded else self.plan.slots
         inputs = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
         self.input_kinds = [_kind(node.meta.get("val")) for node in inputs]
@@ -108,6 +118,7 @@ class LoadedProgram:
 
     def compile(self, options: dict[str, Any]) -> None:
         """Compile the graphs with these options of `torch.compile`; each is compiled whole at its first run."""
+        self._replays = self.plan.device.type == "cuda" and _uses_cuda_graphs(options)
         if self.program.signature.sizes is not None:
             options = {"dynamic": True, **options}
         self.graphs = {kind: torch.compile(module, **options) for kind, module in self.modules.items()}
@@ -118,18 +129,20 @@ class LoadedProgram:
 
     def step_tensor(self, step: int) -> Tensor:
         """Return int64[1] on the device; those of the last steps are kept."""
-        if step not in self._steps:
+        tensor = self._steps.get(step)
+        if tensor is None:
             _make_room(self._steps, _MOST_STEPS)
-            self._steps[step] = torch.tensor([step], dtype=torch.int64, device=self.plan.device)
-        return self._steps[step]
+            tensor = self._steps[step] = torch.tensor([step], dtype=torch.int64, device=self.plan.device)
+        return tensor
 
     def parameters(self, config: CacheConfig, num_steps: int | None) -> tuple[Tensor, ...]:
         """Return the policy's inputs; those of the last settings are kept."""
         key = (config, num_steps)
-        if key not in self._settings:
+        tensors = self._settings.get(key)
+        if tensors is None:
             _make_room(self._settings, _MOST_SETTINGS)
-            self._settings[key] = policy_parameters(config, num_steps, self.plan.device)
-        return self._settings[key]
+            tensors = self._settings[key] = policy_parameters(config, num_steps, self.plan.device)
+        return tensors
 
     def decide(self, change: Tensor, trigger: Tensor, step: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Run the graph's own policy apart from the graph: the trigger afterwards, and how many steps reuse."""
@@ -181,12 +194,12 @@ class LoadedProgram:
         """
         io = self.io[self.kind(state)]
         named = io.unpack(returned)
+        if self._replays:  # the next replay of a CUDA graph overwrites what it returned before
+            named = {name: value.clone() if isinstance(value, Tensor) else value for name, value in named.items()}
         outputs = self.results(io, named)
         if state.reuses_next:
             return outputs, state.reused(), None
         slots, change = self.written(named), named.get(INDICATOR)
-        if self.plan.device.type == "cuda":  # a replayed CUDA graph overwrites what it returned before
-            slots, change = [value.clone() for value in slots], None if change is None else change.clone()
         left = 0 if self.guarded else int(named[REUSE_LEFT])
         return outputs, state.computed(tuple(slots), left), change
 
