@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bwcache_compile.capture import flat_outputs
+from bwcache_compile.compare import flat_outputs
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_text import format_graph
 from bwcache_compile.passes import CACHE_PIPELINE, canonicalize, find_blocks, plan_cache, run_pipeline
