@@ -134,7 +134,10 @@ def test_a_bundle_holds_them(model: OneStream, tmp_path: Path, guarded: bool) ->
     pytest.importorskip("onnxruntime")
     cached = bw.transform(model, bw.CacheConfig(**CONFIG, threshold=float("inf")), example_args=model.example())
     manifest = bw.export(cached, tmp_path / "bundle", guarded=guarded)
-    assert [parameter["name"] for parameter in manifest["policy"]["parameters"]] == ["interval", "threshold"]
+    assert [name for name in manifest["graphs"]["compute"]["inputs"] if name.startswith("policy.")] == [
+        "policy.interval",
+        "policy.threshold",
+    ]
     session = bw.load(tmp_path / "bundle", guarded=guarded)
     wanted, pattern = by_hand(model, 8, float("inf"))
     outputs = [session(*(value.numpy() for value in model.example(step=step))) for step in range(8)]

@@ -11,6 +11,7 @@ from bwcache_compile.errors import BundleError
 from bwcache_compile.exporters.external_data import external_locations
 from bwcache_compile.exporters.form import misfit, unmade
 from bwcache_compile.exporters.manifest_text import read_text
+from bwcache_compile.exporters.settings import config_in
 
 FORMAT = "bwcache-bundle"
 VERSION = 2
@@ -72,6 +73,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     wrong = misfit(manifest)
     if wrong is not None:
         raise BundleError(f"{path}: {wrong}.")
+    try:
+        config_in(manifest)
+    except (TypeError, ValueError, OverflowError) as error:  # a ConfigError is a ValueError
+        raise BundleError(f"{path}: the config does not fit this version: {error}.") from error
     if manifest["graph_format"] not in FORMATS:
         raise BundleError(f"{path}: graph_format is {manifest['graph_format']!r}; known are {', '.join(FORMATS)}.")
     return manifest

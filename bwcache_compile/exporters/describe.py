@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,8 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.call import graph_shape
-from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out, policy_input
+from bwcache_compile.exporters.settings import config_in, policy_inputs
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out
 from bwcache_compile.layout import slot_order
 from bwcache_compile.program import CachedProgram, CacheSlot
 from bwcache_compile.sizes import hint_shape, shape_of
@@ -33,6 +35,8 @@ def _constant(value: Any, said: str, program: CachedProgram) -> Any:
     Raises:
         ExportError: It is nothing of that kind.
     """
+    if isinstance(value, enum.Enum) and not isinstance(value, (int, str)):  # a session takes the member, its value or its name
+        return _constant(value.value if isinstance(value.value, (int, float, str)) else value.name, said, program)
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise ExportError(f"{program.model_name} {said}; beside tensors a bundle holds None, text and finite numbers. Use one of these.")
@@ -144,14 +148,6 @@ def _describe_slot(slot: CacheSlot) -> dict[str, Any]:
     return {**place, "shape": list(slot.shape), "example": list(slot.example), "fill": slot.fill}
 
 
-def _policy(config: CacheConfig, num_steps: int) -> dict[str, Any]:
-    parameters = [
-        {"name": name, "dtype": config.policy_dtypes[name], "shape": [len(value)], "default": list(value)}
-        for name, value in config.policy_values(config.steps or num_steps).items()
-    ]
-    return {"kind": config.policy, "parameters": parameters}
-
-
 def check_sizes(program: CachedProgram, conditions: list[str], sizes: list[int | str]) -> None:
     """Refuse what a session could not evaluate, or would not find true at the captured sizes.
 
@@ -198,7 +194,6 @@ def describe(program: CachedProgram, config: CacheConfig, parameters: tuple[str,
         "symbols": symbols,
         "conditions": conditions,
         "slots": slots,
-        "policy": _policy(config, num_steps=50),
         "config": dataclasses.asdict(config),
         "blocks": [{"name": block.name, "type": block.module_type} for block in plan.blocks],
         "measured": [measured.block for measured in plan.measured],
@@ -222,5 +217,5 @@ def declared_shapes(content: dict[str, Any]) -> dict[str, list[int | str]]:
     shapes = {entry["name"]: entry["shape"] for entry in content["outputs"]["items"]}
     shapes |= {entry["name"]: graph_shape(entry) for entry in content["inputs"]}
     shapes |= {name(slot["name"]): slot["shape"] for slot in content["slots"] for name in (cache_in, cache_out)}
-    shapes |= {policy_input(entry["name"]): entry["shape"] for entry in content["policy"]["parameters"]}
+    shapes |= {entry.name: [entry.length] for entry in policy_inputs(config_in(content))}
     return shapes | {STEP: [1], REUSE_LEFT: [1], INDICATOR: [len(content["measured"])]}

@@ -23,7 +23,6 @@ _FORM = {
     "conditions": [str],
     "slots": [{**_TENSOR, "fill": (int, float, str)}],
     "measured": [str],
-    "policy": {},
     "config": {},
     "graphs": {},
     "files": {},

@@ -9,9 +9,10 @@ from typing import Any
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import Context, ContextTable
-from bwcache_compile.errors import BundleError, ConfigError, StateError
+from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.call import Call, Runner, bound, flat_call, put_together
+from bwcache_compile.exporters.settings import config_in
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, cache_in, cache_out, policy_input
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.stepping import HALF, Cursor, StepInfo, TimeInput, may_be_time
@@ -45,14 +46,6 @@ class SessionContext(Context):
         self.spare: dict[str, Any] = {}
 
 
-def _config(bundle: Bundle) -> CacheConfig:
-    values: dict[str, Any] = {key: float(value) if value in ("inf", "nan") else value for key, value in bundle.manifest["config"].items()}
-    try:
-        return CacheConfig(**values)
-    except (TypeError, ValueError, OverflowError) as error:  # a ConfigError is a ValueError
-        raise BundleError(f"{bundle.folder / 'manifest.json'}: the config does not fit this version: {error}.") from error
-
-
 class Session:
     """A bundle as a model: `session(**inputs)` computes or reuses, and keeps one state per context on the device.
 
@@ -62,7 +55,7 @@ class Session:
     def __init__(self, bundle: Bundle, runner: Runner, *, guarded: bool = False) -> None:
         """Run a bundle's graphs, the pair or the one that decides by itself."""
         self.manifest = bundle.manifest
-        self.cache_config = _config(bundle)
+        self.cache_config: CacheConfig = config_in(bundle.manifest)
         self.guarded, self._runner = guarded, runner
         self._contexts = ContextTable(SessionContext)
 

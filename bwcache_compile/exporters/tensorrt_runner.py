@@ -13,8 +13,9 @@ import torch
 from bwcache_compile.errors import BundleError, StateError
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.call import PAIRS
+from bwcache_compile.exporters.settings import config_in, policy_inputs
 from bwcache_compile.exporters.torch_runner import TorchTensors
-from bwcache_compile.graph_io import INDICATOR, cache_in, cache_out, policy_input
+from bwcache_compile.graph_io import INDICATOR, cache_in, cache_out
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
@@ -97,7 +98,7 @@ class TensorRTRunner(TorchTensors):
         manifest = self._manifest
         known = {e["name"]: PAIRS.get(e["dtype"], e["dtype"]) for e in [*manifest["inputs"], *manifest["outputs"]["items"]]}
         known |= {way(slot["name"]): slot["dtype"] for slot in manifest["slots"] for way in (cache_in, cache_out)}
-        known |= {policy_input(entry["name"]): entry["dtype"] for entry in manifest["policy"]["parameters"]}
+        known |= {entry.name: entry.dtype for entry in policy_inputs(config_in(manifest))}
         return str(known.get(name, "float32" if name == INDICATOR else "int64"))
 
     def value(self, given: Any, name: str, dtype: str) -> Any:

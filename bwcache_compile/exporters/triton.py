@@ -17,7 +17,8 @@ from bwcache_compile.exporters.bundle import Bundle, open_bundle
 from bwcache_compile.exporters.call import PAIRS, graph_shape
 from bwcache_compile.exporters.external_data import external_locations
 from bwcache_compile.exporters.open_sizes import symbols_at
-from bwcache_compile.graph_io import INDICATOR, STEP, UNTIL, cache_in, cache_out, policy_input
+from bwcache_compile.exporters.settings import config_in, policy_inputs
+from bwcache_compile.graph_io import INDICATOR, STEP, UNTIL, cache_in, cache_out
 
 CONTROLS = {"START": "bool", "END": "bool", "CORRID": "uint64"}
 """The inputs that Triton fills in itself. A started sequence computes; the other two are for whoever changes the graph."""
@@ -128,7 +129,7 @@ def write(
     slots = [(slot["name"], slot["dtype"], dims(slot["shape"]), float(slot["fill"])) for slot in manifest["slots"]]
     slots.append((UNTIL, "int64", [1], -1.0))
     inputs = [(entry["name"], PAIRS.get(entry["dtype"], entry["dtype"]), dims(graph_shape(entry))) for entry in manifest["inputs"]]
-    inputs += [(policy_input(entry["name"]), entry["dtype"], entry["shape"]) for entry in manifest["policy"]["parameters"]]
+    inputs += [(entry.name, entry.dtype, [entry.length]) for entry in policy_inputs(config_in(manifest))]
     inputs.append((STEP, "int64", [1]))
     taken = set(manifest["graphs"]["guarded"]["inputs"])
     outputs = [(item["name"], item["dtype"], dims(item["shape"])) for item in manifest["outputs"]["items"]]

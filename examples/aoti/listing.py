@@ -14,6 +14,7 @@ from typing import Any
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.bundle import open_bundle
 from bwcache_compile.exporters.open_sizes import symbols_at
+from bwcache_compile.exporters.settings import config_in, policy_inputs
 
 
 def lines(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tuple[Any, ...]]:
@@ -38,8 +39,10 @@ def lines(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tup
         yield "steps", steps
     for slot in manifest["slots"]:
         yield "slot", slot["name"], slot["fill"], *layout(slot)
-    for entry in manifest["policy"]["parameters"]:
-        yield "policy", f"policy.{entry['name']}", *layout({**entry, "order": [0]}), *entry["default"]
+    config = config_in(manifest)
+    values = config.policy_values(config.steps or 50)
+    for policy, value in zip(policy_inputs(config), values.values(), strict=True):
+        yield "policy", policy.name, policy.dtype, 1, policy.length, 0, *value
     for kind, graph in manifest["graphs"].items():
         yield "graph", kind, graph["file"]
         for name in graph["weights"]:

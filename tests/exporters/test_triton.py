@@ -17,7 +17,8 @@ from google.protobuf import text_format
 
 import bwcache_compile as bw
 from bwcache_compile.exporters import triton
-from tests.exporters.helpers import Exported, edit
+from bwcache_compile.exporters.settings import policy_inputs
+from tests.exporters.helpers import CONFIG, Exported, edit
 from tests.models import noise
 
 
@@ -217,7 +218,8 @@ def test_it_fits_the_schema_and_the_graph(schema: Any, folder: Path) -> None:
 
 
 def request(deployed: Exported, name: str, step: int) -> dict[str, np.ndarray]:
-    policy = {f"policy.{e['name']}": (e["default"], e["dtype"]) for e in deployed.manifest["policy"]["parameters"]}
+    values = list(CONFIG.policy_values(8).values())
+    policy = {entry.name: (value, entry.dtype) for entry, value in zip(policy_inputs(CONFIG), values, strict=True)}
     scalars = {key: np.array([float(v) for v in value], dtype=dtype) for key, (value, dtype) in policy.items()}
     x, t = noise(name, step, 2, 40, 4).numpy(), np.full(2, 1 - step / 8, dtype=np.float32)
     return {"x": x, "t": t, **scalars, "step": np.array([step])}
