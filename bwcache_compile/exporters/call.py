@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -135,7 +136,9 @@ def _symbols(manifest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> di
 
 
 def _same_constant(found: Any, value: Any) -> bool:
-    """Whether an argument is what was built in: of its type, or of an enum of numbers or texts; True is not 1."""
+    """Whether an argument is what was built in: of its type, or a member of an enum with this value or name; True is not 1."""
+    if isinstance(found, enum.Enum) and not isinstance(found, type(value)):
+        return _same_constant(found.value, value) or found.name == value
     return isinstance(found, type(value)) and isinstance(found, bool) == isinstance(value, bool) and bool(found == value)
 
 

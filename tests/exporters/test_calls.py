@@ -60,6 +60,34 @@ def test_a_call_keeps_its_form(tmp_path: Path) -> None:
             session(*args, **{**keywords, "mode": True})
 
 
+class Task(enum.Enum):
+    VIDEO = "video"
+    IMAGE = (1, 1)
+
+
+class Tasked(OneStream):
+    """Takes a member of an enum, as original repositories do."""
+
+    def forward(self, x: Tensor, t: Tensor, task: Task) -> Tensor:
+        return super().forward(x if task is Task.VIDEO else -x, t)
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_a_member_of_an_enum_is_held_by_its_value_or_its_name(tmp_path: Path, task: Task) -> None:
+    model = Tasked(depth=2).eval()
+    cached = bw.transform(model, CONFIG, example_args=(*model.example(), task))
+    manifest = bw.export(cached, tmp_path / "bundle", format="pt2")
+    held = {Task.VIDEO: "video", Task.IMAGE: "IMAGE"}[task]
+    assert [entry["value"] for entry in manifest["constants"]] == [held]
+    session = bw.load(tmp_path / "bundle", backend="torch", allow_code=True)
+    for given in (task, held):
+        assert torch.equal(session(*model.example(), given), model(*model.example(), task))
+        session.reset()
+    other = next(member for member in Task if member is not task)
+    with pytest.raises(bw.StateError, match=rf"task is .*{other.name}.*, and the bundle was made for '{held}'"):
+        session(*model.example(), other)
+
+
 @dataclasses.dataclass
 class Output:
     sample: Tensor
