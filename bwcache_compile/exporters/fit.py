@@ -118,6 +118,22 @@ def _fit_einsum(graph: Graph) -> None:
             node.update_arg(1, [put(graph, torch.ops.aten.to.dtype, (operand, dtype), node) for operand in operands])
 
 
+def _fit_layer_norm(graph: Graph) -> None:
+    """Normalize in the wider dtype where the parameters have another than the input: ONNX's operator takes one dtype for all."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.layer_norm.default):
+        source, shape, *rest = cast("list[Any]", node.args)
+        dtypes = {operand.meta["val"].dtype for operand in (source, *rest[:2]) if isinstance(operand, Node)}
+        if len(dtypes) < 2:
+            continue
+        wide = torch.float32 if torch.float64 not in dtypes else torch.float64
+        with graph.inserting_before(node):
+            widened = [put(graph, torch.ops.aten.to.dtype, (o, wide), node) if isinstance(o, Node) else o for o in (source, *rest[:2])]
+            normal = put(graph, node.target, (widened[0], shape, *widened[1:], *rest[2:]), node, **node.kwargs)
+            rounded = put(graph, torch.ops.aten.to.dtype, (normal, node.meta["val"].dtype), node)
+        node.replace_all_uses_with(rounded)
+        graph.erase_node(node)
+
+
 def fit(exported: ExportedProgram, opset: int) -> None:
     """Rewrite a program, nested graphs too, so that ONNX's operators of this set compute what torch's do."""
     for module in exported.graph_module.modules():
@@ -125,6 +141,7 @@ def fit(exported: ExportedProgram, opset: int) -> None:
             _without_idle_squeezes(module.graph)
             _fit_attention(module.graph, opset)
             _fit_einsum(module.graph)
+            _fit_layer_norm(module.graph)
             _without_scattered_means(module.graph)
             _with_known_sizes(module.graph)
             module.recompile()

@@ -158,3 +158,26 @@ def test_attention_and_complex_inputs(turning: bw.CachedModel, opset: int, tmp_p
     np.testing.assert_allclose(session(x, t, turns), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(bw.StateError, match="turns is float32, and the bundle takes complex64"):
         session(x, t, x.numpy())
+
+
+class MixedNorm(OneStream):
+    """Half-precision features under a normalization whose parameters stayed in float32, as torch takes them."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(self.norm(x.to(torch.bfloat16)).float(), t)
+
+
+def test_a_layer_norm_with_parameters_of_another_dtype(tmp_path: Path) -> None:
+    model = MixedNorm().eval()
+    cached = bw.transform(model, CONFIG, example_args=model.example())
+    assert bw.export(cached, tmp_path / "bundle")["self_check"]["largest_error"] < 1e-2
+    operators = onnx.load(tmp_path / "bundle" / "compute.onnx").graph.node
+    assert any(node.op_type == "LayerNormalization" for node in operators)
+    session = bw.load(tmp_path / "bundle")
+    actual = session(*(value.numpy() for value in model.example()))
+    with torch.no_grad():
+        np.testing.assert_allclose(actual, model(*model.example()).numpy(), rtol=0, atol=2e-2)
