@@ -28,26 +28,27 @@ _FORM = {
     "files": {},
 }
 _DEEPEST = 50
+_KINDS = {bool: "a flag", int: "an integer", float: "a number", str: "text", NoneType: "null"}
 
 
 def _misfit(value: Any, form: Any, place: str) -> str | None:
     """Say where a value leaves its form: a type, several, `[form of each item]`, or `{key: form}` with other keys allowed."""
-    shown = f"{place} is {repr(value)[:60]}"
+    found = f"got {repr(value)[:60]}"
     if isinstance(form, dict):
         if not isinstance(value, dict):
-            return f"{shown}, no table"
+            return f"{place}: expected a table, {found}"
         missing = [key for key in form if key not in value]
         if missing:
-            return f"{place} lacks {', '.join(missing)}"
-        inside = [(value[key], inner, f"{place}.{key}".removeprefix("it.")) for key, inner in form.items()]
+            return f"{place}: {', '.join(missing)} is missing"
+        inside = [(value[key], inner, f"{place}.{key}") for key, inner in form.items()]
     elif isinstance(form, list):
         if not isinstance(value, list):
-            return f"{shown}, no list"
+            return f"{place}: expected a list, {found}"
         inside = [(item, form[0], f"{place}[{i}]") for i, item in enumerate(value)]
     else:
         known = form if isinstance(form, tuple) else (form,)
-        return None if type(value) in known else f"{shown}, no {' or '.join(kind.__name__ for kind in known)}"
-    return next((found for entry in inside if (found := _misfit(*entry))), None)
+        return None if type(value) in known else f"{place}: expected {' or '.join(_KINDS[kind] for kind in known)}, {found}"
+    return next((wrong for entry in inside if (wrong := _misfit(*entry))), None)
 
 
 def _misput(form: Any, names: list[str], depth: int = 0) -> str | None:
@@ -90,7 +91,7 @@ def _disagreement(manifest: dict[str, Any]) -> str | None:
 
 def misfit(manifest: dict[str, Any]) -> str | None:
     """Say what is wrong with a manifest; None where nothing is. Shapes, files and graphs are looked at elsewhere."""
-    return _misfit(manifest, _FORM, "it") or _disagreement(manifest)
+    return _misfit(manifest, _FORM, "manifest") or _disagreement(manifest)
 
 
 def unmade(manifest: dict[str, Any], kind: str, returned: list[str]) -> list[str]:
