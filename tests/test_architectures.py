@@ -13,9 +13,10 @@ from tests.architectures.containers import CONTAINERS
 from tests.architectures.inside import INSIDE
 from tests.architectures.parts import Model
 from tests.architectures.shapes import SHAPES
+from tests.architectures.stages import STAGES
 
 
-@pytest.fixture(scope="module", params=[*CONTAINERS, *SHAPES, *INSIDE], ids=lambda kind: kind.__name__)
+@pytest.fixture(scope="module", params=[*CONTAINERS, *SHAPES, *STAGES, *INSIDE], ids=lambda kind: kind.__name__)
 def model(request: pytest.FixtureRequest) -> Model:
     torch.manual_seed(0)
     return request.param().eval().requires_grad_(False)

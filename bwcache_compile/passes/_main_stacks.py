@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.fx import Graph, Node
 
 from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.passes._isomorphism import difference, outside_operands
 from bwcache_compile.passes._stacks import Stack, Unit, extent, live_outs
-from bwcache_compile.passes._streams import continued, needed_rows
+from bwcache_compile.passes._streams import continued, input_stream, is_token_input, needed_rows
 from bwcache_compile.sizes import Size, is_unknown, shape_of, size_of
 
 
-def _reaches(starts: list[Node], avoid: set[Node]) -> bool:
-    """Whether tokens among the model's inputs reach any of `starts` on a path around `avoid`."""
+def _reached(starts: list[Node], avoid: set[Node]) -> set[Node]:
+    """Return the token inputs that `starts` depend on along a path around `avoid`."""
     stack, seen = list(starts), set(avoid)
+    found = set()
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
-            return True
+        if is_token_input(node):
+            found.add(node)
         stack += node.all_input_nodes
-    return False
+    return found
 
 
 def _carried_into(units: list[Unit], flow: DataFlow, streams: set[Node]) -> list[Node]:
@@ -46,9 +45,11 @@ def main_units(stacks: list[Stack], flow: DataFlow, streams: set[Node]) -> list[
     """Choose the units that the stream to the output runs through: refiners and encoders of other streams stay out.
 
     The last stack that the output depends on is in; so is one between units that are in; so is one that every stream
-    entering them has passed through. What several units read is a condition, not a stream that enters.
+    entering them has passed through. What several units read is a condition, not a stream that enters. Where the latents
+    can be told from other inputs, one that all latents entering the units have passed through is in too: text may join behind it.
     """
     output = flow.nodes[-1]
+    latents = input_stream(output.graph, flow)
     used = [Stack(s.name, tuple(u for u in s.units if flow.ancestors[output] & flow.mask(u.nodes))) for s in stacks]
     rest = [s for s in used if s.units]
     if not rest:
@@ -64,7 +65,9 @@ def main_units(stacks: list[Stack], flow: DataFlow, streams: set[Node]) -> list[
         read = [node for unit in main for node in outside_operands(unit)]
         conditions = {node for node in read if read.count(node) > 1}.difference(starts)
         inside = [s for s in rest if any(flow.mask(u.nodes) & between for u in s.units)]
-        before = [s for s in rest if starts and not _reaches(starts, conditions.union(n for u in s.units for n in u.nodes))]
+        entering = _reached(starts, conditions)
+        entering = entering & latents or entering
+        before = [s for s in rest if starts and not entering & _reached(starts, conditions.union(n for u in s.units for n in u.nodes))]
         chosen = next(iter(inside or sorted(before, key=lambda s: -flow.index[s.units[-1].nodes[-1]])), None)
     return main
 

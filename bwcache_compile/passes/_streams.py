@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import SymInt, Tensor
 from torch.fx import Graph, Node
 
+from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.sizes import Shape, at_most, hint, hint_shape, shape_of, size_of
 
 aten = torch.ops.aten
@@ -17,6 +18,8 @@ _TOKENWISE = {
     "add", "sub", "mul", "div", "neg", "layer_norm", "rms_norm", "linear", "gelu", "silu", "tanh", "to", "type_as",
     "_to_copy", "pow", "rsqrt", "sigmoid", "contiguous", "clone", "native_layer_norm",
 }  # fmt: skip
+_ELEMENTWISE = _TOKENWISE - {"layer_norm", "rms_norm", "native_layer_norm", "linear"} | {"add_", "sub_", "mul_", "div_"}
+_FIRST_HOLDS_TOKENS = {"layer_norm", "rms_norm", "native_layer_norm", "group_norm", "linear"}
 _LAYOUT = {
     "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "clone",
     "expand", "slice", "to", "type_as", "_to_copy", "split_with_sizes", "split", "chunk", "getitem", "narrow", "cat",
@@ -66,8 +69,12 @@ def _overlap(rows: Rows, offset: int | SymInt, length: int | SymInt) -> Rows | L
     return (low[1], high[0]) if at_most(low[1] + 1, high[0]) else "unknown"
 
 
-def needed_rows(graph: Graph) -> dict[Node, Rows | None]:
+def needed_rows(graph: Graph, operands_of: Callable[[Node], Sequence[Node]] | None = None) -> dict[Node, Rows | None]:
     """Work out, from the outputs back, which slice of dimension 1 of each value is needed.
+
+    Args:
+        graph: The whole model.
+        operands_of: Which operands of a node to follow; all, where this is not given.
 
     Returns:
         A (start, stop) slice where it is proved, for every size that the program admits, for a three-dimensional
@@ -88,6 +95,7 @@ def needed_rows(graph: Graph) -> dict[Node, Rows | None]:
         if node not in needs:
             continue
         rows, name = needs[node], _name(node)
+        followed = node.all_input_nodes if operands_of is None else operands_of(node)
         if rows is not None and name == "slice" and node.args[1] == 1 and len(node.args) < 5:
             start = _number(node.args[2]) if len(node.args) > 2 else 0
             length = _rows(node.args[0])
@@ -104,7 +112,7 @@ def needed_rows(graph: Graph) -> dict[Node, Rows | None]:
                     add(part, None if wanted == "unknown" else wanted)
                 offset = offset + length
         else:
-            for operand in node.all_input_nodes:
+            for operand in followed:
                 alike = name in _TOKENWISE and rows is not None and _same_size(_rows(operand), _rows(node))
                 add(operand, rows if alike else None)
     return needs
@@ -112,6 +120,36 @@ def needed_rows(graph: Graph) -> dict[Node, Rows | None]:
 
 def _same_size(left: int | SymInt | None, right: int | SymInt | None) -> bool:
     return left is not None and right is not None and size_of(left) == size_of(right)
+
+
+def _along_the_stream(node: Node, flow: DataFlow) -> list[Node]:
+    """Return the operands that hold the tokens of a value, conditions and weights left out."""
+    name, operands = _name(node), [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
+    if name in _FIRST_HOLDS_TOKENS or "attention" in name or name.startswith("conv"):
+        return operands[:1]
+    if name in _ELEMENTWISE:
+        operands = [a for a in operands if a.op != "get_attr" and _shape(a) == _shape(node)] or operands
+    if name in ("add", "add_", "sub", "sub_") and len(operands) == 2:
+        for one, other in (operands, operands[::-1]):
+            if flow.ancestors[other] >> flow.index[one] & 1:  # x + f(x) continues x
+                return [one]
+    return operands
+
+
+def input_stream(graph: Graph, flow: DataFlow) -> set[Node]:
+    """Return the inputs that the output's tokens come from: the latents, where text and conditions can be told from them.
+
+    Tokens are followed from the output back: through sums `x + f(x)` to `x`, through an attention to its queries, through a
+    concatenation to the rows that the output takes. Where that does not tell, more inputs than these are returned.
+    """
+    needs = needed_rows(graph, lambda node: _along_the_stream(node, flow))
+    return {node for node in graph.find_nodes(op="placeholder") if node in needs and is_token_input(node)}
+
+
+def is_token_input(node: Node) -> bool:
+    """Whether an input can hold tokens."""
+    value = node.meta.get("val")
+    return node.op == "placeholder" and isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
 
 
 def _shape(node: Node) -> Shape | None:
