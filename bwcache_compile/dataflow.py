@@ -6,7 +6,7 @@ here do. Node sets are bit masks over the order of the graph, so that reachabili
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -112,15 +112,20 @@ class DataFlow:
                 readers[other].append(node)
         return readers
 
-    def live(self, outputs: Iterable[Node]) -> set[Node]:
-        """Return what the outputs' values need: writes to a value that they read count, writes that no one reads do not."""
+    def live(self, outputs: Iterable[Node], instead: Mapping[Node, Sequence[Node]] | None = None) -> set[Node]:
+        """Return what the outputs' values need: writes to a value that they read count, writes that no one reads do not.
+
+        Args:
+            outputs: Where to begin.
+            instead: Nodes that need these values instead of their operands.
+        """
         live: set[Node] = set()
         stack = list(outputs)
         while stack:
             node = stack.pop()
             if node not in live:
                 live.add(node)
-                stack += self._needs[node]
+                stack += (instead or {}).get(node, self._needs[node])
         return live
 
     def outside_writers(self) -> list[Node]:

@@ -21,6 +21,7 @@ from bwcache_compile.policies import POLICIES, REUSES
 from bwcache_compile.size_expressions import evaluated
 from bwcache_compile.sizes import OpenSizes, Shape, Size, has_no_size
 from bwcache_compile.tree_paths import leaf_paths, output_name
+from bwcache_compile.work_share import WorkShare
 
 OURS = "bwcache_"
 """Prefix of the names of graphs and buffers that passes add to a module, so that they never hide the model's own."""
@@ -46,23 +47,26 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Rejection:
-    """A candidate stack that is not cached, and why."""
+    """A candidate stack that is not cached, and why. `nodes` are its operators."""
 
     stack: str
     count: int
     reason: str
+    nodes: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSearch:
     """Blocks of the main stacks in execution order, and every candidate that was turned down.
 
-    `token_range` is the slice (dimension 1) of the last feature that the epilogue takes, where that is proved.
+    `token_range` is the slice (dimension 1) of the last feature that the epilogue takes, where that is proved. `chosen` says
+    that the user named the blocks.
     """
 
     blocks: tuple[Block, ...]
     rejections: tuple[Rejection, ...]
     token_range: tuple[Size, Size] | None = None
+    chosen: bool = False
 
     def __str__(self) -> str:
         """List the stacks with their counts, then the rejections."""
@@ -150,6 +154,7 @@ class CachePlan:
         time_input: For a way of reusing that needs it: the input that gives the time; None counts steps.
         hidden_bytes: Bytes of one hidden state: the last block's feature.
         device: Where the features are, and the state with them.
+        work: How much of the model's work a reused step skips, and what is not cached.
         notes: What the user should know about this plan.
     """
 
@@ -159,6 +164,7 @@ class CachePlan:
     time_input: str | None
     hidden_bytes: int
     device: torch.device
+    work: WorkShare
     notes: tuple[str, ...] = ()
 
     @property
@@ -202,6 +208,7 @@ class CachePlan:
         references = sum(slot.bytes for slot in self.slots if slot.role == "reference")
         lines = [
             f"{len(self.blocks)} blocks are skipped on a reused step: {self.blocks[0].name} .. {self.blocks[-1].name}",
+            str(self.work),
             f"policy {settings.policy}, reuse {settings.reuse}, {len(self.measured)} blocks measured"
             + (f", one token in {settings.indicator_tokens}" if settings.indicator_tokens != "all" else ", every token"),
             f"state per context: {self.state_bytes / mib:.2f} MiB = {self.hidden_states:.2f} hidden states"
@@ -213,6 +220,7 @@ class CachePlan:
             lines.append(
                 f"extrapolates along {f'{time}, or along the step index while {time} does not move' if time else 'the step index'}"
             )
+        lines += map(str, self.work.stacks)
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 

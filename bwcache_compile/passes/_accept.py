@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from torch.fx import Graph, Node
 
 from bwcache_compile.dataflow import DataFlow
+from bwcache_compile.graph_text import format_value
 from bwcache_compile.passes._isomorphism import difference, outside_operands
 from bwcache_compile.passes._stacks import (
     Stack,
@@ -21,12 +23,21 @@ from bwcache_compile.passes._stacks import (
 from bwcache_compile.program import Rejection
 
 
+def _shown(nodes: Iterable[Node]) -> str:
+    return ", ".join(f"`{node.name}` {format_value(node.meta.get('val'))}" for node in nodes)
+
+
 def _no_block(unit: Unit, streams: set[Node]) -> str | None:
     if products(unit.nodes) < 2:
-        return f"{unit.name} multiplies fewer than two matrices"
+        own = _shown(node for node in unit.nodes if products([node]))
+        return f"{unit.name} multiplies fewer than two matrices ({own or 'none'})"
     if not live_outs(unit, streams):
-        return f"{unit.name} returns no floating value of rank 3 or more"
+        return f"{unit.name} returns no floating value of rank 3 or more ({_shown(live_outs(unit, set(unit.nodes))) or 'nothing'})"
     return None
+
+
+def _rejected(stack: Stack, count: int, reason: str) -> Rejection:
+    return Rejection(stack.name, count, reason, frozenset(node.name for unit in stack.units for node in unit.nodes))
 
 
 def _extents(unit: Unit, streams: set[Node]) -> set[tuple[int, int]]:
@@ -95,7 +106,10 @@ def _judge(stack: Stack, flow: DataFlow, streams: set[Node]) -> tuple[list[Stack
     if len(units) < 2:
         return [], reason
     alike = _of_one_size(units, streams)
-    reason = reason or next((f"{u.name} returns another size than {alike[0].name}" for u in units if u not in alike), None)
+    odd = next((unit for unit in units if unit not in alike), None)
+    if odd is not None and reason is None:
+        usual = f"{alike[0].name} ({_shown(live_outs(alike[0], streams))})"
+        reason = f"{odd.name} returns another size ({_shown(live_outs(odd, streams))}) than {usual}"
     if len(_kin(alike)) < 2:  # a stack that holds blocks may hold others of their size: a last block often differs
         return [], reason or f"{alike[1].name} differs from {alike[0].name} {difference(alike[0], alike[1])}"
     alike = [whole(unit, flow) for unit in alike]
@@ -142,22 +156,36 @@ def _alone(stack: Stack, accepted: list[Stack], streams: set[Node]) -> bool:
 def _named(graph: Graph, flow: DataFlow, streams: set[Node]) -> tuple[list[Stack], list[Rejection]]:
     accepted: list[Stack] = []
     rejections: list[Rejection] = []
+    passed_over: list[Rejection] = []  # worth a word only where there is nothing better
     candidates = named_stacks(graph)
     for stack in candidates:
-        if len(stack.units) == 1 or _within(stack, accepted) or _is_staged(stack, candidates):
+        if len(stack.units) == 1 or _within(stack, accepted):
+            continue
+        if _is_staged(stack, candidates):
+            passed_over.append(_rejected(stack, len(stack.units), "its modules are stages, and their own stacks are looked at"))
             continue
         if not any(products(unit.nodes) > 1 for unit in stack.units):
+            if any(products(unit.nodes) and (len(unit.nodes) > 1 or unit.name[-1:].isdigit()) for unit in stack.units):
+                passed_over.append(_rejected(stack, len(stack.units), _no_block(stack.units[0], streams) or ""))
             continue
         chains, reason = _judge(stack, flow, streams)
         accepted += chains
         if reason is not None:
-            left = len(stack.units) - sum(len(chain.units) for chain in chains)
-            rejections.append(Rejection(stack.name, left, reason))
+            taken = {unit.name for chain in chains for unit in chain.units}
+            left = dataclasses.replace(stack, units=tuple(unit for unit in stack.units if unit.name not in taken))
+            rejections.append(_rejected(left, len(left.units), reason))
     for stack in candidates:
-        if len(stack.units) == 1 and not _within(stack, accepted) and _alone(stack, accepted, streams):
-            single = Stack(stack.name, (whole(stack.units[0], flow),))
-            if overlapping([unit for s in [*accepted, single] for unit in s.units]) is None:
-                accepted.append(single)
+        if len(stack.units) > 1 or _within(stack, accepted):
+            continue
+        single = Stack(stack.name, (whole(stack.units[0], flow),))
+        if _alone(stack, accepted, streams) and overlapping([unit for s in [*accepted, single] for unit in s.units]) is None:
+            accepted.append(single)
+        elif products(stack.units[0].nodes) > 1:
+            alone = f"{stack.name} is a lone module, and of no class that is repeated elsewhere"
+            passed_over.append(_rejected(stack, 1, _no_block(stack.units[0], streams) or alone))
+    if not accepted:
+        outer = [r for r in passed_over if not any(r.nodes < other.nodes for other in [*rejections, *passed_over])]
+        rejections += outer
     return accepted, rejections
 
 
@@ -180,7 +208,7 @@ def accepted_stacks(graph: Graph, flow: DataFlow, streams: set[Node]) -> tuple[l
             chains, reason = _judge(stack, flow, streams)
             found += chains
             if reason is not None and not chains and not rejections and products(stack.units[0].nodes) > 1:
-                rejections.append(Rejection(stack.name, len(stack.units), reason))
+                rejections.append(_rejected(stack, len(stack.units), reason))
         held = {node for stack in found for unit in stack.units for node in unit.nodes}
         if least > 2 or 2 * products(taken | held) >= total:
             accepted += found

@@ -13,7 +13,11 @@ from torch.fx import Graph, Node
 
 from bwcache_compile.graph_text import format_value, op_name
 
-_PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+_PRODUCTS = {
+    **dict.fromkeys(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"), 1),
+    "_native_multi_head_attention": 3,  # torch's fused modules hold the products of a whole attention, or of a layer
+    "_transformer_encoder_layer_fwd": 5,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +58,16 @@ def streams(graph: Graph, rank: int) -> set[Node]:
 
 def products(nodes: Iterable[Node]) -> int:
     """Count the matrix products among operators. A higher-order operator counts as two: it has a graph of its own."""
-    return sum(2 if isinstance(n.target, torch._ops.HigherOrderOperator) else op_name(n) in _PRODUCTS for n in nodes)
+    return sum(2 if isinstance(n.target, torch._ops.HigherOrderOperator) else _PRODUCTS.get(op_name(n), 0) for n in nodes)
 
 
 def attends(unit: Unit) -> bool:
     """Whether a unit holds an attention, by its operator or by two products of activations."""
     names = [op_name(node) for node in unit.nodes]
-    return any("attention" in name for name in names) or sum(name in ("matmul", "bmm", "einsum") for name in names) >= 2
+    return (
+        any("attention" in name or _PRODUCTS.get(name, 0) > 1 for name in names)
+        or sum(name in ("matmul", "bmm", "einsum") for name in names) >= 2
+    )
 
 
 def live_outs(unit: Unit, streams: set[Node]) -> list[Node]:
@@ -69,19 +76,30 @@ def live_outs(unit: Unit, streams: set[Node]) -> list[Node]:
     return [node for node in unit.nodes if node in streams and any(user not in inside for user in node.users)]
 
 
+def user_path(path: object) -> str:
+    """Return a module's path as its user writes it: without the wrappers of `torch.compile`."""
+    return ".".join(part for part in str(path).split(".") if part != "_orig_mod")
+
+
 def _modules_of(node: Node, called: set[str]) -> Iterator[tuple[str, str, str]]:
     """List the modules that an operator ran in: path, class, and which call of the module it was.
 
-    A numbered module that is reached into without being called (`blocks[0].attn(x)`) counts too, without a class.
+    A numbered module that is reached into without being called (`blocks[0].attn(x)`) counts too, without a class. A module
+    that is compiled, `torch.compile(block)`, is listed once, under the path that it was assigned to.
     """
-    for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
-        parts = str(path).split(".")
+    stack = node.meta.get("nn_module_stack") or {}
+    written = {key: user_path(path) for key, (path, _) in stack.items()}
+    for key, (_, kind) in stack.items():
+        path = written[key]
+        if path in list(written.values())[list(written).index(key) + 1 :]:
+            continue
+        parts = path.split(".")
         for i, part in enumerate(parts[:-1], 1):
             prefix = ".".join(parts[:i])
             if part.isdigit() and prefix not in called:
                 yield prefix, "", prefix
         type_name = kind if isinstance(kind, str) else kind.__qualname__
-        yield str(path), type_name, f"{path}@{key.rpartition('@')[2]}" if "@" in key else str(path)
+        yield path, type_name, f"{path}@{key.rpartition('@')[2]}" if "@" in key else path
 
 
 def named_stacks(graph: Graph) -> list[Stack]:
@@ -90,7 +108,7 @@ def named_stacks(graph: Graph) -> list[Stack]:
     Siblings that are not numbered count as a stack where they are of one class. A name alone proves nothing.
     """
     operators = [node for node in graph.nodes if node.op == "call_function"]
-    called = {str(path) for node in operators for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
+    called = {user_path(path) for node in operators for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
     found: dict[tuple[str, str], dict[str, tuple[str, dict[Node, None]]]] = {}
     for node in operators:
         for path, type_name, call in _modules_of(node, called):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -90,7 +91,7 @@ def _as_told(program: CachedProgram, names: Sequence[str]) -> BlockSearch:
                 f"blocks={list(names)}: {following.name} of {program.model_name} does not depend on {unit.name}, which runs before it."
                 " Name blocks that follow one another on one stream."
             )
-    return _search(units, owner, [], graph, found)
+    return dataclasses.replace(_search(units, owner, [], graph, found), chosen=True)
 
 
 def find_blocks(program: CachedProgram, names: Sequence[str] = ()) -> BlockSearch:
@@ -128,5 +129,6 @@ def find_blocks(program: CachedProgram, names: Sequence[str] = ()) -> BlockSearc
     chosen = {unit.name for unit in units}
     for stack in stacks:
         if not any(unit.name in chosen for unit in stack.units):
-            rejections.append(Rejection(stack.name, len(stack.units), "its stream is not the one that reaches the output"))
+            own = frozenset(node.name for unit in stack.units for node in unit.nodes)
+            rejections.append(Rejection(stack.name, len(stack.units), "its stream is not the one that reaches the output", own))
     return _search(units, {unit.name: stack.name for stack in stacks for unit in stack.units}, rejections, graph, found)

@@ -17,17 +17,22 @@ from bwcache_compile.graph_text import format_value
 from bwcache_compile.layout import Order, slot_order
 from bwcache_compile.passes._edit import size_values
 from bwcache_compile.passes._streams import continued, same_places
+from bwcache_compile.passes._work import work_share
 from bwcache_compile.policies import POLICIES, REUSES, SmallSlot
 from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region
 from bwcache_compile.size_expressions import evaluated, largest
 from bwcache_compile.sizes import has_no_size, hint, hint_shape, shape_of, size_of
 from bwcache_compile.source_lines import node_line
 
+_NEAREST = 5
+"""How many rejected candidates an error names."""
+
 
 def _cached_blocks(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> tuple[Block, ...]:
     if not search.blocks:
-        nearest = max(search.rejections, key=lambda r: r.count, default=None)
-        evidence = f"\n  Nearest candidate: {nearest.stack} ({nearest.count} modules), rejected:\n    {nearest.reason}." if nearest else ""
+        nearest = sorted(search.rejections, key=lambda r: (-r.count, -len(r.nodes)))[:_NEAREST]
+        evidence = "".join(f"\n    {r.stack} ({r.count} module{'s' * (r.count > 1)}): {r.reason}." for r in nearest)
+        evidence = f"\n  Nearest candidates, each rejected:{evidence}" if nearest else "\n  No modules and no operators repeat."
         raise NoBlocksFoundError(
             f"no repeated transformer blocks in {program.model_name}.{evidence}\n"
             "  A stack is cached if its modules are of one class or run the same operators, and each takes as many tokens from the one"
@@ -225,7 +230,6 @@ def _notes(
     for m in measured[-1:]:
         if m.token_range is not None:
             notes.append(f"the indicator measures tokens {m.token_range[0]}:{m.token_range[1]}, those that the output takes")
-    notes += [f"{r.stack} is not cached: {r.reason}" for r in search.rejections if "differs from" in r.reason]
     return tuple(notes)
 
 
@@ -252,6 +256,8 @@ def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig)
         regions = tuple(_make_region(program, flow, nodes, (block,), m, config, str(i)) for i, (block, m) in each)
     else:
         regions = (_make_region(program, flow, nodes, blocks, measured, config, ""),)
+    found = regions[0].nodes if len(regions) == 1 and blocks == search.blocks else [n.name for n in _region(flow, search.blocks)]
+    sources = {name: (source,) for region in regions for name, source in region.sources.items()}
     time_input = _time_input(program) if REUSES[config.reuse].needs_time else None
     feature = nodes[blocks[-1].feature].meta["val"]
     return CachePlan(
@@ -261,5 +267,6 @@ def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig)
         time_input=time_input,
         hidden_bytes=math.prod(hint_shape(feature)) * feature.dtype.itemsize,
         device=feature.device,
+        work=work_share(program, flow, search, regions, [nodes[name] for name in found], sources),
         notes=_notes(program, search, measured, config, time_input),
     )

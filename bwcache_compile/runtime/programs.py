@@ -289,6 +289,9 @@ class ProgramCache:
                 del self._loaded[other]
         self._loaded[loaded.key] = loaded
         self.captured += 1
+        small = loaded.program.planned().work.warning(type(self._model).__name__)
+        if small is not None:
+            warnings.warn(small, CacheWarning, stacklevel=2)
         if self.captured == 3 * MAX_PROGRAMS:
             changed = f" (last: {self.watch.changed})" if self.watch.changed else ""
             warn(

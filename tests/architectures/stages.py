@@ -66,7 +66,12 @@ class TokensBetweenAtoms(Model):
 
     def inputs(self, step: int) -> tuple[Tensor, ...]:
         owner = torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1, 2, 2]), 3).float()
-        return (*super().inputs(step), torch.linspace(-1, 1, 30).view(2, 3, 5), torch.linspace(1, 0, 24).view(2, 6, 2), owner.expand(2, 6, 3))
+        return (
+            *super().inputs(step),
+            torch.linspace(-1, 1, 30).view(2, 3, 5),
+            torch.linspace(1, 0, 24).view(2, 6, 2),
+            owner.expand(2, 6, 3),
+        )
 
     def trunk(self, x: Tensor, c: Tensor, single: Tensor, owner: Tensor) -> Tensor:
         for block in self.encoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ def test_modules_side_by_side_are_refused() -> None:
 
 
 def test_growing_streams_are_refused() -> None:
-    reason = "blocks.1 returns another size than blocks.0"
+    reason = "blocks.1 returns another size (`add_1` f32[1, 12, 8]) than blocks.0 (`add` f32[1, 6, 8])"
     assert search(Growing(depth=3)) == BlockSearch((), (Rejection("blocks", 3, reason),))
 
 
@@ -119,7 +120,7 @@ def test_a_lone_projection_is_no_block_but_may_run_between_blocks() -> None:
         str(search(Mixed())),
         """\
 blocks.0 .. blocks.2: 2 x Block
-not cached: blocks (1 modules): blocks.1 multiplies fewer than two matrices""",
+not cached: blocks (1 modules): blocks.1 multiplies fewer than two matrices (`linear_4` f32[1, 6, 8])""",
     )
 
 
@@ -158,3 +159,62 @@ def stacks(model: Tiny) -> list[range | nn.ModuleList]:
     if isinstance(model, Functional):
         return [range((len(model.weights) - 2) // 2)]
     return [module for name, module in model.named_children() if isinstance(module, nn.ModuleList) and name != "refiner"]
+
+
+class FusedLayers(OneStream):
+    """torch's own encoder layers, which run as one operator each where no gradient is needed."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.patch(x) + self.embed(t)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_fused_encoder_layers_are_blocks() -> None:
+    found = search(FusedLayers())
+    assert str(found) == "blocks.0 .. blocks.2: 3 x TransformerEncoderLayer"
+    assert [len(block.nodes) for block in found.blocks] == [1, 1, 1]
+
+
+def test_compiled_blocks_are_listed_once_by_the_path_they_were_assigned_to() -> None:
+    model = OneStream(depth=3)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block, backend="eager")
+    assert str(search(model)) == "blocks.0 .. blocks.2: 3 x Block"
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).tanh())
+
+
+class NothingRepeats(OneStream):
+    """Stages, lone modules, and a list of single projections: candidates that are passed over one by one."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.trunk, self.mixers = Experts(), nn.ModuleList(LonelyLinear(8) for _ in range(2))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x, temb = self.trunk(self.patch(x)), self.embed(t)
+        for mixer in self.mixers:
+            x = mixer(x, temb)
+        return self.head(x)
+
+
+def test_candidates_that_are_passed_over_are_named_where_nothing_is_found() -> None:
+    assert_expected_inline(
+        "\n".join(f"{r.stack} ({r.count}): {r.reason}" for r in search(NothingRepeats()).rejections),
+        """\
+mixers (2): mixers.0 multiplies fewer than two matrices (`linear_4` f32[1, 6, 8])
+trunk (1): trunk is a lone module, and of no class that is repeated elsewhere""",
+    )
