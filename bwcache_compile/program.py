@@ -73,7 +73,7 @@ class BlockSearch:
         lines = []
         for stack in dict.fromkeys(block.stack for block in self.blocks):
             members = [block for block in self.blocks if block.stack == stack]
-            lines.append(f"{members[0].name} .. {members[-1].name}: {len(members)} x {members[0].module_type}")
+            lines.append(f"{members[0].name} .. {members[-1].name}: {len(members)} x {members[0].module_type or 'modules'}")
         lines += [f"not cached: {r.stack} ({r.count} modules): {r.reason}" for r in self.rejections]
         return "\n".join(lines)
 
@@ -125,9 +125,11 @@ class Region:
         nodes: Names of all nodes between the first block's inputs and the last block's outputs.
         inputs: Values that the region reads, parameters left out.
         outputs: Values that others read.
-        sources: For `reuse="residual"`: the region input that each region output continues.
+        sources: For `reuse="residual"`: what each region output continues: a region input, or a node of `arrangements`.
         measured: Features that the indicator measures; empty for `policy="static"`.
         slots: What is kept for this region.
+        arrangements: Nodes of the region that only join, cut and permute, in order, each with what stands for its operands when
+            it is copied to stand before the region: region inputs, or others of these nodes.
     """
 
     tag: str
@@ -137,6 +139,14 @@ class Region:
     sources: dict[str, str]
     measured: tuple[Measured, ...]
     slots: tuple[CacheSlot, ...] = ()
+    arrangements: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+
+    def continued_inputs(self, output: str) -> tuple[str, ...]:
+        """Return the region inputs that an output's source is put together from; none without `reuse="residual"`."""
+        found = [self.sources[output]] if output in self.sources else []
+        for name in found:
+            found += [other for other in self.arrangements.get(name, {}).values() if other not in found]
+        return tuple(name for name in found if name in self.inputs)
 
     def slot(self, kind: str, index: int | None = None) -> str:
         """Name a slot of this region: `output_0`, or `output3_0` for the block at position 3."""

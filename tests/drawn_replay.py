@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.program import CachedProgram, Region
@@ -46,8 +47,13 @@ class Replay(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if n.name in self.region.sources.values():
+        if n.name in self.region.inputs and isinstance(value, Tensor):
             self.sources[n.name] = value.clone()
+        if n.name in self.region.arrangements:
+            stand_ins = self.region.arrangements[n.name]
+            operands = {a: self.sources.get(stand_ins[a.name], self.env.get(a)) for a in n.all_input_nodes}
+            args, kwargs = map_arg((n.args, n.kwargs), operands.__getitem__)
+            self.sources[n.name] = n.target(*args, **kwargs)
         if n.name not in self.region.outputs:
             return value
         source = self.sources[self.region.sources[n.name]] if self.region.sources else 0

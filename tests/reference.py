@@ -27,7 +27,7 @@ def decide(indicators: dict[int, float], step: int, trigger: int | None, config:
 
 
 class Oracle:
-    """Runs a model step by step; `streams` names the block inputs that the outputs continue, in output order.
+    """Runs a model step by step; `streams` names the block inputs that the outputs continue, in output order or as they are joined.
 
     `rows` are the rows that the model returns, of a stream that holds text or frames of the past beside them.
     """
@@ -42,6 +42,10 @@ class Oracle:
         joined = len(outs) < len(self.streams) or "hidden_states" not in self.streams
         feature = outs[0 if joined else self.streams.index("hidden_states")]
         return (feature if feature.shape[1] < (self.rows.stop or 0) else feature[:, self.rows]).float()
+
+    def _continued(self, entered: tuple[Tensor, ...], outs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Return what outputs continue: the streams, joined in their order if the last block has them joined."""
+        return entered if len(outs) == len(entered) else (torch.cat(entered, dim=1),)
 
     def _reused(self, name: int, now: float) -> tuple[Tensor, ...]:
         last, previous = self.kept[name], self.kept.get(("previous", name))
@@ -67,7 +71,8 @@ class Oracle:
                 if i == first:
                     entered["in"] = tuple(bound[name] for name in self.streams)
                 if reuse and self.config.reuse == "residual" and i == final:
-                    outs = tuple(r if r is None else x + r for x, r in zip(entered["in"], self.kept["residual"], strict=True))
+                    kept = self.kept["residual"]
+                    outs = tuple(r if r is None else x + r for x, r in zip(self._continued(entered["in"], kept), kept, strict=True))
                 elif reuse:
                     outs = self._reused(i, now)
                 else:
@@ -79,7 +84,9 @@ class Oracle:
                         self.kept["previous", i] = self.kept[i]
                     self.kept[i] = tuple(None if out is None else out.clone() for out in outs)  # a last block may end its text stream
                     if i == final and self.config.reuse == "residual":
-                        self.kept["residual"] = tuple(y if y is None else y - x for y, x in zip(outs, entered["in"], strict=True))
+                        self.kept["residual"] = tuple(
+                            y if y is None else y - x for y, x in zip(outs, self._continued(entered["in"], outs), strict=True)
+                        )
                 return outs if len(outs) > 1 else outs[0]
 
             return forward

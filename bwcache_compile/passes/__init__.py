@@ -7,6 +7,7 @@ from typing import Literal
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_text import GraphDiff, graph_diff, snapshot
+from bwcache_compile.passes.arrange_sources import arrange_sources
 from bwcache_compile.passes.canonicalize import canonicalize
 from bwcache_compile.passes.find_blocks import find_blocks
 from bwcache_compile.passes.hoist_sizes import hoist_sizes
@@ -27,8 +28,24 @@ Guard = Literal["host", "graph"]
 AfterPass = Callable[[str, CachedProgram], None]
 
 TIDY_PIPELINE: tuple[Pass, ...] = (canonicalize, hoist_sizes)
-CACHE_PIPELINE: tuple[Pass, ...] = (split_region, insert_cache, insert_indicator, insert_policy, lift_cache_state, specialize)
-GUARD_PIPELINE: tuple[Pass, ...] = (split_region, insert_cache, insert_indicator, insert_policy, lift_cache_state, insert_cond)
+CACHE_PIPELINE: tuple[Pass, ...] = (
+    arrange_sources,
+    split_region,
+    insert_cache,
+    insert_indicator,
+    insert_policy,
+    lift_cache_state,
+    specialize,
+)
+GUARD_PIPELINE: tuple[Pass, ...] = (
+    arrange_sources,
+    split_region,
+    insert_cache,
+    insert_indicator,
+    insert_policy,
+    lift_cache_state,
+    insert_cond,
+)
 
 __all__ = ["CACHE_PIPELINE", "TIDY_PIPELINE", "build", "canonicalize", "explain", "find_blocks", "plan_cache", "run_pipeline"]
 

@@ -69,6 +69,11 @@ def inserted(graph: Graph, role: str) -> Node:
     return next(node for node in graph.nodes if node.meta.get(_ROLE) == role)
 
 
+def give_role(node: Node, role: str) -> None:
+    """Let a node be found by its role; see `inserted`."""
+    node.meta[_ROLE] = role
+
+
 def new_input(graph: Graph, name: str, value: Any) -> Node:
     """Add an input at the insertion point, under another name if the model has one of that name."""
     node = graph.placeholder(name)

@@ -1,4 +1,4 @@
-"""Following one stream of tokens: which of several live-outs reaches the output, and what it continues."""
+"""Following one stream of tokens: which inputs it comes from, which live-out reaches the output, and what that continues."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import SymInt, Tensor
 from torch.fx import Graph, Node
 
 from bwcache_compile.dataflow import DataFlow
-from bwcache_compile.sizes import Shape, at_most, hint, hint_shape, shape_of, size_of
+from bwcache_compile.sizes import Shape, at_most, shape_of, size_of
 
 aten = torch.ops.aten
 # Per token: row i of the result needs row i of the operands that have as many rows, and all of the others.
@@ -20,14 +20,14 @@ _TOKENWISE = {
 }  # fmt: skip
 _ELEMENTWISE = _TOKENWISE - {"layer_norm", "rms_norm", "native_layer_norm", "linear"} | {"add_", "sub_", "mul_", "div_"}
 _FIRST_HOLDS_TOKENS = {"layer_norm", "rms_norm", "native_layer_norm", "group_norm", "linear"}
-_LAYOUT = {
+LAYOUT = {
     "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "clone",
     "expand", "slice", "to", "type_as", "_to_copy", "split_with_sizes", "split", "chunk", "getitem", "narrow", "cat",
     "select", "stack", "slice_scatter", "select_scatter",
 }  # fmt: skip
 
 
-def _name(node: Node) -> str:
+def operator_name(node: Node) -> str:
     target = node.target
     return target._schema.name.removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
 
@@ -94,7 +94,7 @@ def needed_rows(graph: Graph, operands_of: Callable[[Node], Sequence[Node]] | No
                 add(operand, None)
         if node not in needs:
             continue
-        rows, name = needs[node], _name(node)
+        rows, name = needs[node], operator_name(node)
         followed = node.all_input_nodes if operands_of is None else operands_of(node)
         if rows is not None and name == "slice" and node.args[1] == 1 and len(node.args) < 5:
             start = _number(node.args[2]) if len(node.args) > 2 else 0
@@ -124,7 +124,7 @@ def _same_size(left: int | SymInt | None, right: int | SymInt | None) -> bool:
 
 def _along_the_stream(node: Node, flow: DataFlow) -> list[Node]:
     """Return the operands that hold the tokens of a value, conditions and weights left out."""
-    name, operands = _name(node), [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
+    name, operands = operator_name(node), [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
     if name in _FIRST_HOLDS_TOKENS or "attention" in name or name.startswith("conv"):
         return operands[:1]
     if name in _ELEMENTWISE:
@@ -157,16 +157,16 @@ def _shape(node: Node) -> Shape | None:
     return shape_of(value) if isinstance(value, Tensor) else None
 
 
-def _addends(node: Node) -> list[Node]:
+def addends(node: Node) -> list[Node]:
     """Return the operands whose values stand unchanged in a sum, a re-arrangement or a cast."""
-    name = _name(node)
+    name = operator_name(node)
     shape = _shape(node)
     if name in ("add", "sub", "add_", "sub_") and node.kwargs.get("alpha", 1) == 1:
         sides = node.args[:2] if name.startswith("add") else node.args[:1]
         return [a for a in sides if isinstance(a, Node) and _shape(a) == shape]
     if name == "copy":  # the functional form of `copy_`: the value is the second operand's
         return [a for a in node.args[1:2] if isinstance(a, Node) and _shape(a) == shape]
-    if name in _LAYOUT:
+    if name in LAYOUT:
         return node.all_input_nodes if name in ("cat", "stack", "slice_scatter", "select_scatter") else node.all_input_nodes[:1]
     return []
 
@@ -184,56 +184,5 @@ def continued(node: Node, candidates: Collection[Node]) -> list[Node]:
         if current in candidates and current is not node:
             found.append(current)
         else:
-            stack += _addends(current)
+            stack += addends(current)
     return found
-
-
-def _replay(node: Node, places: dict[Node, Any]) -> Any:
-    """Run a re-arrangement on element numbers instead of values; -1 marks what comes from elsewhere."""
-
-    def lookup(argument: Node) -> Any:
-        if places.get(argument) is not None:
-            return places[argument]
-        value = argument.meta["val"]
-        if isinstance(value, SymInt):
-            return hint(value)
-        return torch.full(hint_shape(value), -1, dtype=torch.int32) if isinstance(value, Tensor) else None
-
-    if _name(node) in ("to", "type_as", "_to_copy"):
-        return lookup(node.all_input_nodes[0])
-    args = torch.fx.node.map_arg(node.args, lookup)
-    kwargs = torch.fx.node.map_arg(node.kwargs, lookup)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def same_places(graph: Graph, output: Node, source: Node) -> bool:
-    """Prove that element i of `output` is element i of `source` plus something, for every i.
-
-    Equal shapes prove nothing: rows and columns may have been exchanged on the way. So the element numbers of `source`
-    are sent along the residual path through every re-arrangement, and must come out in order. Open sizes take part with
-    the values they were captured at; the shapes must agree at every size.
-    """
-    if _shape(output) is None or _shape(output) != _shape(source):
-        return False
-    shape = torch.Size(hint_shape(source.meta["val"]))
-    places: dict[Node, Any] = {source: torch.arange(shape.numel(), dtype=torch.int32).view(shape)}
-    for node in graph.nodes:
-        if node is source:
-            continue
-        addends = [a for a in _addends(node) if places.get(a) is not None]
-        if not addends:
-            continue
-        name = _name(node)
-        if name in _LAYOUT:
-            places[node] = _replay(node, places)
-        elif len(addends) == 1:
-            places[node] = places[addends[0]]
-        else:  # x + x is no residual, and stays none whatever is added to it: -2
-            left, right = (places[a] for a in addends)
-            twice = ((left >= 0) & (right >= 0)) | (left == -2) | (right == -2)
-            places[node] = torch.where(twice, -2, torch.maximum(left, right))
-        if node is output:
-            break
-    got = places.get(output)
-    return isinstance(got, Tensor) and bool(torch.equal(got, places[source]))

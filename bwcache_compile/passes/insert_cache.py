@@ -14,6 +14,7 @@ from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.graph_text import called_graph
 from bwcache_compile.layout import Order, in_order, memory_order
 from bwcache_compile.passes._edit import call_pure, check_results, inserted, read_slot, slot_value, step_input, write_slot
+from bwcache_compile.passes.arrange_sources import source_role
 from bwcache_compile.policies import REUSES
 from bwcache_compile.policies.definitions import takes
 from bwcache_compile.program import CachedProgram, CacheSlot, PassResult, Region
@@ -67,8 +68,11 @@ def _snapshot(program: CachedProgram, value: Node, shared: bool) -> Node:
 
 
 def source_of(call: Node, region: Region, index: int) -> Node:
-    """Return what the region's output `index` continues: an operand of the region's call."""
-    source = call.args[region.inputs.index(region.sources[region.outputs[index]])]
+    """Return what the region's output `index` continues: an operand of the region's call, or operands put together."""
+    name = region.sources[region.outputs[index]]
+    if name in region.arrangements:
+        return inserted(call.graph, source_role(region, name))
+    source = call.args[region.inputs.index(name)]
     assert isinstance(source, Node)
     return source
 

@@ -15,8 +15,9 @@ from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.graph_text import format_value
 from bwcache_compile.layout import Order, slot_order
+from bwcache_compile.passes._arrangement import arrangement
 from bwcache_compile.passes._edit import size_values
-from bwcache_compile.passes._streams import continued, same_places
+from bwcache_compile.passes._streams import continued
 from bwcache_compile.passes._work import work_share
 from bwcache_compile.policies import POLICIES, REUSES, SmallSlot
 from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region
@@ -107,35 +108,42 @@ def _time_input(program: CachedProgram) -> str | None:
     return found[0].name if len(found) == 1 and found[0].meta["val"].dtype == torch.float32 else None
 
 
-def _first_of(output: Node, blocks: tuple[Block, ...], nodes: dict[str, Node]) -> Node:
-    """Return what the first block on an output's residual path hands on; the output itself, where no block does."""
-    live_outs = (nodes[name] for block in blocks for name in block.live_outs)
-    return next((node for node in live_outs if node is output or continued(output, {node})), output)
+def _entered(output: Node, blocks: tuple[Block, ...], nodes: dict[str, Node], inputs: list[Node]) -> list[Node]:
+    """Return the inputs that the first block on an output's residual path continues; what is added on the way is none."""
+    for block in blocks:
+        streams = [nodes[name] for name in block.live_outs if nodes[name] is output or continued(output, {nodes[name]})]
+        if streams:
+            entered = {i for stream in streams for i in continued(stream, set(inputs))}
+            return [i for i in inputs if i in entered]
+    return [i for i in inputs if i in continued(output, set(inputs))]
 
 
 def _sources(
     program: CachedProgram,
+    flow: DataFlow,
+    region: Region,
     nodes: dict[str, Node],
-    inputs: list[Node],
-    outputs: list[Node],
     blocks: tuple[Block, ...],
     config: CacheConfig,
-) -> dict[str, str]:
-    """Prove which region input each region output continues; what is only added on the way did not enter the first block."""
-    graph = program.compute.graph
+) -> Region:
+    """Prove what each region output continues: region inputs, as they are or as the region joins, cuts and permutes them."""
+    inputs, members = [nodes[name] for name in region.inputs], [nodes[name] for name in region.nodes]
     sources: dict[str, str] = {}
+    arrangements: dict[str, dict[str, str]] = {}
     advice = "" if config.granularity == "stack" else "granularity='stack' with "
-    for output in outputs:
-        entered = continued(_first_of(output, blocks, nodes), set(inputs))
-        proved = [i for i in entered if same_places(graph, output, i)]
-        if len(proved) != 1:
+    for output in (nodes[name] for name in region.outputs):
+        entered = _entered(output, blocks, nodes, inputs)
+        proved = arrangement(flow, members, inputs, entered, output) if entered else None
+        if proved is None:
             shapes = ", ".join(f"{i.name} {format_value(i.meta.get('val'))}" for i in inputs)
             raise ConfigError(
                 f"reuse={config.reuse!r} does not fit {program.model_name}: no input of the blocks is proved to be what `{output.name}`"
                 f" {format_value(output.meta.get('val'))} continues (inputs: {shapes}). Use {advice}reuse='output' or 'taylor'."
             )
-        sources[output.name] = proved[0].name
-    return sources
+        sources[output.name] = proved.node.name
+        for node, operands in proved.copied.items():
+            arrangements[node.name] = {operand.name: stand_in.name for operand, stand_in in operands.items()}
+    return dataclasses.replace(region, sources=sources, arrangements=arrangements)
 
 
 def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfig, nodes: dict[str, Node]) -> tuple[Measured, ...]:
@@ -208,9 +216,11 @@ def _make_region(
         nodes=tuple(n.name for n in members),
         inputs=tuple(n.name for n in inputs),
         outputs=tuple(n.name for n in outputs),
-        sources=_sources(program, nodes, inputs, outputs, blocks, config) if REUSES[config.reuse].needs_source else {},
+        sources={},
         measured=measured,
     )
+    if REUSES[config.reuse].needs_source:
+        region = _sources(program, flow, region, nodes, blocks, config)
     return dataclasses.replace(region, slots=_slots(program, config, region, nodes))
 
 
@@ -257,7 +267,7 @@ def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig)
     else:
         regions = (_make_region(program, flow, nodes, blocks, measured, config, ""),)
     found = regions[0].nodes if len(regions) == 1 and blocks == search.blocks else [n.name for n in _region(flow, search.blocks)]
-    sources = {name: (source,) for region in regions for name, source in region.sources.items()}
+    sources = {name: region.continued_inputs(name) for region in regions for name in region.outputs}
     time_input = _time_input(program) if REUSES[config.reuse].needs_time else None
     feature = nodes[blocks[-1].feature].meta["val"]
     return CachePlan(

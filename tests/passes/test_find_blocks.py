@@ -181,11 +181,24 @@ def test_fused_encoder_layers_are_blocks() -> None:
     assert [len(block.nodes) for block in found.blocks] == [1, 1, 1]
 
 
-def test_compiled_blocks_are_listed_once_by_the_path_they_were_assigned_to() -> None:
+@pytest.mark.parametrize("called", [False, True], ids=["inlined", "both modules called"])
+def test_compiled_blocks_are_listed_once_by_the_path_they_were_assigned_to(called: bool) -> None:
     model = OneStream(depth=3)
     for i, block in enumerate(model.blocks):
         model.blocks[i] = torch.compile(block, backend="eager")
-    assert str(search(model)) == "blocks.0 .. blocks.2: 3 x Block"
+    program = canonicalize(captured(model)).program
+    path = "blocks.0"
+    for node in program.compute.graph.nodes if called else ():
+        stack = node.meta.get("nn_module_stack", {})
+        inner = next((str(p).rpartition(".")[0] for p, _ in stack.values() if "_orig_mod" in str(p)), "")
+        path = inner.removesuffix("._orig_mod") or path
+        if inner or node.name.startswith(("mul", "gelu", "add")):
+            wrapped = {
+                path: (path, "torch._dynamo.eval_frame.OptimizedModule"),
+                f"{path}._orig_mod": (f"{path}._orig_mod", "tests.models.Block"),
+            }
+            node.meta["nn_module_stack"] = {**wrapped, **stack}
+    assert str(find_blocks(program)) == f"blocks.0 .. blocks.2: 3 x {'Block' if called else 'modules'}"
 
 
 class Experts(nn.Module):

@@ -1,0 +1,99 @@
+"""arrange_sources: what residuals are taken from where streams were joined, cut or permuted on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+import bwcache_compile as bw
+from bwcache_compile.graph_text import diff_graphs
+from bwcache_compile.passes import Guard
+from bwcache_compile.passes.arrange_sources import arrange_sources
+from tests.architectures.parts import Model
+from tests.architectures.shapes import InTurn
+from tests.architectures.stages import Layered, RefinedOnBothSides
+from tests.models import OneStream, TwoStream
+from tests.passes.helpers import applied, planned, text
+from tests.reference import Oracle
+
+RESIDUAL = bw.CacheConfig(num_steps=4, reuse="residual")
+MASK = (0, 1, 1, 0, 1)
+
+
+def test_a_stream_that_stays_as_it_is_needs_nothing() -> None:
+    program = planned(OneStream(), RESIDUAL)
+    before = text(program)
+    assert not arrange_sources(program).modified
+    assert text(program) == before
+
+
+def test_diff() -> None:
+    program = planned(TwoStream(), RESIDUAL)
+    before = text(program)
+    assert program.planned().regions[0].sources == {"add_9": "cat"}
+    assert_expected_inline(
+        diff_graphs(before, text(applied(arrange_sources, program)), "arrange_sources"),
+        """\
+@@ arrange_sources
++cat_1: f32[1, 8, 8] = cat([linear_1, linear], 1)""",
+    )
+
+
+@pytest.mark.parametrize("guard", ["host", "graph"])
+def test_residuals_of_joined_streams_are_the_oracle(guard: Guard) -> None:
+    model = TwoStream().eval()
+    config = bw.CacheConfig(policy="static", steps_mask=MASK, reuse="residual")
+    cached = bw.transform(model, config, guard=guard)
+    blocks = [*model.double_blocks, *model.single_blocks]
+    oracle = Oracle(model, blocks, ("text", "x"), config)
+    for step in range(len(MASK)):
+        inputs = dict(zip(("x", "text", "t"), model.example(step=step), strict=True))
+        with torch.no_grad():
+            torch.testing.assert_close(cached(**inputs), oracle(**inputs), rtol=1e-6, atol=1e-6)
+    assert len(cached.plan.blocks) == len(blocks)
+
+
+def first(*args: Tensor) -> Tensor:
+    return args[0]
+
+
+def joined(x: Tensor, _: Tensor, words: Tensor) -> Tensor:
+    return torch.cat([x, words], dim=1)
+
+
+@pytest.mark.parametrize(("kind", "source"), [(Layered, first), (RefinedOnBothSides, joined), (InTurn, first)], ids=lambda v: v.__name__)
+def test_residuals_through_text_that_joins_and_rows_in_turn(kind: type[Model], source: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model = kind().eval().requires_grad_(False)
+    cached = bw.transform(model, bw.CacheConfig(policy="static", steps_mask=MASK, reuse="residual"))
+    original, kept = model.trunk, []
+    for step, reuse in enumerate(MASK):
+
+        def trunk(*args: Tensor, reuse: int = reuse) -> Tensor:
+            if not reuse:
+                kept.append(original(*args) - source(*args))
+            return source(*args) + kept[-1]
+
+        model.trunk = trunk  # type: ignore[method-assign]
+        with torch.no_grad():
+            expected = model(*model.inputs(step))
+            del model.trunk
+            torch.testing.assert_close(cached(*model.inputs(step)), expected, rtol=1e-6, atol=1e-6)
+            if reuse:
+                assert not torch.allclose(model(*model.inputs(step)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_at_another_size() -> None:
+    model = TwoStream().eval()
+    config = bw.CacheConfig(policy="static", steps_mask=MASK, reuse="residual")
+    cached, fixed = bw.transform(model, config, dynamic_shapes="auto", example_args=model.example(batch=2)), bw.transform(model, config)
+    for step in range(len(MASK)):
+        x, words, t = model.example(batch=3, step=step)
+        x, words = torch.cat([x, x + 1], dim=1), torch.cat([words, words - 1], dim=1)
+        with torch.no_grad():
+            assert torch.equal(cached(x, words, t), fixed(x, words, t))
+    assert len(cached.cached_programs) == 1
