@@ -98,6 +98,7 @@ IMAGE = {
         },
         {"layers": 3},
         ("x",),
+        warned={"residual": "noise_refiner"},
     ),
     "stable_audio": Entry(
         "StableAudioDiTModel",
