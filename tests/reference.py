@@ -32,7 +32,16 @@ class Oracle:
     `rows` are the rows that the model returns, of a stream that holds text or frames of the past beside them.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], streams: tuple[str, ...], config: Any, rows: slice = slice(None)) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        streams: tuple[str, ...],
+        config: Any,
+        rows: slice = slice(None),
+        continued: Any = None,
+    ) -> None:
+        self.arranged = continued
         self.model, self.blocks, self.streams, self.config, self.rows = model, blocks, streams, config, rows
         self.kept: dict[Any, Any] = {}
         self.step, self.trigger, self.indicators, self.times = 0, None, {}, []
@@ -44,7 +53,9 @@ class Oracle:
         return (feature if feature.shape[1] < (self.rows.stop or 0) else feature[:, self.rows]).float()
 
     def _continued(self, entered: tuple[Tensor, ...], outs: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """Return what outputs continue: the streams, joined in their order if the last block has them joined."""
+        """Return what outputs continue: the streams, joined in their order if the last block has them joined, or as `continued` says."""
+        if self.arranged is not None:
+            return self.arranged(entered)
         return entered if len(outs) == len(entered) else (torch.cat(entered, dim=1),)
 
     def _reused(self, name: int, now: float) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ NAME = "bwcache_compile"
 ROOT = Path(bwcache_compile.__file__).parent
 LAYERS = (
     {"errors"},
-    {"graph_io", "report", "size_expressions", "source_lines", "stepping", "tracing"},
+    {"graph_io", "report", "size_expressions", "source_lines", "stepping", "tracing", "work_share"},
     {"config", "contexts", "policies", "sizes"},
     {"examples", "layout", "tree_paths"},
     {"program"},

@@ -40,7 +40,7 @@ class Case:
 
     def oracle(self, config: bw.CacheConfig) -> Oracle:
         blocks = [self.model.get_submodule(name) for name in self.entry.block_names()]
-        return Oracle(self.model, blocks, self.entry.streams, config, self.entry.rows)
+        return Oracle(self.model, blocks, self.entry.streams, config, self.entry.rows, self.entry.continued)
 
 
 @pytest.fixture(scope="module", params=selected(ZOO))

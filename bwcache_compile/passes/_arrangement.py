@@ -120,6 +120,8 @@ def arrangement(
     Returns:
         None where that cannot be proved.
     """
+    if not entered:
+        return None
     tensors = [node for node in inputs if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].is_floating_point()]
     numbered = _Numbered(flow, entered, [node for node in tensors if node not in entered])
     for node in region:

@@ -133,15 +133,18 @@ def _sources(
     advice = "" if config.granularity == "stack" else "granularity='stack' with "
     for output in (nodes[name] for name in region.outputs):
         entered = _entered(output, blocks, nodes, inputs)
-        proved = arrangement(flow, members, inputs, entered, output) if entered else None
-        if proved is None:
+        proved = [a for a in [arrangement(flow, members, inputs, entered, output)] if a is not None]
+        if not proved and len(entered) > 1:  # of two that are summed, one may be added again and again, as an embedding of places
+            single = [arrangement(flow, members, inputs, [alone], output) for alone in entered]
+            proved = [a for i, a in enumerate(single) if a is not None and a not in single[:i]]
+        if len(proved) != 1:
             shapes = ", ".join(f"{i.name} {format_value(i.meta.get('val'))}" for i in inputs)
             raise ConfigError(
                 f"reuse={config.reuse!r} does not fit {program.model_name}: no input of the blocks is proved to be what `{output.name}`"
                 f" {format_value(output.meta.get('val'))} continues (inputs: {shapes}). Use {advice}reuse='output' or 'taylor'."
             )
-        sources[output.name] = proved.node.name
-        for node, operands in proved.copied.items():
+        sources[output.name] = proved[0].node.name
+        for node, operands in proved[0].copied.items():
             arrangements[node.name] = {operand.name: stand_in.name for operand, stand_in in operands.items()}
     return dataclasses.replace(region, sources=sources, arrangements=arrangements)
 

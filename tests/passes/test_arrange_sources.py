@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from torch import Tensor
+from torch import Tensor, nn
 
 import bwcache_compile as bw
 from bwcache_compile.graph_text import diff_graphs
@@ -16,7 +16,7 @@ from bwcache_compile.passes.arrange_sources import arrange_sources
 from tests.architectures.parts import Model
 from tests.architectures.shapes import InTurn
 from tests.architectures.stages import Layered, RefinedOnBothSides
-from tests.models import OneStream, TwoStream
+from tests.models import Block, OneStream, TwoStream
 from tests.passes.helpers import applied, planned, text
 from tests.reference import Oracle
 
@@ -29,6 +29,31 @@ def test_a_stream_that_stays_as_it_is_needs_nothing() -> None:
     before = text(program)
     assert not arrange_sources(program).modified
     assert text(program) == before
+
+
+class PlacedBlock(Block):
+    def forward(self, x: Tensor, temb: Tensor, places: Tensor | None = None) -> Tensor:
+        assert places is not None
+        return super().forward(x + places, temb)
+
+
+class PlacesAgain(OneStream):
+    """Each block adds an embedding of the places, as Cosmos: of two inputs that are summed, one is the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PlacedBlock(8) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        places, x, temb = self.patch(x.flip(1)), self.patch(x), self.embed(t)
+        for block in self.blocks:
+            x = block(x, temb, places)
+        return self.head(x)
+
+
+def test_what_is_added_again_and_again_is_no_stream() -> None:
+    region = planned(PlacesAgain(), RESIDUAL).planned().regions[0]
+    assert (region.inputs, region.sources, region.arrangements) == (("linear_1", "linear", "linear_2"), {"add_5": "linear_1"}, {})
 
 
 def test_diff() -> None:

@@ -24,6 +24,7 @@ class Entry:
         rows: The rows that the output takes, of a stream that holds text or frames of the past beside them.
         in_turn: The stacks' blocks run in turn (spatial, temporal, spatial, ...) instead of stack after stack.
         refused: Way of reuse to the first line of its refusal.
+        continued: What the last block's outputs continue, from those inputs, where it is neither these nor these joined in order.
         warned: Way of reuse to the part of the model that a capture warns of, as it is large at this size and is not cached.
         never_captured: What the refusal says, where the model cannot be captured or cached at all.
         needs: A module that the class imports and that may be absent.
@@ -37,6 +38,7 @@ class Entry:
     rows: slice = dataclasses.field(default_factory=lambda: slice(None))
     in_turn: bool = False
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    continued: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
     warned: Mapping[str, str] = dataclasses.field(default_factory=dict)
     never_captured: str | None = None
     needs: str | None = None

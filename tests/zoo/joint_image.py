@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.zoo.entry import NOT_CONTINUED, Entry, noise, time
+from tests.zoo.entry import Entry, noise, time
 
 _JOINT = ("encoder_hidden_states", "hidden_states")
 _FLUX = {
@@ -49,7 +49,6 @@ JOINT_IMAGE = {
         {"transformer_blocks": 2, "single_transformer_blocks": 3},
         _JOINT,
         rows=slice(6, 22),
-        refused={"residual": NOT_CONTINUED.format("ChromaTransformer2DModel", "add_43")},
     ),
     "bria": Entry(
         "BriaTransformer2DModel",
@@ -126,6 +125,5 @@ JOINT_IMAGE = {
         {"joint_transformer_blocks": 2, "single_transformer_blocks": 3},
         _JOINT,
         rows=slice(13, 29),
-        refused={"residual": NOT_CONTINUED.format("AuraFlowTransformer2DModel", "add_43")},
     ),
 }  # fmt: skip

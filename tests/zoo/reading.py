@@ -27,6 +27,7 @@ READING = {
             "encoder_attention_mask": torch.tensor([[True, True, True, True, False]]),
         },
         {"layers": 3},
+        warned={"residual": "noise_refiner"},
     ),
     "hunyuan_video_framepack": Entry(
         "HunyuanVideoFramepackTransformer3DModel",
