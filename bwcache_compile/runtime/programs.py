@@ -291,7 +291,7 @@ class ProgramCache:
         self.captured += 1
         small = loaded.program.planned().work.warning(type(self._model).__name__)
         if small is not None:
-            warnings.warn(small, CacheWarning, stacklevel=2)
+            warn(small)
         if self.captured == 3 * MAX_PROGRAMS:
             changed = f" (last: {self.watch.changed})" if self.watch.changed else ""
             warn(
