@@ -133,7 +133,8 @@ class CacheConfig:
         if POLICIES[self.policy].reads_mask:
             self._check_mask()
         elif self.steps_mask is not None:
-            raise ConfigError("steps_mask is only read by policy='static'; remove it or choose that policy.")
+            readers = " or ".join(repr(name) for name, policy in POLICIES.items() if policy.reads_mask)
+            raise ConfigError(f"steps_mask is only read by policy={readers}; remove it or choose that policy.")
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -149,8 +150,9 @@ class CacheConfig:
 
         policy, way = POLICIES[self.policy], REUSES[self.reuse]
         if self.granularity == "block" and not way.adds_to_input:
+            adding = " or ".join(repr(name) for name, other in REUSES.items() if other.adds_to_input)
             raise ConfigError(
-                f"granularity='block' needs reuse='residual', not {self.reuse!r}: a held output would hide what earlier blocks changed."
+                f"granularity='block' needs reuse={adding}, not {self.reuse!r}: a held output would hide what earlier blocks changed."
             )
         if self.granularity == "block" and self.decide == "joint":
             raise ConfigError("granularity='block' has as many decisions as blocks; decide='joint' shares one. Choose one of the two.")

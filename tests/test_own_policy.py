@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ TOY_REUSE = Reuse(keep=keep_mean, reuse=faded, shared=(SmallSlot("seen", "int64"
 CONFIG: dict[str, Any] = {"policy": "toy", "reuse": "toy", "indicator": "toy", "indicator_tokens": "all", "reuse_interval": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     before = [(known, dict(known)) for known in (POLICIES, INDICATORS, REUSES)]
     register_policy("toy", TOY_POLICY)
@@ -144,6 +145,25 @@ def test_a_bundle_holds_them(model: OneStream, tmp_path: Path, guarded: bool) ->
     assert "".join("#" if step.computed else "." for step in session.report().contexts["default"].steps) == pattern
     for output, want in zip(outputs, wanted, strict=True):
         torch.testing.assert_close(torch.from_numpy(output), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_page_that_explains_it_runs(model: OneStream) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "adding_a_policy.md").read_text()
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code.replace('"toy"', '"page"'), names)
+    config = bw.CacheConfig(policy="page", reuse="page", indicator="page", threshold=float("inf"), reuse_interval=2)
+    assert ran(bw.transform(model, config), model, 8)[1] == "##..#..#"
+
+
+def test_a_bundle_needs_what_it_was_made_with(model: OneStream, tmp_path: Path) -> None:
+    cached = bw.transform(model, bw.CacheConfig(**CONFIG), example_args=model.example())
+    bw.export(cached, tmp_path / "bundle")
+    del POLICIES["toy"]
+    with pytest.raises(bw.BundleError, match=r"policy is 'toy'; choose one of 'schedule', 'static'"):
+        bw.load(tmp_path / "bundle")
+    register_policy("toy", TOY_POLICY)
+    bw.load(tmp_path / "bundle")
 
 
 def complaint(function: Any) -> str:
