@@ -185,7 +185,9 @@ class CachedModel(ModelWrapper):
                     return call
         num_steps = config.steps_of(info.num_steps)
         fit = self._fit(args, kwargs, context.fit, num_steps, context.state is not None and context.state.reuses_next)
-        first, fit = fit.first, dataclasses.replace(fit, first=None)  # contexts hold on to what they ran with
+        first = fit.first
+        if first is not None:
+            fit = dataclasses.replace(fit, first=None)  # contexts hold on to what they ran with
         loaded, flat = fit.loaded, leaves_of(args, kwargs)[0]
         self._release_stale(context, fit.version[0])
         check_values(context, fit, num_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,13 @@ from bwcache_compile.size_expressions import evaluated
 def first_state(fit: Fit) -> CacheState | GuardedState:
     """Return the state before the first step."""
     state = fit.loaded.fresh(fit.sizes)
-    return GuardedState(state.slots, fit.loaded.step_tensor(0)) if fit.loaded.guarded else state
+    if fit.loaded.guarded:
+        return GuardedState(state.slots, fit.loaded.step_tensor(0), fit.version)
+    return dataclasses.replace(state, version=fit.version)
 
 
 def check_state(fit: Fit, state: CacheState | GuardedState) -> None:
-    """Refuse a state that another program made, or the same one at other sizes.
+    """Refuse a state that another program made, or the same one at other sizes or with other weights.
 
     Raises:
         StateError: It does not fit.
@@ -32,6 +35,8 @@ def check_state(fit: Fit, state: CacheState | GuardedState) -> None:
     given = [(tuple(t.shape), t.dtype) for t in state.slots]
     if given != [(evaluated(slot.shape, fit.sizes), slot.dtype) for slot in loaded.slots]:
         raise StateError("this state belongs to inputs of other shapes or dtypes; start from init_state for these.")
+    if state.version not in (None, fit.version):
+        raise StateError("the model's weights or modules changed since this state was made; start from init_state.")
 
 
 def check_inputs(loaded: LoadedProgram, flat: Sequence[Any]) -> None:
@@ -63,4 +68,4 @@ def guarded_step(
     operands = io.pack(loaded.named(io, flat, state.slots, parameters, state.step))
     with torch.no_grad():
         returned = io.unpack(loaded.graphs["guarded"](*operands))
-    return loaded.results(io, returned), GuardedState(tuple(loaded.written(returned)), state.step + 1)
+    return loaded.results(io, returned), GuardedState(tuple(loaded.written(returned)), state.step + 1, state.version)

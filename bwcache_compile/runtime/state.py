@@ -16,10 +16,12 @@ class CacheState:
     Attributes:
         slots: One tensor per slot of the plan, in plan order. They belong to the holder and are never written to.
         cursor: The next step, and which steps reuse.
+        version: The model's structure and weights that the cache was made with, where the caller owns the state.
     """
 
     slots: tuple[Tensor, ...]
     cursor: Cursor = dataclasses.field(default_factory=Cursor)
+    version: tuple[int, int] | None = None
 
     @property
     def step(self) -> int:
@@ -38,7 +40,7 @@ class CacheState:
 
     def at(self, step: int) -> CacheState:
         """Return the same cache before another step."""
-        return dataclasses.replace(self, cursor=self.cursor.at(step))
+        return self if step == self.cursor.step else dataclasses.replace(self, cursor=self.cursor.at(step))
 
     def computed(self, slots: tuple[Tensor, ...], reuse_left: int) -> CacheState:
         """Return the state after the next step was computed."""
@@ -56,7 +58,9 @@ class GuardedState:
     Attributes:
         slots: One tensor per slot of the plan, the guards' own behind them. They are never written to.
         step: int64[1], index of the next step.
+        version: The model's structure and weights that the cache was made with.
     """
 
     slots: tuple[Tensor, ...]
     step: Tensor
+    version: tuple[int, int] | None = None
