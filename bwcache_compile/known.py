@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bwcache_compile.known_sizes import READS_OF_SIZES, UNKNOWN, KnownSizes
 from bwcache_compile.program import OPERAND, Reading
 from bwcache_compile.source_lines import class_files, source_line
 
@@ -97,7 +98,7 @@ def sources(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _written(name: str, args: Any, kwargs: Any) -> list[Tensor]:
     """Return the tensors that a function writes to, going by its name."""
-    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name not in ("detach_", "requires_grad_"))
     return _tensors((args[:1] if in_place else (), kwargs.get("out")))
 
 
@@ -116,6 +117,7 @@ class KnownValues(TorchFunctionMode):
         self._real: Any = WeakIdKeyDictionary()
         self._large: Any = WeakIdKeyDictionary()
         self._origins: Any = WeakIdKeyDictionary()
+        self._sizes = KnownSizes()
         self.read: set[Origin] = set()
         self.read_at = ""
         self.asked: frozenset[int] = frozenset()
@@ -171,7 +173,7 @@ class KnownValues(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__deepcopy__" and not isinstance(args[0], nn.Parameter):
             return self.__torch_function__(torch.clone, types, args[:1])
-        if name == "__iter__" and args[0] in self._real:
+        if name == "__iter__" and (args[0] in self._real or self._sizes.knows(args[0])):
             return iter(self.__torch_function__(torch.unbind, types, args))
         if name in _TAKES_SIZES or name in ("__getitem__", "__setitem__"):
             args, kwargs = self._with_sizes(name, args, kwargs)
@@ -179,6 +181,12 @@ class KnownValues(TorchFunctionMode):
         if isinstance(func, (OpOverload, OpOverloadPacket)):  # called by itself, it may write to anything
             self._forget(given)
             return func(*args, **kwargs)
+        held = self._sizes.run(name, args, kwargs, self._real)
+        if held is not UNKNOWN:
+            result = held if name in READS_OF_SIZES else func(*args, **kwargs)
+            if name not in READS_OF_SIZES:
+                self._sizes.keep(result, held)
+            return result
         told = not any(part in name for part in _UNTOLD)
         told = told and not any(isinstance(leaf, _SYMBOLS) for leaf in _leaves((args, kwargs)))
         if told and given and all(tensor in self._real for tensor in given):
@@ -231,6 +239,8 @@ class KnownValues(TorchFunctionMode):
 
         def number(leaf: Any) -> Any:
             nonlocal origins
+            if isinstance(leaf, Tensor) and self._sizes.number(leaf) is not None:
+                return self._sizes.number(leaf)
             if not (isinstance(leaf, Tensor) and leaf in self._real and leaf.dim() == 0) or leaf.is_floating_point():
                 return leaf
             origins |= self._origins_of([leaf])
@@ -313,6 +323,7 @@ class KnownValues(TorchFunctionMode):
 
     def _forget(self, written: list[Tensor]) -> None:
         """Forget tensors that something unknown is written to, and all that share memory with them."""
+        self._sizes.forget(written)
         for tensor in written:
             for other in [other for other in self._large if other.untyped_storage()._cdata == tensor.untyped_storage()._cdata]:
                 self._large.pop(other, None)

@@ -40,8 +40,8 @@ def source_line(frames: Iterable[traceback.FrameSummary], files: frozenset[str] 
     Returns:
         The line; one of another library where none is the model's own, and empty where only torch and this package ran.
     """
-    outside = [f for f in frames if not _is_torch(f.filename) and not f.filename.startswith(_PACKAGE)]
-    own = [f for f in outside if f.filename in files or not f.filename.startswith((*_INSTALLED, "<"))]
+    outside = [f for f in frames if not _is_torch(f.filename) and not f.filename.startswith((_PACKAGE, "<"))]
+    own = [f for f in outside if f.filename in files or not f.filename.startswith(_INSTALLED)]
     found = (own or outside)[-1:]
     return f'{found[0].filename}:{found[0].lineno}, in {found[0].name}: "{found[0].line}"' if found else ""
 

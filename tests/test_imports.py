@@ -16,7 +16,7 @@ ROOT = Path(bwcache_compile.__file__).parent
 LAYERS = (
     {"errors"},
     {"graph_io", "report", "size_expressions", "source_lines", "stepping", "tracing", "work_share"},
-    {"config", "contexts", "policies", "sizes"},
+    {"config", "contexts", "known_sizes", "policies", "sizes"},
     {"examples", "layout", "tree_paths"},
     {"program"},
     {"compare", "dataflow", "graph_text", "inline", "known", "verify"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,4 +54,54 @@ def test_square_roots_of_sizes() -> None:
 def test_calls_that_are_passed_on() -> None:
     calls = [((x,), {"t": t}) for x, t in map(tokens, (6, 5, 9))]
     cached = served(Wrapped(), *calls)
+    assert (cached.report().captures, len(cached.cached_programs)) == (2, 1)
+
+
+class Grids(OneStream):
+    """Carries sizes around as tensors and reads them in Python, as Wan's original: a list of videos padded to one length."""
+
+    def forward(self, x: list[Tensor], t: Tensor, length: int) -> list[Tensor]:  # type: ignore[override]
+        grids = torch.stack([torch.tensor(u.shape[1:3], dtype=torch.long) for u in x])
+        flat = [u.flatten(1).transpose(0, 1).unsqueeze(0) for u in x]
+        lengths = torch.tensor([u.size(1) for u in flat], dtype=torch.long)
+        assert lengths.max() <= length
+        joined = torch.cat([torch.cat([u, u.new_zeros(1, length - u.size(1), u.size(2))], dim=1) for u in flat])
+        places = torch.arange(64.0).sin()
+        h, temb = self.patch(joined), self.embed(t)
+        for block in self.blocks:
+            rows = []
+            for i, (high, wide) in enumerate(grids.tolist()):
+                count = high * wide
+                table = places[:high].view(high, 1, 1).expand(high, wide, 1) + places[:wide].view(1, wide, 1)
+                rows.append(torch.cat([h[i, :count] * table.reshape(count, 1), h[i, count:]]))
+            h = block(torch.stack(rows), temb)
+        out = self.head(h)
+        return [u[: math.prod(grid)].view(*grid, 4).permute(2, 0, 1) for u, grid in zip(out, grids.tolist(), strict=True)]
+
+
+class Blocky(OneStream):
+    """Arithmetic on tensors of sizes, 0-dim tensors among them."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        shape = torch.tensor(x.shape[:2])
+        batch, count = shape.unbind()
+        half = (shape // 1 + 1 - 1).prod() // shape[0]
+        out = super().forward(x, t).view(batch, half, 4)
+        return out[:, : max([count, half])] * torch.ones(count.item(), 1)
+
+
+def test_sizes_that_travel_as_tensors() -> None:
+    model = Grids().eval().requires_grad_(False)
+    cached = bw.transform(model, OFF)
+    for high, wide in ((2, 3), (3, 5), (4, 2), (2, 7)):
+        cached.reset()
+        x = [noise("x", 0, 4, high, wide), noise("y", 0, 4, high, wide)]
+        call = (x, torch.tensor([0.5, 0.5]), high * wide + 2)
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(cached(*call), model(*call), strict=True)), (high, wide)
+    assert (cached.report().captures, len(cached.cached_programs)) == (2, 1)
+
+
+def test_arithmetic_on_tensors_of_sizes() -> None:
+    cached = served(Blocky(), *((tokens(count, batch), {}) for count, batch in ((6, 2), (5, 3), (9, 4))))
     assert (cached.report().captures, len(cached.cached_programs)) == (2, 1)
