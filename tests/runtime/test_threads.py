@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -160,3 +161,33 @@ def test_a_call_may_run_while_another_thread_exports_a_model() -> None:
             finished.set()
         exporting.result()
     assert str(cached.report()) == "stream 0: 1 computed, 1 reused  #."
+
+
+def test_a_capture_goes_before_runs_that_begin_after_it() -> None:
+    model = OneStream().eval()
+    cached = bw.transform(model, STATIC)
+    call(cached, model, 0, 0)
+    programs, order = cached._programs, []
+
+    def capture() -> None:
+        call(cached, model, 1, 0)  # of another batch size
+        order.append("captured")
+
+    def later() -> None:
+        programs.enter()
+        order.append("ran")
+        programs.leave()
+
+    programs.enter()
+    threads = [threading.Thread(target=capture), threading.Thread(target=later)]
+    threads[0].start()
+    while not programs._waiting:
+        time.sleep(0.001)
+    threads[1].start()
+    programs.enter()  # a thread that runs already is not kept waiting
+    programs.leave()
+    programs.leave()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(order) == ["captured", "ran"]
+    assert not programs._running
