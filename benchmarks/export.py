@@ -103,7 +103,7 @@ def write_models(place: Path, layers: int, opset: int) -> dict[str, Any]:
     files = {path.name: path.stat().st_size for path in (place / "bundle").iterdir()}
     return {
         "plain": sum(path.stat().st_size for path in place.glob("plain.onnx*")),
-        "pair": sum(files.values()) - files[manifest["graphs"]["guarded"]["file"]],
+        "pair": sum(files.values()) - files[manifest.graphs["guarded"].file],
         "with_guarded": sum(files.values()),
     }
 

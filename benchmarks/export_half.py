@@ -56,7 +56,7 @@ def run(dtype: torch.dtype, opsets: list[int], name: str) -> dict[str, Any]:
     for opset in opsets:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                report = bw.export(cached, Path(folder) / name, guarded=True, opset=opset)["self_check"]
+                report = bw.export(cached, Path(folder) / name, guarded=True, opset=opset).self_check
             except bw.ExportError as error:
                 row[f"opset {opset}"] = zoo_runs.refused(error)
                 continue

@@ -43,9 +43,9 @@ def run(form: str, name: str) -> dict[str, Any]:
             row["steps"], row["error"] = zoo_runs.compare(entry, cached, session, unchanged)
         except (bw.ExportError, bw.BundleError, bw.StateError, ValueError) as error:
             return {**row, **zoo_runs.refused(error)}
-    size = sum(file["bytes"] for file in manifest["files"].values())
-    tensors = manifest["weights"]["tensors"].values()
-    weights = sum(math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize for entry in tensors)
+    size = sum(file.bytes for file in manifest.files.values())
+    tensors = manifest.weights.tensors.values()
+    weights = sum(math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize for entry in tensors)
     return {**row, "bytes": size, "beyond weights": size - weights}
 
 

@@ -50,7 +50,7 @@ def run(opsets: list[int], name: str) -> dict[str, Any]:
                 manifest = bw.export(cached, Path(folder) / name, guarded=True, opset=opset)
                 sessions = {kind: bw.load(Path(folder) / name, guarded=kind == "guarded") for kind in ("pair", "guarded")}
                 found = {kind: zoo_runs.compare(entry, cached, session, as_numpy) for kind, session in sessions.items()}
-                size = sum(file["bytes"] for file in manifest["files"].values())
+                size = sum(file.bytes for file in manifest.files.values())
                 unlisted = sorted({f"{one.operator}: {one.reason}" for one in unlisted_operators(open_bundle(Path(folder) / name))})
             except (bw.ExportError, bw.BundleError, bw.StateError, ValueError) as error:
                 row[f"opset {opset}"] = zoo_runs.refused(error)

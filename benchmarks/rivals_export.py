@@ -211,12 +211,12 @@ def ours() -> dict[str, dict[str, Any]]:
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         manifest = bw.export(cached, Path(folder) / "bundle", guarded=True, opset=OPSET)
-        for kind, entry in manifest["graphs"].items():
-            graph = onnx.load(Path(folder) / "bundle" / entry["file"], load_external_data=False).graph
+        for kind, entry in manifest.graphs.items():
+            graph = onnx.load(Path(folder) / "bundle" / entry.file, load_external_data=False).graph
             arms = [attribute.g for node in graph.node for attribute in node.attribute if node.op_type == "If"]
             operators = Counter(node.op_type for inner in (graph, *arms) for node in inner.node)
-            states = [name for name in entry["inputs"] if not name.startswith("policy.") and name != "step"]
-            rows[f"bwcache-compile, {kind}"] = {**counted(operators, states), "error": manifest["self_check"]["largest_error"]}
+            states = [name for name in entry.inputs if not name.startswith("policy.") and name != "step"]
+            rows[f"bwcache-compile, {kind}"] = {**counted(operators, states), "error": manifest.self_check["largest_error"]}
     return rows
 
 

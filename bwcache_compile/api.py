@@ -18,6 +18,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError, StateError
 from bwcache_compile.exporters.bundle import FORMATS
 from bwcache_compile.exporters.export import export_onnx, export_torch
+from bwcache_compile.exporters.manifest import Manifest
 from bwcache_compile.graph_text import format_value
 from bwcache_compile.passes import Guard
 from bwcache_compile.passes.specialize import specialize
@@ -181,7 +182,7 @@ def export(
     signature: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     guarded: bool = False,
     opset: int = 20,
-) -> dict[str, Any]:
+) -> Manifest:
     """Write a cached model as a bundle: graphs with the cache as inputs and outputs, one weight file, and a manifest.
 
     The bundle holds the settings in force now (`cached.cache_config`), not those of the capture. It is run beside torch before
@@ -199,7 +200,7 @@ def export(
         opset: ONNX operator set, for that format. 20 has attention in parts, 23 as one operator.
 
     Returns:
-        The manifest, with the report of the check.
+        The manifest: what the bundle is, with the report of the check in `self_check`.
 
     Raises:
         ExportError: There is no single program, it cannot be exported, or what was written differs from torch.

@@ -73,7 +73,7 @@ def main() -> None:
     cached_clips = generate(cached, "torch, cached", tokens, noise, args.steps)
 
     manifest = bw.export(cached, args.out / "bundle", opset=args.opset)
-    check, sizes = manifest["self_check"], {name: file["bytes"] for name, file in manifest["files"].items()}
+    check, sizes = manifest.self_check, {name: file.bytes for name, file in manifest.files.items()}
     print(f"bundle: {', '.join(f'{name} {size / 2**20:.2f} MiB' for name, size in sizes.items())}")
     print(f"checked while it was written: {check['region_operators']} operators cached, none of them in reuse.onnx;", end=" ")
     print(f"steps {check['steps']}, error {check['largest_error']:.1g}")

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import bwcache_compile as bw
 from bwcache_compile.capture import capture
+from bwcache_compile.exporters.manifest import ValueEntry
 from bwcache_compile.known import KnownValues
 from tests.models import OneStream
 
@@ -212,8 +213,8 @@ def test_what_is_built_in_is_refused_elsewhere(lengths_model: Lengths, tmp_path:
 def test_a_bundle_knows_what_is_built_in(lengths_model: Lengths, form: str, tmp_path: Path) -> None:
     cached = bw.transform(lengths_model, bw.CacheConfig(num_steps=3, threshold=math.inf, reuse_interval=2, tail=0))
     manifest = bw.export(cached, tmp_path / "bundle", form, signature=(call(0, 3, 5), {}))
-    assert manifest["values"] == [{"input": "mask", "value": [1, 1, 1, 0, 0, 1, 1, 1, 1, 1]}]
-    assert str(Path(__file__).parent) not in json.dumps(manifest)
+    assert manifest.values == (ValueEntry(input="mask", value=(1, 1, 1, 0, 0, 1, 1, 1, 1, 1)),)
+    assert str(Path(__file__).parent) not in json.dumps(manifest.to_json())
     session = bw.load(tmp_path / "bundle", **({"backend": "torch", "allow_code": True} if form == "pt2" else {}))
     with torch.no_grad():
         for step in range(3):

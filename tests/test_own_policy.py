@@ -135,7 +135,7 @@ def test_a_bundle_holds_them(model: OneStream, tmp_path: Path, guarded: bool) ->
     pytest.importorskip("onnxruntime")
     cached = bw.transform(model, bw.CacheConfig(**CONFIG, threshold=float("inf")), example_args=model.example())
     manifest = bw.export(cached, tmp_path / "bundle", guarded=guarded)
-    assert [name for name in manifest["graphs"]["compute"]["inputs"] if name.startswith("policy.")] == [
+    assert [name for name in manifest.graphs["compute"].inputs if name.startswith("policy.")] == [
         "policy.interval",
         "policy.threshold",
     ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from bwcache_compile.errors import BundleError
+from bwcache_compile.exporters.agreement import disagreement, unmade
 from bwcache_compile.exporters.external_data import external_locations
-from bwcache_compile.exporters.form import misfit, unmade
+from bwcache_compile.exporters.manifest import FileEntry, Manifest, PlacedEntry
 from bwcache_compile.exporters.manifest_text import read_text
-from bwcache_compile.exporters.settings import config_in
 
 FORMAT = "bwcache-bundle"
 VERSION = 2
@@ -30,7 +30,7 @@ class Bundle:
     """
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     def graph_file(self, kind: str) -> Path:
         """Return the path of a graph.
@@ -38,10 +38,10 @@ class Bundle:
         Raises:
             BundleError: The bundle has none of that kind.
         """
-        graphs = self.manifest["graphs"]
+        graphs = self.manifest.graphs
         if kind not in graphs:
             raise BundleError(f"{self.folder}: the bundle holds {', '.join(graphs)}, but no {kind} graph. Export it with guarded=True.")
-        return self.folder / graphs[kind]["file"]
+        return self.folder / graphs[kind].file
 
 
 def file_hash(path: Path) -> str:
@@ -53,50 +53,48 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        manifest = read_text(path.read_bytes())
+        content = read_text(path.read_bytes())
     except FileNotFoundError as error:
         raise BundleError(f"{path} does not exist: {folder} is no bundle.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}.") from error
-    if manifest.get("format") != FORMAT:
+    if content.pop("format", None) != FORMAT:
         raise BundleError(f"{path} does not describe a bundle.")
-    version = manifest.get("format_version")
+    version = content.pop("format_version", None)
     if type(version) is not int or version < 1:
         raise BundleError(f"{path}: format_version is {version!r}, no version number.")
     if version < VERSION:
         raise BundleError(f"{path} is of format version {version}, and this bwcache-compile reads version {VERSION}. Export it again.")
     if version > VERSION:
         raise BundleError(f"{path} is of format version {version}, and this bwcache-compile reads up to {VERSION}. Upgrade it.")
-    wrong = misfit(manifest)
+    try:
+        manifest = Manifest.from_json(content, "manifest")
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}.") from error
+    wrong = disagreement(manifest)
     if wrong is not None:
         raise BundleError(f"{path}: {wrong}.")
-    try:
-        config_in(manifest)
-    except (TypeError, ValueError, OverflowError) as error:  # a ConfigError is a ValueError
-        raise BundleError(f"{path}: the config does not fit this version: {error}.") from error
-    if manifest["graph_format"] not in FORMATS:
-        raise BundleError(f"{path}: graph_format is {manifest['graph_format']!r}; known are {', '.join(FORMATS)}.")
+    if manifest.graph_format not in FORMATS:
+        raise BundleError(f"{path}: graph_format is {manifest.graph_format!r}; known are {', '.join(FORMATS)}.")
     return manifest
 
 
-def _check_tensors(path: Path, manifest: dict[str, Any]) -> None:
+def _check_tensors(path: Path, manifest: Manifest) -> None:
     """Check the dtypes and shapes of inputs, outputs and slots."""
-    for entry in [*manifest["inputs"], *manifest["outputs"]["items"], *manifest["slots"]]:
-        if entry["dtype"] not in DTYPES:
-            raise BundleError(f"{path}: {entry['name']} has the dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}.")
-        if any(isinstance(size, int) and size < 0 for size in entry["shape"]):
-            raise BundleError(f"{path}: {entry['name']} has the shape {entry['shape']}.")
+    for entry in (*manifest.inputs, *manifest.outputs.items, *manifest.slots):
+        if entry.dtype not in DTYPES:
+            raise BundleError(f"{path}: {entry.name} has the dtype {entry.dtype!r}; known are {', '.join(DTYPES)}.")
+        if any(isinstance(size, int) and size < 0 for size in entry.shape):
+            raise BundleError(f"{path}: {entry.name} has the shape {list(entry.shape)}.")
 
 
-def _check_file(folder: Path, name: str, entry: Any) -> None:
+def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
     if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
         raise BundleError(f"{folder / MANIFEST} names {name!r}, which is outside the bundle.")
-    if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
-        raise BundleError(f"{folder / MANIFEST} does not say what {name} is.")
     try:
         there = path.is_file() and not path.is_symlink()
     except OSError:  # no name that the file system takes
@@ -104,35 +102,32 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
     if not there:
         raise BundleError(f"{path} is missing; the bundle is incomplete.")
     size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise BundleError(
-            f"{path} has {size} bytes instead of {entry['bytes']}; it is {'truncated' if size < entry['bytes'] else 'altered'}."
-        )
-    if file_hash(path) != entry["sha256"]:
+    if size != entry.bytes:
+        raise BundleError(f"{path} has {size} bytes instead of {entry.bytes}; it is {'truncated' if size < entry.bytes else 'altered'}.")
+    if file_hash(path) != entry.sha256:
         raise BundleError(f"{path} is not the file that was exported: its SHA-256 differs.")
 
 
-def _check_graphs(folder: Path, manifest: dict[str, Any]) -> None:
-    path, files, graphs = folder / MANIFEST, manifest["files"], manifest["graphs"]
-    onnx = manifest["graph_format"] == "onnx"
+def _check_graphs(folder: Path, manifest: Manifest) -> None:
+    path, files, graphs = folder / MANIFEST, manifest.files, manifest.graphs
+    onnx = manifest.graph_format == "onnx"
     if not {"compute", "reuse"} <= set(graphs):
         raise BundleError(f"{path} names no compute and reuse graph.")
     for kind, entry in graphs.items():
-        if not isinstance(entry, dict) or entry.get("file") not in list(files):
+        if entry.file not in files:
             raise BundleError(f"{path}: the {kind} graph is none of the bundle's files.")
-        for key in ("inputs", "outputs", *(() if onnx else ("weights",))):
-            if not isinstance(entry.get(key), list) or not all(isinstance(name, str) for name in entry[key]):
-                raise BundleError(f"{path} does not name the {key} of the {kind} graph.")
-        lacking = unmade(manifest, kind, entry["outputs"])
+        if entry.weights is None and not onnx:
+            raise BundleError(f"{path} does not name the weights of the {kind} graph.")
+        lacking = unmade(manifest, kind)
         if lacking:
             raise BundleError(f"{path}: the {kind} graph does not return {', '.join(lacking)}.")
         if onnx:
-            _check_locations(folder / entry["file"], files)
+            _check_locations(folder / entry.file, files)
     if not onnx:
         _check_layout(path, manifest)
 
 
-def _check_locations(path: Path, files: dict[str, Any]) -> None:
+def _check_locations(path: Path, files: Collection[str]) -> None:
     """Check that an ONNX model reads weights from the bundle's files alone."""
     try:
         locations = external_locations(path.read_bytes())
@@ -143,17 +138,16 @@ def _check_locations(path: Path, files: dict[str, Any]) -> None:
             raise BundleError(f"{path} reads weights from {location!r}, which is none of the bundle's files.")
 
 
-def _check_layout(path: Path, manifest: dict[str, Any]) -> None:
+def _check_layout(path: Path, manifest: Manifest) -> None:
     """Check what only torch's formats say: the device, the weights, and how tensors lie in memory."""
-    weights, device = manifest.get("weights"), manifest.get("device")
-    if not isinstance(device, str):
+    if manifest.device is None:
         raise BundleError(f"{path} names no device.")
-    if not isinstance(weights, dict) or weights.get("file") not in list(manifest["files"]) or not isinstance(weights.get("tensors"), dict):
+    if manifest.weights is None or manifest.weights.file not in manifest.files:
         raise BundleError(f"{path} does not say where the weights are.")
-    for entry in [*manifest["inputs"], *manifest["slots"]]:
-        order, rank = entry.get("order"), len(entry["shape"])
-        if not isinstance(order, list) or len(order) != rank or not all(order.count(dimension) == 1 for dimension in range(rank)):
-            raise BundleError(f"{path} does not say how {entry['name']} lies in memory.")
+    taken: list[PlacedEntry] = [*manifest.inputs, *manifest.slots]
+    for entry in taken:
+        if entry.order is None or sorted(entry.order) != list(range(len(entry.shape))):
+            raise BundleError(f"{path} does not say how {entry.name} lies in memory.")
 
 
 def open_bundle(directory: str | Path) -> Bundle:
@@ -165,7 +159,7 @@ def open_bundle(directory: str | Path) -> Bundle:
     """
     folder = Path(directory)
     manifest = _read_manifest(folder)
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         _check_file(folder, name, entry)
     _check_tensors(folder / MANIFEST, manifest)
     _check_graphs(folder, manifest)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from bwcache_compile.errors import StateError
 from bwcache_compile.exporters.arithmetic import arithmetic
+from bwcache_compile.exporters.manifest import Manifest, Size, TensorEntry
 
 
 class Output(dict[str, Any]):
@@ -47,7 +48,7 @@ class Call:
     shapes: dict[str, tuple[int, ...]]
     symbols: dict[str, int]
 
-    def sizes_of(self, shape: list[int | str]) -> tuple[int, ...]:
+    def sizes_of(self, shape: Sequence[Size]) -> tuple[int, ...]:
         """Return a shape at this call's sizes."""
         return tuple(arithmetic(size, self.symbols) for size in shape)
 
@@ -56,9 +57,9 @@ PAIRS = {"complex64": "float32"}
 """Of each complex dtype, the one of the pairs that an ONNX graph takes in its place, in one more dimension."""
 
 
-def graph_shape(entry: Mapping[str, Any]) -> list[int | str]:
+def graph_shape(entry: TensorEntry) -> list[Size]:
     """Return the shape in which an ONNX graph takes an input of a manifest."""
-    return [*entry["shape"], 2] if entry["dtype"] in PAIRS else list(entry["shape"])
+    return [*entry.shape, 2] if entry.dtype in PAIRS else list(entry.shape)
 
 
 class Runner(Protocol):
@@ -103,7 +104,7 @@ def _holds_nothing(given: Any) -> bool:
     return given is None or (isinstance(given, (dict, list, tuple)) and not given)
 
 
-def _inside(given: Any, path: list[int | str], argument: str) -> Any:
+def _inside(given: Any, path: Sequence[int | str], argument: str) -> Any:
     try:
         for key in path:
             given = given[key]
@@ -112,24 +113,24 @@ def _inside(given: Any, path: list[int | str], argument: str) -> Any:
     return given
 
 
-def _symbols(manifest: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+def _symbols(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
     """Return the values of the open sizes, after checking every shape and what the graphs assume.
 
     Raises:
         StateError: The graphs were not made for these sizes.
     """
     symbols: dict[str, int] = {}
-    for symbol in manifest["symbols"]:
-        shape = shapes.get(symbol["input"], ())
-        if symbol["dimension"] >= len(shape):
-            raise StateError(f"{symbol['input']} has the shape {list(shape)}, too few dimensions.")
-        symbols[symbol["name"]] = (shape[symbol["dimension"]] - symbol["offset"]) // symbol["factor"]
-    for entry in manifest["inputs"]:
-        expected = [arithmetic(size, symbols) for size in entry["shape"]]
-        if list(shapes[entry["name"]]) != expected:
-            shown = ", ".join(map(str, entry["shape"]))
-            raise StateError(f"{entry['name']} has the shape {list(shapes[entry['name']])}, and the bundle takes [{shown}].")
-    for condition in manifest["conditions"]:
+    for symbol in manifest.symbols:
+        shape = shapes.get(symbol.input, ())
+        if symbol.dimension >= len(shape):
+            raise StateError(f"{symbol.input} has the shape {list(shape)}, too few dimensions.")
+        symbols[symbol.name] = (shape[symbol.dimension] - symbol.offset) // symbol.factor
+    for entry in manifest.inputs:
+        expected = [arithmetic(size, symbols) for size in entry.shape]
+        if list(shapes[entry.name]) != expected:
+            shown = ", ".join(map(str, entry.shape))
+            raise StateError(f"{entry.name} has the shape {list(shapes[entry.name])}, and the bundle takes [{shown}].")
+    for condition in manifest.conditions:
         if not arithmetic(condition, symbols):
             raise StateError(f"the graphs hold where {condition}, and here {', '.join(f'{k} is {v}' for k, v in symbols.items())}.")
     return symbols
@@ -142,13 +143,13 @@ def _same_constant(found: Any, value: Any) -> bool:
     return isinstance(found, type(value)) and isinstance(found, bool) == isinstance(value, bool) and bool(found == value)
 
 
-def bound(manifest: dict[str, Any], runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def bound(manifest: Manifest, runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Match a call's arguments to the graphs' inputs.
 
     Raises:
         StateError: An argument is missing, unknown, of another dtype, constant or shape than the bundle's.
     """
-    names = manifest["arguments"]
+    names = manifest.arguments
     if len(args) > len(names):
         raise StateError(f"{len(args)} positional arguments, and the model takes {', '.join(names)}.")
     given = dict(zip(names, args, strict=False))
@@ -156,45 +157,46 @@ def bound(manifest: dict[str, Any], runner: Runner, args: tuple[Any, ...], kwarg
     if twice:
         raise StateError(f"{', '.join(twice)} is given twice, by position and by name.")
     given |= kwargs
-    expected = {entry["argument"] for entry in [*manifest["inputs"], *manifest["constants"]]}
-    missing = sorted({entry["argument"] for entry in manifest["inputs"]} - set(given))
+    tensors = {entry.argument for entry in manifest.inputs}
+    expected = tensors | {constant.argument for constant in manifest.constants}
+    missing = sorted(tensors - set(given))
     if missing:
         raise StateError(f"{', '.join(missing)} is missing; the bundle takes {', '.join(sorted(expected))}.")
-    for entry in manifest["constants"]:
-        if entry["argument"] in given:
-            found = _inside(given[entry["argument"]], entry["path"], entry["argument"])
-            if not _same_constant(found, entry["value"]):
-                raise StateError(f"{entry['argument']} is {found!r}, and the bundle was made for {entry['value']!r}.")
+    for constant in manifest.constants:
+        if constant.argument in given:
+            found = _inside(given[constant.argument], constant.path, constant.argument)
+            if not _same_constant(found, constant.value):
+                raise StateError(f"{constant.argument} is {found!r}, and the bundle was made for {constant.value!r}.")
     unknown = sorted(name for name in set(given) - expected if not _holds_nothing(given[name]))
     if unknown:
         raise StateError(f"{', '.join(unknown)} is not among what the bundle takes: {', '.join(sorted(expected))}.")
-    found = {e["name"]: _inside(given[e["argument"]], e["path"], e["argument"]) for e in manifest["inputs"]}
+    found = {e.name: _inside(given[e.argument], e.path, e.argument) for e in manifest.inputs}
     return flat_call(manifest, runner, found)
 
 
-def flat_call(manifest: dict[str, Any], runner: Runner, given: Mapping[str, Any]) -> Call:
+def flat_call(manifest: Manifest, runner: Runner, given: Mapping[str, Any]) -> Call:
     """Check and convert inputs that go by the graphs' own names.
 
     Raises:
         StateError: An input is missing, of another dtype or shape than the bundle's, or holds other values than those built in.
     """
     values, shapes = {}, {}
-    for entry in manifest["inputs"]:
-        name = entry["name"]
+    for entry in manifest.inputs:
+        name = entry.name
         if name not in given:
-            raise StateError(f"{name} is missing; the bundle takes {', '.join(e['name'] for e in manifest['inputs'])}.")
-        value = runner.value(given[name], name, entry["dtype"])
+            raise StateError(f"{name} is missing; the bundle takes {', '.join(e.name for e in manifest.inputs)}.")
+        value = runner.value(given[name], name, entry.dtype)
         dtype, shape = runner.kind(value)
-        if dtype == PAIRS.get(entry["dtype"]) and shape[-1:] == (2,):
-            dtype, shape = entry["dtype"], shape[:-1]
-        if dtype != entry["dtype"]:
-            raise StateError(f"{name} is {dtype}, and the bundle takes {entry['dtype']}.")
+        if dtype == PAIRS.get(entry.dtype) and shape[-1:] == (2,):
+            dtype, shape = entry.dtype, shape[:-1]
+        if dtype != entry.dtype:
+            raise StateError(f"{name} is {dtype}, and the bundle takes {entry.dtype}.")
         values[name], shapes[name] = value, shape
     symbols = _symbols(manifest, shapes)
-    for entry in manifest["values"]:  # waits for the device
-        if runner.host(values[entry["input"]]).reshape(-1).tolist() != entry["value"]:
+    for built in manifest.values:  # waits for the device
+        if runner.host(values[built.input]).reshape(-1).tolist() != list(built.value):
             raise StateError(
-                f"{entry['input']} has other values than those built into the bundle, since the model reads them in Python."
+                f"{built.input} has other values than those built into the bundle, since the model reads them in Python."
                 " Export a bundle for each of its values."
             )
     return Call(values, shapes, symbols)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.examples import input_at, is_maskable
 from bwcache_compile.exporters.graphs import PlainGraph, under_autocast
+from bwcache_compile.exporters.manifest import Manifest
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out
 from bwcache_compile.layout import in_order, slot_order
@@ -113,7 +114,7 @@ class TorchRun:
         return [returned[name] for name in io.results], computes, returned.get(INDICATOR)
 
 
-def other_sizes(program: CachedProgram, conditions: list[str]) -> dict[str, int] | None:
+def other_sizes(program: CachedProgram, conditions: Sequence[str]) -> dict[str, int] | None:
     """Return other values of the open sizes, for which the graphs are proved too; None if none come to mind."""
     for factor in (3, 2, 4) if program.signature.sizes else ():
         known = {name: factor * value for name, value in program.signature.captured_sizes.items()}
@@ -182,7 +183,7 @@ class _Compared:
     """Runs of a session beside torch's, and the worst that was seen."""
 
     program: CachedProgram
-    manifest: dict[str, Any]
+    manifest: Manifest
     tolerance: float
     handed: Callable[[Tensor], Any]
     worst: float = 0.0
@@ -211,7 +212,7 @@ class _Compared:
         for step in range(steps):
             flat = _inputs_at(self.program, step, known, padded)
             named = zip(self.program.io("compute").users, flat, strict=True)
-            wanted = {entry["name"] for entry in self.manifest["inputs"]}
+            wanted = {entry.name for entry in self.manifest.inputs}
             given = {name: self.handed(value) for name, value in named if name in wanted}
             with torch.no_grad(), under_autocast(self.program):
                 expected, computed, change = torch_run.step(step, flat)
@@ -221,8 +222,8 @@ class _Compared:
             except BundleError as error:
                 raise ExportError(f"step {step}: {error}") from error
             tensors = [value for value in expected if isinstance(value, Tensor)]
-            for item, tensor in zip(self.manifest["outputs"]["items"], tensors, strict=True):
-                self._compare(f"step {step}: the output {item['name']}", returned[item["name"]], tensor)
+            for item, tensor in zip(self.manifest.outputs.items, tensors, strict=True):
+                self._compare(f"step {step}: the output {item.name}", returned[item.name], tensor)
             record = session.report().contexts[_CONTEXT].steps[-1]
             if record.computed != computed:
                 verb = {True: "computes", False: "reuses"}
@@ -243,7 +244,7 @@ class _Compared:
 def check_runs(
     program: CachedProgram,
     config: CacheConfig,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     sessions: Mapping[str, Callable[[], Session]],
     tolerance: float,
     handed: Callable[[Tensor], Any],
@@ -263,7 +264,7 @@ def check_runs(
     """
     compared = _Compared(program, manifest, tolerance, handed)
     steps = min(len(config.steps_mask), 8) if config.steps_mask is not None else _STEPS
-    pattern, elsewhere, padding = "", other_sizes(program, manifest["conditions"]), _takes_padding(program, config)
+    pattern, elsewhere, padding = "", other_sizes(program, manifest.conditions), _takes_padding(program, config)
     for opened in sessions.values():
         try:
             session = opened()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,23 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.call import graph_shape
-from bwcache_compile.exporters.settings import config_in, policy_inputs
+from bwcache_compile.exporters.manifest import (
+    BlockEntry,
+    ConstantEntry,
+    InputEntry,
+    Manifest,
+    OutputsEntry,
+    Size,
+    SlotEntry,
+    SymbolEntry,
+    TensorEntry,
+    ValueEntry,
+)
+from bwcache_compile.exporters.settings import policy_inputs
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out
 from bwcache_compile.layout import slot_order
 from bwcache_compile.program import CachedProgram, CacheSlot
-from bwcache_compile.sizes import hint_shape, shape_of
+from bwcache_compile.sizes import Symbol, hint_shape, shape_of
 from bwcache_compile.tree_paths import leaf_paths, positions
 
 
@@ -42,7 +54,7 @@ def _constant(value: Any, said: str, program: CachedProgram) -> Any:
     raise ExportError(f"{program.model_name} {said}; beside tensors a bundle holds None, text and finite numbers. Use one of these.")
 
 
-def describe_values(program: CachedProgram) -> list[dict[str, Any]]:
+def describe_values(program: CachedProgram) -> tuple[ValueEntry, ...]:
     """Return the values of inputs that are built into the graphs, since Python read them: one flat list for each.
 
     Raises:
@@ -66,8 +78,8 @@ def describe_values(program: CachedProgram) -> list[dict[str, Any]]:
                 f" {dtype_name(value.dtype)} {numbers[:4]}.\n    at {program.signature.read_at}\n"
                 "  Pass finite numbers, in another dtype than bfloat16 or complex64."
             )
-        described.append({"input": names[i], "value": numbers})
-    return described
+        described.append(ValueEntry(input=names[i], value=tuple(numbers)))
+    return tuple(described)
 
 
 def _call(program: CachedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -76,7 +88,7 @@ def _call(program: CachedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, kwargs
 
 
-def describe_inputs(program: CachedProgram, parameters: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def describe_inputs(program: CachedProgram, parameters: tuple[str, ...]) -> tuple[tuple[InputEntry, ...], tuple[ConstantEntry, ...]]:
     """Return the tensors that a call passes, and its constants, each with the argument that holds it and the path inside.
 
     Args:
@@ -90,14 +102,14 @@ def describe_inputs(program: CachedProgram, parameters: tuple[str, ...]) -> tupl
         outer, first, *inner = path
         by_position = outer == 0 and isinstance(first, int) and first < len(parameters)
         argument = parameters[int(first)] if by_position else str(first)
-        place = {"argument": argument, "path": inner}
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            described = {"dtype": dtype_name(value.dtype), "shape": list(shape_of(value)), "example": list(hint_shape(value))}
-            tensors.append({"name": name, **place, **described})
+            shape, example, dtype = shape_of(value), hint_shape(value), dtype_name(value.dtype)
+            tensors.append(InputEntry(name=name, argument=argument, path=tuple(inner), dtype=dtype, shape=shape, example=example))
         else:
-            constants.append({**place, "value": _constant(value, f"takes {value!r} as {argument}", program)})
-    return tensors, constants
+            built_in = _constant(value, f"takes {value!r} as {argument}", program)
+            constants.append(ConstantEntry(argument=argument, path=tuple(inner), value=built_in))
+    return tuple(tensors), tuple(constants)
 
 
 def _form(tree: Any, leaves: list[dict[str, Any]], program: CachedProgram) -> dict[str, Any]:
@@ -123,8 +135,8 @@ def _form(tree: Any, leaves: list[dict[str, Any]], program: CachedProgram) -> di
     )
 
 
-def describe_outputs(program: CachedProgram) -> dict[str, Any]:
-    """Return the model's output: `items` are its tensors, `form` how they and what is constant are put together.
+def describe_outputs(program: CachedProgram) -> OutputsEntry:
+    """Return the model's output.
 
     Raises:
         ExportError: It holds an open Python number, or something else that a manifest does not.
@@ -138,17 +150,29 @@ def describe_outputs(program: CachedProgram) -> dict[str, Any]:
         if not isinstance(value, Tensor):
             leaves.append({"value": _constant(value, f"returns {'the open size ' * isinstance(value, torch.SymInt)}{value!r}", program)})
             continue
-        items.append({"name": name, "dtype": dtype_name(value.dtype), "shape": list(shape_of(value))})
+        items.append(TensorEntry(name=name, dtype=dtype_name(value.dtype), shape=shape_of(value)))
         leaves.append({"tensor": name})
-    return {"form": _form(positions(program.signature.out_spec), leaves, program), "items": items}
+    return OutputsEntry(form=_form(positions(program.signature.out_spec), leaves, program), items=tuple(items))
 
 
-def _describe_slot(slot: CacheSlot) -> dict[str, Any]:
-    place = {"name": slot.name, "role": slot.role, "dtype": dtype_name(slot.dtype)}
-    return {**place, "shape": list(slot.shape), "example": list(slot.example), "fill": slot.fill}
+def _describe_slot(slot: CacheSlot) -> SlotEntry:
+    dtype = dtype_name(slot.dtype)
+    return SlotEntry(name=slot.name, role=slot.role, dtype=dtype, shape=slot.shape, example=slot.example, fill=slot.fill)
 
 
-def check_sizes(program: CachedProgram, conditions: list[str], sizes: list[int | str]) -> None:
+def _describe_symbol(symbol: Symbol, read_from: str) -> SymbolEntry:
+    assert symbol.dimension is not None, "an open Python number was refused"
+    return SymbolEntry(
+        name=symbol.name,
+        input=read_from,
+        dimension=symbol.dimension,
+        example=symbol.example,
+        factor=symbol.factor,
+        offset=symbol.offset,
+    )
+
+
+def check_sizes(program: CachedProgram, conditions: Sequence[str], sizes: Iterable[Size]) -> None:
     """Refuse what a session could not evaluate, or would not find true at the captured sizes.
 
     Raises:
@@ -167,8 +191,10 @@ def check_sizes(program: CachedProgram, conditions: list[str], sizes: list[int |
             raise ExportError(f"{program.model_name} would be exported for sizes where {text}, which those at hand do not meet: {known}.")
 
 
-def describe(program: CachedProgram, config: CacheConfig, parameters: tuple[str, ...]) -> dict[str, Any]:
-    """Return everything that a manifest says before any file is written.
+def describe(
+    program: CachedProgram, config: CacheConfig, parameters: tuple[str, ...], *, graph_format: str, opset: int | None = None
+) -> Manifest:
+    """Return a manifest that says everything but which graphs and files there are, and what their check found.
 
     Raises:
         ExportError: A size is more than integer arithmetic.
@@ -177,45 +203,46 @@ def describe(program: CachedProgram, config: CacheConfig, parameters: tuple[str,
     parameters = (*parameters, *map(str, range(len(parameters), len(_call(program)[0]))))
     inputs, constants = describe_inputs(program, parameters)
     outputs = describe_outputs(program)
-    symbols = []
-    for symbol in sizes.symbols if sizes else ():
-        symbols.append({**dataclasses.asdict(symbol), "input": program.io("compute").users[symbol.position]})
-    conditions = list(sizes.conditions) if sizes else []
-    slots = [_describe_slot(slot) for slot in plan.slots]
-    check_sizes(program, conditions, [size for entry in [*inputs, *outputs["items"], *slots] for size in entry["shape"]])
-    return {
-        "model": program.model_name,
-        "torch": torch.__version__.partition("+")[0],
-        "arguments": list(parameters),
-        "inputs": inputs,
-        "constants": constants,
-        "values": describe_values(program),
-        "outputs": outputs,
-        "symbols": symbols,
-        "conditions": conditions,
-        "slots": slots,
-        "config": dataclasses.asdict(config),
-        "blocks": [{"name": block.name, "type": block.module_type} for block in plan.blocks],
-        "measured": [measured.block for measured in plan.measured],
-        "notes": list(plan.notes),
-    }
+    users, symbols = program.io("compute").users, sizes.symbols if sizes else ()
+    conditions = sizes.conditions if sizes else ()
+    slots = tuple(map(_describe_slot, plan.slots))
+    check_sizes(program, conditions, (size for entry in (*inputs, *outputs.items, *slots) for size in entry.shape))
+    return Manifest(
+        model=program.model_name,
+        graph_format=graph_format,
+        opset=opset,
+        torch=torch.__version__.partition("+")[0],
+        arguments=parameters,
+        inputs=inputs,
+        constants=constants,
+        values=describe_values(program),
+        outputs=outputs,
+        symbols=tuple(_describe_symbol(symbol, users[symbol.position]) for symbol in symbols),
+        conditions=tuple(conditions),
+        slots=slots,
+        config=config,
+        blocks=tuple(BlockEntry(name=block.name, type=block.module_type) for block in plan.blocks),
+        measured=tuple(measured.block for measured in plan.measured),
+        notes=tuple(plan.notes),
+        graphs={},
+        self_check={},
+        files={},
+    )
 
 
-def add_layout(content: dict[str, Any], program: CachedProgram) -> None:
+def with_layout(manifest: Manifest, program: CachedProgram) -> Manifest:
     """Say on which device the graphs run, and how each input and slot lies in memory: compiled code depends on it."""
     plan = program.planned()
-    content["device"] = str(plan.device)
     nodes = dict(zip(program.io("compute").users, program.compute.graph.find_nodes(op="placeholder"), strict=False))
-    for entry in content["inputs"]:
-        entry["order"] = list(slot_order(nodes[entry["name"]].meta["val"]))
-    for entry, slot in zip(content["slots"], plan.slots, strict=True):
-        entry["order"] = list(slot.order)
+    inputs = (dataclasses.replace(entry, order=slot_order(nodes[entry.name].meta["val"])) for entry in manifest.inputs)
+    slots = (dataclasses.replace(entry, order=slot.order) for entry, slot in zip(manifest.slots, plan.slots, strict=True))
+    return dataclasses.replace(manifest, device=str(plan.device), inputs=tuple(inputs), slots=tuple(slots))
 
 
-def declared_shapes(content: dict[str, Any]) -> dict[str, list[int | str]]:
+def declared_shapes(manifest: Manifest) -> dict[str, Sequence[Size]]:
     """Return the shapes of everything that goes in or out of a graph, by the name that it has there."""
-    shapes = {entry["name"]: entry["shape"] for entry in content["outputs"]["items"]}
-    shapes |= {entry["name"]: graph_shape(entry) for entry in content["inputs"]}
-    shapes |= {name(slot["name"]): slot["shape"] for slot in content["slots"] for name in (cache_in, cache_out)}
-    shapes |= {entry.name: [entry.length] for entry in policy_inputs(config_in(content))}
-    return shapes | {STEP: [1], REUSE_LEFT: [1], INDICATOR: [len(content["measured"])]}
+    shapes: dict[str, Sequence[Size]] = {entry.name: entry.shape for entry in manifest.outputs.items}
+    shapes |= {entry.name: graph_shape(entry) for entry in manifest.inputs}
+    shapes |= {name(slot.name): slot.shape for slot in manifest.slots for name in (cache_in, cache_out)}
+    shapes |= {entry.name: [entry.length] for entry in policy_inputs(manifest.config)}
+    return shapes | {STEP: [1], REUSE_LEFT: [1], INDICATOR: [len(manifest.measured)]}

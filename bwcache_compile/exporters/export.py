@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError
 from bwcache_compile.exporters.bundle import Bundle, open_bundle
 from bwcache_compile.exporters.check import check_runs, check_structure, tolerance_of
-from bwcache_compile.exporters.describe import add_layout, check_sizes, declared_shapes, describe
+from bwcache_compile.exporters.describe import check_sizes, declared_shapes, describe, with_layout
 from bwcache_compile.exporters.graphs import PlainGraph, plain_graph
 from bwcache_compile.exporters.load import ort_session, torch_session
+from bwcache_compile.exporters.manifest import GraphEntry, Manifest, WeightsEntry
 from bwcache_compile.exporters.refuse import refuse
 from bwcache_compile.exporters.stand_in import computes_in_half, stand_in
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
@@ -39,7 +41,7 @@ def export_onnx(
     *,
     guarded: bool = False,
     opset: int = 20,
-) -> dict[str, Any]:
+) -> Manifest:
     """Write a program as a bundle of ONNX graphs, and check it against torch before it takes its place.
 
     Args:
@@ -63,8 +65,8 @@ def export_onnx(
     if type(opset) is not int or opset not in writer.OPSETS:
         raise ConfigError(f"opset is {opset!r}; choose one from {writer.OPSETS.start} to {writer.OPSETS.stop - 1}.")
     refuse(program, config)
-    content = {"graph_format": "onnx", "opset": opset, **describe(program, config, parameters)}
-    shapes = declared_shapes(content)
+    manifest = describe(program, config, parameters, graph_format="onnx", opset=opset)
+    shapes = declared_shapes(manifest)
     plain: dict[str, PlainGraph] = {}
     with new_bundle(directory) as folder:
         written, graphs = {}, {}
@@ -75,16 +77,16 @@ def export_onnx(
                 writer.save(written[kind], folder / f"{kind}.onnx", weights)
             report = check_structure(plain, written)
             if guarded:
-                written["guarded"] = writer.guarded_graph(folder, guarded_io(program.io("compute")), len(content["measured"]))
+                written["guarded"] = writer.guarded_graph(folder, guarded_io(program.io("compute")), len(manifest.measured))
                 writer.save(written["guarded"], folder / "guarded.onnx", weights)
         for kind, graph in written.items():
             values = (graph.model.graph.inputs, graph.model.graph.outputs)
-            inputs, returned = ([str(value.name) for value in group] for group in values)
-            graphs[kind] = {"file": f"{kind}.onnx", "inputs": inputs, "outputs": returned}
-        content["graphs"] = graphs
+            inputs, returned = (tuple(str(value.name) for value in group) for group in values)
+            graphs[kind] = GraphEntry(file=f"{kind}.onnx", inputs=inputs, outputs=returned)
+        manifest = dataclasses.replace(manifest, graphs=graphs)
         half = any(computes_in_half(graph.model) for graph in written.values())
-        content["self_check"] = {**report, **_check_onnx(program, config, Bundle(folder, content), half)}
-        write_manifest(folder, content)
+        report |= _check_onnx(program, config, Bundle(folder, manifest), half)
+        write_manifest(folder, dataclasses.replace(manifest, self_check=report))
         return open_bundle(folder).manifest
 
 
@@ -106,7 +108,7 @@ def _check_onnx(program: CachedProgram, config: CacheConfig, bundle: Bundle, hal
     sessions = {
         name: functools.partial(ort_session, bundle, guarded=name == "guarded", options=options)
         for name, graph in kinds.items()
-        if graph in bundle.manifest["graphs"]
+        if graph in bundle.manifest.graphs
     }
     report |= check_runs(program, config, bundle.manifest, sessions, tolerance_of(program), functools.partial(_handed, widened=half))
     for path in bundle.folder.glob("stand_in.*"):
@@ -124,7 +126,7 @@ def _handed(tensor: torch.Tensor, widened: bool) -> Any:
 
 def export_torch(
     program: CachedProgram, config: CacheConfig, directory: str | Path, parameters: tuple[str, ...], *, compiled: bool
-) -> dict[str, Any]:
+) -> Manifest:
     """Write a program as a bundle of torch's own files, and check it against torch before it takes its place.
 
     Args:
@@ -143,8 +145,7 @@ def export_torch(
     from bwcache_compile.exporters import pt2 as writer
 
     refuse(program, config)
-    content = {"graph_format": "aoti" if compiled else "pt2", "opset": None, **describe(program, config, parameters)}
-    add_layout(content, program)
+    manifest = with_layout(describe(program, config, parameters, graph_format="aoti" if compiled else "pt2"), program)
     with new_bundle(directory) as folder:
         plain, written, graphs = {}, {}, {}
         conditions: list[str] = []
@@ -155,15 +156,19 @@ def export_torch(
                 graph = written[kind] = writer.save(writer.torch_graph(plain[kind]), path)
                 if compiled:
                     conditions += writer.compile_package(graph, path)
-                read = [weights.add(name, tensor) for name, tensor in graph.tensors.items()]
-                names = {"weights": read, "inputs": list(plain[kind].inputs), "outputs": list(plain[kind].outputs)}
-                graphs[kind] = {"file": path.name, **names}
+                read = tuple(weights.add(name, tensor) for name, tensor in graph.tensors.items())
+                inputs, returned = tuple(plain[kind].inputs), tuple(plain[kind].outputs)
+                graphs[kind] = GraphEntry(file=path.name, inputs=inputs, outputs=returned, weights=read)
         check_sizes(program, conditions, [])
         report = check_structure(plain, written)
-        content |= {"graphs": graphs, "weights": {"file": WEIGHTS, "tensors": weights.described}}
-        content["conditions"] = list(dict.fromkeys([*content["conditions"], *conditions]))
+        manifest = dataclasses.replace(
+            manifest,
+            graphs=graphs,
+            weights=WeightsEntry(file=WEIGHTS, tensors=weights.described),
+            conditions=tuple(dict.fromkeys([*manifest.conditions, *conditions])),
+        )
         tolerance = tolerance_of(program) if compiled else 0.0
-        sessions = {"pair": functools.partial(torch_session, Bundle(folder, content))}
-        content["self_check"] = {**report, **check_runs(program, config, content, sessions, tolerance, lambda tensor: tensor)}
-        write_manifest(folder, content)
+        sessions = {"pair": functools.partial(torch_session, Bundle(folder, manifest))}
+        report |= check_runs(program, config, manifest, sessions, tolerance, lambda tensor: tensor)
+        write_manifest(folder, dataclasses.replace(manifest, self_check=report))
         return open_bundle(folder).manifest

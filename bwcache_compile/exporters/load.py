@@ -73,7 +73,7 @@ def load(
     if backend not in _BACKENDS.values():
         raise ConfigError(f'backend is {backend!r}; choose "onnxruntime" or "torch".')
     bundle = open_bundle(directory)
-    graph_format = bundle.manifest["graph_format"]
+    graph_format = bundle.manifest.graph_format
     if _BACKENDS[graph_format] != backend:
         raise ConfigError(f'{directory} holds graphs of format "{graph_format}"; pass backend="{_BACKENDS[graph_format]}".')
     if backend == "onnxruntime":

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 CHECKSUM = "sha256"
 
 
-def _encoded(value: Any) -> Any:
-    """Write what JSON has no number for as a string."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _encoded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encoded(item) for item in value]
-    return value
-
-
 def write_text(content: Mapping[str, Any]) -> str:
     """Return a manifest as text; its last entry is the SHA-256 of the text with that entry left empty."""
-    entries = {key: value for key, value in _encoded(dict(content)).items() if key != CHECKSUM}
+    entries = {key: value for key, value in content.items() if key != CHECKSUM}
     text = json.dumps({**entries, CHECKSUM: ""}, indent=1, allow_nan=False) + "\n"
     return _filled(text, hashlib.sha256(text.encode()).hexdigest())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def _masked_select(values: Any, mask: Any) -> Any:
     return op.Compress(wide, op.Reshape(op.Expand(mask, op.Shape(wide)), [-1]))
 
 
-def onnx_graph(plain: PlainGraph, opset: int, shapes: dict[str, list[int | str]]) -> OnnxGraph:
+def onnx_graph(plain: PlainGraph, opset: int, shapes: Mapping[str, Sequence[int | str]]) -> OnnxGraph:
     """Write one graph as an ONNX model; `shapes` are those of its inputs and outputs.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,7 +136,7 @@ def strip(model: ir.Model) -> None:
             value.doc_string = None
 
 
-def declare(model: ir.Model, shapes: dict[str, list[int | str]]) -> None:
+def declare(model: ir.Model, shapes: Mapping[str, Sequence[int | str]]) -> None:
     """Write the shapes of inputs and outputs as the program knows them, and none inside where sizes are open.
 
     While it decomposes, torch asks its solver, which answers for the size at hand: what it notes down may be too narrow.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.call import graph_shape
+from bwcache_compile.exporters.manifest import Manifest, Size
 from bwcache_compile.graph_io import cache_in
 
 Range = tuple[int, int, int]
@@ -16,12 +16,12 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Of each input with an open size: its smallest, usual and largest shape."""
 
 
-def _holding(manifest: Mapping[str, Any], values: Mapping[str, int]) -> str:
+def _holding(manifest: Manifest, values: Mapping[str, int]) -> str:
     """Return the first condition of the graphs that these sizes break; empty if none."""
-    return next((condition for condition in manifest["conditions"] if not arithmetic(condition, values)), "")
+    return next((condition for condition in manifest.conditions if not arithmetic(condition, values)), "")
 
 
-def _default(manifest: Mapping[str, Any], name: str, known: Mapping[str, int]) -> Range:
+def _default(manifest: Manifest, name: str, known: Mapping[str, int]) -> Range:
     """Return from half to twice the captured size, as far as the graphs hold there."""
     example = known[name]
 
@@ -31,14 +31,14 @@ def _default(manifest: Mapping[str, Any], name: str, known: Mapping[str, int]) -
     return fitting(range(max(1, example // 2), example)), example, fitting(range(2 * example, example, -1))
 
 
-def symbol_ranges(manifest: Mapping[str, Any], sizes: Mapping[str, Range]) -> dict[str, Range]:
+def symbol_ranges(manifest: Manifest, sizes: Mapping[str, Range]) -> dict[str, Range]:
     """Return the range of every symbol that sizes are written in; see `profile`.
 
     Raises:
         ConfigError: A size is unknown or out of order, or the graphs do not hold there.
     """
-    known = {symbol["name"]: symbol["example"] for symbol in manifest["symbols"]}
-    places = {f"{symbol['input']}[{symbol['dimension']}]": symbol for symbol in manifest["symbols"]}
+    known = {symbol.name: symbol.example for symbol in manifest.symbols}
+    places = {symbol.place: symbol for symbol in manifest.symbols}
     unknown = sorted(set(sizes) - set(places))
     if unknown:
         raise ConfigError(f"{', '.join(unknown)} is no open size of this bundle; there are: {', '.join(places) or 'none'}.")
@@ -47,7 +47,7 @@ def symbol_ranges(manifest: Mapping[str, Any], sizes: Mapping[str, Range]) -> di
         low, usual, high = sizes.get(place, (0, 0, 0))
         if place in sizes and not 0 < low <= usual <= high:
             raise ConfigError(f"{place} is {sizes[place]}; give the smallest, the usual and the largest size.")
-        name, offset, factor = symbol["name"], symbol["offset"], symbol["factor"]
+        name, offset, factor = symbol.name, symbol.offset, symbol.factor
         given = ((low - offset) // factor, (usual - offset) // factor, (high - offset) // factor)
         ranges[name] = given if place in sizes else _default(manifest, name, known)
     for i, word in enumerate(("smallest", "usual", "largest")):
@@ -58,7 +58,7 @@ def symbol_ranges(manifest: Mapping[str, Any], sizes: Mapping[str, Range]) -> di
     return ranges
 
 
-def symbols_at(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
+def symbols_at(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
     """Return the value of every symbol where open sizes have these values, or the captured ones.
 
     Args:
@@ -68,12 +68,12 @@ def symbols_at(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[st
     Raises:
         ConfigError: A size is unknown, or the graphs do not hold there.
     """
-    captured = {f"{s['input']}[{s['dimension']}]": s["factor"] * s["example"] + s["offset"] for s in manifest["symbols"]}
+    captured = {symbol.place: symbol.factor * symbol.example + symbol.offset for symbol in manifest.symbols}
     ranges = symbol_ranges(manifest, {place: (size, size, size) for place, size in {**captured, **sizes}.items()})
     return {symbol: ends[0] for symbol, ends in ranges.items()}
 
 
-def profile(manifest: Mapping[str, Any], kind: str, sizes: Mapping[str, Range] | None = None) -> Shapes:
+def profile(manifest: Manifest, kind: str, sizes: Mapping[str, Range] | None = None) -> Shapes:
     """Return the shapes between which a graph's inputs may vary, the cache's included; empty where all sizes are fixed.
 
     Args:
@@ -86,12 +86,12 @@ def profile(manifest: Mapping[str, Any], kind: str, sizes: Mapping[str, Range] |
         ConfigError: A size is unknown or out of order, or the graphs do not hold there.
     """
     ranges = symbol_ranges(manifest, sizes or {})
-    declared = {entry["name"]: graph_shape(entry) for entry in manifest["inputs"]}
-    declared |= {cache_in(slot["name"]): slot["shape"] for slot in manifest["slots"]}
+    declared: dict[str, Sequence[Size]] = {entry.name: graph_shape(entry) for entry in manifest.inputs}
+    declared |= {cache_in(slot.name): slot.shape for slot in manifest.slots}
     corners = [dict(zip(ranges, corner, strict=True)) for corner in itertools.product(*((r[0], r[2]) for r in ranges.values()))]
     usual = {name: r[1] for name, r in ranges.items()}
     shapes: Shapes = {}
-    for name in manifest["graphs"][kind]["inputs"]:
+    for name in manifest.graphs[kind].inputs:
         shape = declared.get(name, [])
         if any(isinstance(size, str) for size in shape):
             found = [[arithmetic(size, corner) for corner in corners] for size in shape]

@@ -11,6 +11,7 @@ import numpy as np
 from bwcache_compile.errors import BundleError, ConfigError, StateError, first_line
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.call import PAIRS, graph_shape
+from bwcache_compile.exporters.manifest import TensorEntry
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, cache_in
 
 _ON_HOST = (REUSE_LEFT, INDICATOR)
@@ -65,34 +66,35 @@ class OrtRunner:
             except Exception as error:  # onnxruntime's errors have no common class of their own
                 raise BundleError(f"{path} does not run on {first}: {first_line(error)}{self._advice(first)}") from error
             self._check(kind)
-        half = [item["name"] for item in self._manifest["outputs"]["items"] if item["dtype"] == "bfloat16"]
+        half = [item.name for item in self._manifest.outputs.items if item.dtype == "bfloat16"]
         if half and outputs == "numpy":
             raise ConfigError(f'{half[0]} is bfloat16, which numpy has not; pass outputs="ortvalue", which has DLPack.')
 
     def _advice(self, provider: str) -> str:
-        dtypes = [entry["dtype"] for entry in [*self._manifest["inputs"], *self._manifest["slots"]]]
-        if "bfloat16" not in f"{dtypes} {self._manifest.get('self_check')}" or provider != "CPUExecutionProvider":
+        dtypes = [entry.dtype for entry in (*self._manifest.inputs, *self._manifest.slots)]
+        if "bfloat16" not in f"{dtypes} {self._manifest.self_check}" or provider != "CPUExecutionProvider":
             return ""
         advice = "Use a GPU's, or export the model in float32 or float16."
         return f"\n  The bundle computes in bfloat16, and this provider lacks kernels for it. {advice}"
 
     def _check(self, kind: str) -> None:
         """Compare a graph with what the manifest says of it."""
-        entry, session = self._manifest["graphs"][kind], self._sessions[kind]
-        for what, found in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
-            if [value.name for value in found] != entry[what]:
-                raise BundleError(f"{entry['file']} has the {what} {[v.name for v in found]}, and the manifest says {entry[what]}.")
-        known = {entry["name"]: entry for entry in self._manifest["inputs"]}
-        known |= {cache_in(slot["name"]): slot for slot in self._manifest["slots"]}
+        entry, session = self._manifest.graphs[kind], self._sessions[kind]
+        for what, values, said in (("inputs", session.get_inputs(), entry.inputs), ("outputs", session.get_outputs(), entry.outputs)):
+            found = [value.name for value in values]
+            if found != list(said):
+                raise BundleError(f"{entry.file} has the {what} {found}, and the manifest says {list(said)}.")
+        known: dict[str, TensorEntry] = {entry.name: entry for entry in self._manifest.inputs}
+        known |= {cache_in(slot.name): slot for slot in self._manifest.slots}
         for value in session.get_inputs():
             if value.name not in known:
                 continue
-            dtype, shape = known[value.name]["dtype"], graph_shape(known[value.name])
+            dtype, shape = known[value.name].dtype, graph_shape(known[value.name])
             if _dtype(value.type) != PAIRS.get(dtype, dtype):
-                raise BundleError(f"{entry['file']} takes {value.name} as {_dtype(value.type)}, and the manifest says {dtype}.")
+                raise BundleError(f"{entry.file} takes {value.name} as {_dtype(value.type)}, and the manifest says {dtype}.")
             fixed = [(a, b) for a, b in zip(value.shape, shape, strict=False) if isinstance(a, int) or isinstance(b, int)]
             if len(value.shape) != len(shape) or any(a != b for a, b in fixed):
-                raise BundleError(f"{entry['file']} takes {value.name} of shape {value.shape}, and the manifest says {shape}.")
+                raise BundleError(f"{entry.file} takes {value.name} of shape {value.shape}, and the manifest says {shape}.")
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as an OrtValue; arrays that lie on the same device are not copied."""
@@ -180,12 +182,12 @@ class OrtRunner:
         Raises:
             BundleError: onnxruntime failed.
         """
-        names, session = self._manifest["graphs"][graph], self._sessions[graph]
+        names, session = self._manifest.graphs[graph], self._sessions[graph]
         try:
             binding = session.io_binding()
-            for name in names["inputs"]:
+            for name in names.inputs:
                 binding.bind_ortvalue_input(name, inputs[name])
-            for name in names["outputs"]:
+            for name in names.outputs:
                 if name in buffers:
                     binding.bind_ortvalue_output(name, buffers[name])
                 else:
@@ -194,6 +196,6 @@ class OrtRunner:
             binding.synchronize_inputs()  # another library may still be writing them, on a stream of its own
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no common class of their own
-            raise BundleError(f"{names['file']} fails in ONNX Runtime: {first_line(error)}") from error
+            raise BundleError(f"{names.file} fails in ONNX Runtime: {first_line(error)}") from error
         # a buffer's own OrtValue keeps its memory alive; the one that the binding returns does not
-        return {**dict(zip(names["outputs"], binding.get_outputs(), strict=True)), **buffers}
+        return {**dict(zip(names.outputs, binding.get_outputs(), strict=True)), **buffers}

@@ -58,7 +58,7 @@ def _refuse_inputs(program: CachedProgram) -> None:
 
 def _refuse_results(program: CachedProgram) -> None:
     real = [name for name in DTYPES if name not in PAIRS]
-    returned = {item["name"]: item["dtype"] for item in describe_outputs(program)["items"]}
+    returned = {item.name: item.dtype for item in describe_outputs(program).items}
     for name, dtype in (returned | {slot.name: dtype_name(slot.dtype) for slot in program.planned().slots}).items():
         if dtype.startswith("complex"):
             raise ExportError(f"the graphs return {name}, which is {dtype}; bundles return real numbers. Return real and imaginary parts.")

@@ -12,7 +12,7 @@ from bwcache_compile.contexts import Context, ContextTable
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.call import Call, Runner, bound, flat_call, put_together
-from bwcache_compile.exporters.settings import config_in
+from bwcache_compile.exporters.manifest import Manifest
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, cache_in, cache_out, policy_input
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.stepping import HALF, Cursor, StepInfo, TimeInput, may_be_time
@@ -54,8 +54,8 @@ class Session:
 
     def __init__(self, bundle: Bundle, runner: Runner, *, guarded: bool = False) -> None:
         """Run a bundle's graphs, the pair or the one that decides by itself."""
-        self.manifest = bundle.manifest
-        self.cache_config: CacheConfig = config_in(bundle.manifest)
+        self.manifest: Manifest = bundle.manifest
+        self.cache_config: CacheConfig = bundle.manifest.config
         self.guarded, self._runner = guarded, runner
         self._contexts = ContextTable(SessionContext)
 
@@ -73,7 +73,7 @@ class Session:
             BundleError: The runtime failed.
         """
         values = self._step(bound(self.manifest, self._runner, args, kwargs))
-        return put_together(self.manifest["outputs"]["form"], values)
+        return put_together(self.manifest.outputs.form, values)
 
     def run_flat(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Run one step on inputs by the names that the graphs have for them; returns outputs by name."""
@@ -105,7 +105,7 @@ class Session:
             else:
                 state = dataclasses.replace(context.state, cursor=context.state.cursor.at(advance.step))
             returned, following, record = self._run(context, state, call, num_steps)
-            outputs = {item["name"]: self._runner.given_back(returned[item["name"]]) for item in self.manifest["outputs"]["items"]}
+            outputs = {item.name: self._runner.given_back(returned[item.name]) for item in self.manifest.outputs.items}
             if following.slots is not state.slots:  # the two sets of buffers take turns
                 context.spare = state.slots if self._runner.takes_buffers else {}
             context.state, context.state_bytes = following, sum(map(self._runner.bytes, following.slots.values()))
@@ -123,15 +123,15 @@ class Session:
             return TimeInput(len(call.shapes[name]), dtype in HALF, lambda: self._runner.numbers(call.values[name]))
 
         return {
-            entry["name"]: input_of(entry["name"], entry["dtype"])
-            for entry in self.manifest["inputs"]
-            if may_be_time(call.shapes[entry["name"]], entry["dtype"])
+            entry.name: input_of(entry.name, entry.dtype)
+            for entry in self.manifest.inputs
+            if may_be_time(call.shapes[entry.name], entry.dtype)
         }
 
     def _fresh(self, context: SessionContext, call: Call, step: int) -> SessionState:
         """Return the state of a context that has computed nothing, at a call's sizes."""
         runner = self._runner
-        slots = [(slot["name"], slot["dtype"], call.sizes_of(slot["shape"]), float(slot["fill"])) for slot in self.manifest["slots"]]
+        slots = [(slot.name, slot.dtype, call.sizes_of(slot.shape), float(slot.fill)) for slot in self.manifest.slots]
         if self.guarded:
             slots.append((UNTIL, "int64", (1,), -1.0))
         made = {name: runner.full(name, shape, dtype, fill) for name, dtype, shape, fill in slots}
@@ -197,4 +197,4 @@ class Session:
     def report(self) -> Report:
         """Return what each context did in its current generation."""
         contexts = {context.name: context.report() for context in self._contexts.values() if context.tracker.started}
-        return Report(contexts, tuple(self.manifest["measured"]))
+        return Report(contexts, self.manifest.measured)

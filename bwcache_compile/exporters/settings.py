@@ -1,10 +1,8 @@
-"""The settings in a manifest, and what the graphs take of them: said once, in the manifest's `config`. Needs no torch."""
+"""What the graphs take of the settings. Needs no torch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_io import policy_input
@@ -18,16 +16,6 @@ class PolicyInput:
     name: str
     dtype: str
     length: int
-
-
-def config_in(manifest: Mapping[str, Any]) -> CacheConfig:
-    """Return the settings that a manifest holds.
-
-    Raises:
-        ValueError, TypeError, OverflowError: They are none; a ConfigError is a ValueError.
-    """
-    values: dict[str, Any] = {key: float(value) if value in ("inf", "nan") else value for key, value in manifest["config"].items()}
-    return CacheConfig(**values)
 
 
 def policy_inputs(config: CacheConfig) -> list[PolicyInput]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.half import between_casts, is_half
+from bwcache_compile.exporters.manifest import TensorEntry
+
+T = TypeVar("T", bound=TensorEntry)
 
 _LEFT = {"Cast", "Constant", "If"}
 """Operators that the provider has for bfloat16."""
@@ -48,21 +51,21 @@ def stand_in(bundle: Bundle) -> Bundle:
     import onnx_ir as ir
     from onnx_ir.passes.common import NameFixPass
 
-    def widened(entry: dict[str, Any]) -> dict[str, Any]:
-        return {**entry, "dtype": "float32"} if entry["dtype"] == "bfloat16" else entry
+    def widened(entries: tuple[T, ...]) -> tuple[T, ...]:
+        return tuple(dataclasses.replace(entry, dtype="float32") if entry.dtype == "bfloat16" else entry for entry in entries)
 
     manifest, graphs = bundle.manifest, {}
-    for kind, entry in manifest["graphs"].items():
+    for kind, entry in manifest.graphs.items():
         model = ir.load(bundle.graph_file(kind))
         for value in model.graph.outputs:
             value.name = f"{value.name}.inner"
         between_casts(model, lambda node: node.op_type not in _LEFT and any(map(is_half, node.inputs)))
         _with_wide_ends(model)
-        for value, name in zip(model.graph.outputs, entry["outputs"], strict=True):
+        for value, name in zip(model.graph.outputs, entry.outputs, strict=True):
             value.name = name
         NameFixPass()(model)
-        graphs[kind] = {**entry, "file": f"stand_in.{entry['file']}"}
-        ir.save(model, bundle.folder / graphs[kind]["file"])
-    wide = {name: [widened(entry) for entry in manifest[name]] for name in ("inputs", "slots")}
-    outputs = {**manifest["outputs"], "items": [widened(entry) for entry in manifest["outputs"]["items"]]}
-    return dataclasses.replace(bundle, manifest={**manifest, **wide, "outputs": outputs, "graphs": graphs})
+        graphs[kind] = dataclasses.replace(entry, file=f"stand_in.{entry.file}")
+        ir.save(model, bundle.folder / graphs[kind].file)
+    outputs = dataclasses.replace(manifest.outputs, items=widened(manifest.outputs.items))
+    wide = dataclasses.replace(manifest, inputs=widened(manifest.inputs), slots=widened(manifest.slots), outputs=outputs, graphs=graphs)
+    return dataclasses.replace(bundle, manifest=wide)

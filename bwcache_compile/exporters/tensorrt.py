@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.bundle import Bundle, file_hash, open_bundle
+from bwcache_compile.exporters.manifest import Manifest, TensorRTEntry
 from bwcache_compile.exporters.open_sizes import Range, profile
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.exporters.tensorrt_operators import LIST_VERSION, unlisted_operators
@@ -44,7 +46,7 @@ def _opened(directory: str | Path) -> Bundle:
         BundleError: It is none, or it is damaged.
     """
     bundle = open_bundle(directory)
-    graph_format = bundle.manifest["graph_format"]
+    graph_format = bundle.manifest.graph_format
     if graph_format != "onnx":
         raise BundleError(f'{directory} holds graphs of format "{graph_format}"; engines are built from a bundle of format "onnx".')
     return bundle
@@ -53,13 +55,13 @@ def _opened(directory: str | Path) -> Bundle:
 # -- what a builder needs ----------------------------------------------------------------------------------------
 
 
-def _trtexec(manifest: Mapping[str, Any], sizes: Mapping[str, Range] | None) -> Iterator[str]:
+def _trtexec(manifest: Manifest, sizes: Mapping[str, Range] | None) -> Iterator[str]:
     """Write the lines that build what `build_engines.py` builds, but for STRICT_NANS, which trtexec has no switch for."""
     yield "#!/bin/sh\n# sh trtexec.sh ENGINES: one engine per graph.\nset -e\n: ${1:?the folder for the engines}\n"
     yield 'mkdir -p "$1"\nout=$(cd "$1" && pwd)\ncd "$(dirname "$0")"\n'
-    for kind, graph in manifest["graphs"].items():
+    for kind, graph in manifest.graphs.items():
         shapes = profile(manifest, kind, sizes)
-        parts = [f'trtexec --onnx={graph["file"]} --saveEngine="$out/{kind}.engine" --timingCacheFile="$out/timing.cache"']
+        parts = [f'trtexec --onnx={graph.file} --saveEngine="$out/{kind}.engine" --timingCacheFile="$out/timing.cache"']
         parts.append("--noTF32 --skipInference")
         for i, switch in enumerate(("--minShapes", "--optShapes", "--maxShapes") if shapes else ()):
             listed = ",".join(f"{name}:{'x'.join(map(str, ends[i]))}" for name, ends in shapes.items())
@@ -85,8 +87,8 @@ def prepare(bundle: str | Path, sizes: Mapping[str, Range] | None = None) -> lis
     opened = _opened(bundle)
     unlisted = [str(found) for found in unlisted_operators(opened)]
     texts = {"build_engines.py": _SCRIPT, "trtexec.sh": "".join(_trtexec(opened.manifest, sizes))}
-    listed = {name: list(ends) for name, ends in (sizes or {}).items()}
-    add_files(opened, texts, {"tensorrt": {"list": LIST_VERSION, "unlisted": unlisted, "sizes": listed}})
+    prepared = TensorRTEntry(list=LIST_VERSION, unlisted=tuple(unlisted), sizes=sizes or {})
+    add_files(opened.folder, texts, dataclasses.replace(opened.manifest, tensorrt=prepared))
     return unlisted
 
 
@@ -174,8 +176,8 @@ def build(
     trt, opened = _import(), _opened(bundle)
     manifest = opened.manifest
     if profiles is None:
-        profiles = [{name: tuple(ends) for name, ends in manifest.get("tensorrt", {}).get("sizes", {}).items()}]
-    shapes = {kind: [profile(manifest, kind, sizes) for sizes in profiles] for kind in kinds or manifest["graphs"]}
+        profiles = [manifest.tensorrt.sizes if manifest.tensorrt else {}]
+    shapes = {kind: [profile(manifest, kind, sizes) for sizes in profiles] for kind in kinds or manifest.graphs}
     flags = (*(("VERSION_COMPATIBLE",) if version_compatible else ()), *(("STRIP_PLAN", "REFIT_IDENTICAL") if stripped else ()))
     target = Path(directory)
     logger = trt.Logger(trt.Logger.WARNING)
@@ -201,7 +203,7 @@ def build(
             written.write_bytes(plan)
             with replaced_together(target) as at_once:  # good for the next build, whatever becomes of this one
                 (at_once / TIMING).write_bytes(config.get_timing_cache().serialize())
-            source_hash = manifest["files"][source.name]["sha256"]
+            source_hash = manifest.files[source.name].sha256
             engines[kind] = {"sha256": file_hash(written), "graph_sha256": source_hash, "profiles": choices}
         record = {"tensorrt": trt.__version__, "version_compatible": version_compatible, "stripped": stripped, "engines": engines}
         (place / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -223,7 +225,7 @@ def _record(bundle: Bundle, folder: Path, kinds: Sequence[str]) -> dict[str, Any
             path, entry = folder / f"{kind}.engine", record["engines"][kind]
             if file_hash(path) != entry["sha256"]:
                 raise BundleError(f"{path} is not the engine that was built: its SHA-256 differs.")
-            if bundle.manifest["files"][bundle.graph_file(kind).name]["sha256"] != entry["graph_sha256"]:
+            if bundle.manifest.files[bundle.graph_file(kind).name].sha256 != entry["graph_sha256"]:
                 raise BundleError(f"{path} was built from another {kind} graph than the one in {bundle.folder}. Build it again.")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{folder} holds no {', '.join(kinds)} engines that can be read: {error!r}.") from error

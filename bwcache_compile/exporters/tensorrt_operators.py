@@ -117,7 +117,7 @@ def unlisted_operators(bundle: Bundle) -> list[Unlisted]:
     import onnx_ir as ir
 
     found = []
-    for kind in bundle.manifest["graphs"]:
+    for kind in bundle.manifest.graphs:
         model = ir.load(bundle.graph_file(kind))
         opset = model.opset_imports.get("", 0)
         if opset not in OPSETS:

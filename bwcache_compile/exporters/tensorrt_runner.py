@@ -13,7 +13,7 @@ import torch
 from bwcache_compile.errors import BundleError, StateError
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.call import PAIRS
-from bwcache_compile.exporters.settings import config_in, policy_inputs
+from bwcache_compile.exporters.settings import policy_inputs
 from bwcache_compile.exporters.torch_runner import TorchTensors
 from bwcache_compile.graph_io import INDICATOR, cache_in, cache_out
 
@@ -82,11 +82,11 @@ class TensorRTRunner(TorchTensors):
         Raises:
             BundleError: It has other tensors, or reads them as other dtypes.
         """
-        entry = self._manifest["graphs"][kind]
+        entry = self._manifest.graphs[kind]
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         outputs = [name for name in names if name not in inputs]
-        if not set(inputs) <= set(entry["inputs"]) or set(outputs) != set(entry["outputs"]):
+        if not set(inputs) <= set(entry.inputs) or set(outputs) != set(entry.outputs):
             raise BundleError(f"{kind}.engine has the inputs {inputs} and outputs {outputs}, and the manifest says otherwise.")
         for name in names:
             found = engine.get_tensor_dtype(name).name
@@ -96,10 +96,10 @@ class TensorRTRunner(TorchTensors):
 
     def _dtype(self, name: str) -> str:
         manifest = self._manifest
-        known = {e["name"]: PAIRS.get(e["dtype"], e["dtype"]) for e in [*manifest["inputs"], *manifest["outputs"]["items"]]}
-        known |= {way(slot["name"]): slot["dtype"] for slot in manifest["slots"] for way in (cache_in, cache_out)}
-        known |= {entry.name: entry.dtype for entry in policy_inputs(config_in(manifest))}
-        return str(known.get(name, "float32" if name == INDICATOR else "int64"))
+        known = {e.name: PAIRS.get(e.dtype, e.dtype) for e in (*manifest.inputs, *manifest.outputs.items)}
+        known |= {way(slot.name): slot.dtype for slot in manifest.slots for way in (cache_in, cache_out)}
+        known |= {entry.name: entry.dtype for entry in policy_inputs(manifest.config)}
+        return known.get(name, "float32" if name == INDICATOR else "int64")
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as a contiguous tensor on the device, where it is not copied if it is one."""
@@ -151,7 +151,7 @@ class TensorRTRunner(TorchTensors):
                 if not context.set_input_shape(name, tuple(inputs[name].shape)):
                     raise BundleError(f"{graph}.engine does not take {name} as {list(inputs[name].shape)}.")
                 context.set_tensor_address(name, inputs[name].data_ptr())
-            for name in self._manifest["graphs"][graph]["outputs"]:
+            for name in self._manifest.graphs[graph].outputs:
                 value = buffers.get(name)
                 if value is None:
                     shape = tuple(context.get_tensor_shape(name))

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.errors import BundleError, StateError, first_line
 from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.call import PAIRS
+from bwcache_compile.exporters.manifest import PlacedEntry
 from bwcache_compile.exporters.weights import read_weights
 from bwcache_compile.layout import in_order
 
@@ -96,34 +97,37 @@ class TorchRunner(TorchTensors):
     def __init__(self, bundle: Bundle) -> None:
         """Open both graphs. This unpickles what they contain, or runs their machine code: the caller has asked for it."""
         self._manifest = manifest = bundle.manifest
-        self._orders = {entry["name"]: tuple(entry["order"]) for entry in [*manifest["inputs"], *manifest["slots"]]}
+        assert manifest.device is not None
+        assert manifest.weights is not None
+        taken: list[PlacedEntry] = [*manifest.inputs, *manifest.slots]
+        self._orders = {entry.name: entry.order or () for entry in taken}
         try:
-            self._device = torch.device(manifest["device"])
+            self._device = torch.device(manifest.device)
             torch.zeros(1, device=self._device).cpu()
         except (RuntimeError, AssertionError) as error:
-            raise BundleError(f"{bundle.folder} was exported for {manifest['device']}, which is not here: {first_line(error)}") from error
-        described, plain = manifest["weights"]["tensors"], manifest["graph_format"] == "pt2"
-        mapped = read_weights(bundle.folder / manifest["weights"]["file"], described)
+            raise BundleError(f"{bundle.folder} was exported for {manifest.device}, which is not here: {first_line(error)}") from error
+        described, plain = manifest.weights.tensors, manifest.graph_format == "pt2"
+        mapped = read_weights(bundle.folder / manifest.weights.file, described)
         weights = {name: tensor.to(self._device).detach() for name, tensor in mapped.items()}  # no views: see the next line
         for name, tensor in weights.items():  # torch chooses kernels by whether weights are views, and whether they may have gradients
-            tensor.requires_grad_(plain and tensor.is_floating_point() and described[name].get("grad") is True)
+            tensor.requires_grad_(plain and tensor.is_floating_point() and described[name].grad)
         self._graphs: dict[str, tuple[Graph, list[Tensor]]] = {}
-        for kind, entry in manifest["graphs"].items():
-            path = bundle.graph_file(kind)
-            missing = [name for name in entry["weights"] if name not in weights]
+        for kind, entry in manifest.graphs.items():
+            path, read = bundle.graph_file(kind), entry.weights or ()
+            missing = [name for name in read if name not in weights]
             if missing:
                 raise BundleError(f"{path} reads {missing[0]}, which is none of the bundle's weights.")
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    graph, inputs = _OPEN[manifest["graph_format"]](path)
+                    graph, inputs = _OPEN[manifest.graph_format](path)
             except Exception as error:  # what it unpickles or runs may raise anything
-                versions = f"written with torch {manifest['torch']}, this is {torch.__version__}"
+                versions = f"written with torch {manifest.torch}, this is {torch.__version__}"
                 raise BundleError(f"{path} does not open in torch ({versions}): {type(error).__name__}: {first_line(error)}") from error
-            expected = len(entry["weights"]) + len(entry["inputs"])
+            expected = len(read) + len(entry.inputs)
             if inputs != expected:
                 raise BundleError(f"{path} has {inputs} inputs, and the manifest says {expected}.")
-            self._graphs[kind] = graph, [weights[name] for name in entry["weights"]]
+            self._graphs[kind] = graph, [weights[name] for name in read]
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as a tensor on the device, lying as the graphs were captured; it is not copied if it does."""
@@ -142,11 +146,11 @@ class TorchRunner(TorchTensors):
         Raises:
             BundleError: torch failed.
         """
-        entry = self._manifest["graphs"][graph]
+        entry = self._manifest.graphs[graph]
         run, weights = self._graphs[graph]
         try:
             with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-                returned = run(*weights, *(inputs[name] for name in entry["inputs"]))
-            return dict(zip(entry["outputs"], returned, strict=True))
+                returned = run(*weights, *(inputs[name] for name in entry.inputs))
+            return dict(zip(entry.outputs, returned, strict=True))
         except Exception as error:  # operators raise what they like
-            raise BundleError(f"{entry['file']} fails in torch: {type(error).__name__}: {first_line(error)}") from error
+            raise BundleError(f"{entry.file} fails in torch: {type(error).__name__}: {first_line(error)}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.bundle import Bundle, open_bundle
 from bwcache_compile.exporters.call import PAIRS, graph_shape
 from bwcache_compile.exporters.external_data import external_locations
+from bwcache_compile.exporters.manifest import Size
 from bwcache_compile.exporters.open_sizes import symbols_at
-from bwcache_compile.exporters.settings import config_in, policy_inputs
+from bwcache_compile.exporters.settings import policy_inputs
 from bwcache_compile.graph_io import INDICATOR, STEP, UNTIL, cache_in, cache_out
 
 CONTROLS = {"START": "bool", "END": "bool", "CORRID": "uint64"}
@@ -118,22 +119,22 @@ def write(
     target = Path(directory) / name
     if target.exists():
         raise ConfigError(f"{target} exists; it is not overwritten. Choose another name, or remove it.")
-    if manifest["values"]:
-        built_in = ", ".join(entry["input"] for entry in manifest["values"])
+    if manifest.values:
+        built_in = ", ".join(entry.input for entry in manifest.values)
         raise ConfigError(f"the values of {built_in} are built into the graphs, and a server compares none. Run the bundle by bw.load.")
     known = symbols_at(manifest, sizes or {})
 
-    def dims(shape: list[int | str]) -> list[int]:
+    def dims(shape: Sequence[Size]) -> list[int]:
         return [arithmetic(size, known) for size in shape]
 
-    slots = [(slot["name"], slot["dtype"], dims(slot["shape"]), float(slot["fill"])) for slot in manifest["slots"]]
+    slots = [(slot.name, slot.dtype, dims(slot.shape), float(slot.fill)) for slot in manifest.slots]
     slots.append((UNTIL, "int64", [1], -1.0))
-    inputs = [(entry["name"], PAIRS.get(entry["dtype"], entry["dtype"]), dims(graph_shape(entry))) for entry in manifest["inputs"]]
-    inputs += [(entry.name, entry.dtype, [entry.length]) for entry in policy_inputs(config_in(manifest))]
+    inputs = [(entry.name, PAIRS.get(entry.dtype, entry.dtype), dims(graph_shape(entry))) for entry in manifest.inputs]
+    inputs += [(entry.name, entry.dtype, [entry.length]) for entry in policy_inputs(manifest.config)]
     inputs.append((STEP, "int64", [1]))
-    taken = set(manifest["graphs"]["guarded"]["inputs"])
-    outputs = [(item["name"], item["dtype"], dims(item["shape"])) for item in manifest["outputs"]["items"]]
-    outputs += [(INDICATOR, "float32", [len(manifest["measured"])])] if manifest["measured"] else []
+    taken = set(manifest.graphs["guarded"].inputs)
+    outputs = [(item.name, item.dtype, dims(item.shape)) for item in manifest.outputs.items]
+    outputs += [(INDICATOR, "float32", [len(manifest.measured)])] if manifest.measured else []
     controls: list[dict[str, Any]] = [
         {"name": "START", "control": {"kind": _Word("CONTROL_SEQUENCE_START"), "bool_false_true": [False, True]}},
         {"name": "END", "control": {"kind": _Word("CONTROL_SEQUENCE_END"), "bool_false_true": [False, True]}},

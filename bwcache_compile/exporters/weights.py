@@ -8,12 +8,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bwcache_compile.errors import BundleError
+from bwcache_compile.exporters.manifest import WeightEntry
 from bwcache_compile.layout import in_order, slot_order
 
 WEIGHTS = "weights.bin"
@@ -34,7 +34,7 @@ class WeightFile:
         self._file = path.open("wb")
         self._places: dict[tuple[str, int], int] = {}
         self._named: dict[str, Tensor] = {}
-        self.described: dict[str, dict[str, Any]] = {}
+        self.described: dict[str, WeightEntry] = {}
 
     def __enter__(self) -> WeightFile:
         """Keep it open for writing."""
@@ -67,22 +67,23 @@ class WeightFile:
             dense = in_order(tensor.detach(), order).permute(order).cpu()
             offset = self.place(ctypes.string_at(dense.data_ptr(), dense.nbytes) if dense.numel() else b"")
             dtype = str(tensor.dtype).removeprefix("torch.")
-            self.described[name] = {"dtype": dtype, "shape": list(tensor.shape), "order": list(order), "offset": offset}
-            self.described[name]["grad"] = tensor.requires_grad
+            self.described[name] = WeightEntry(
+                dtype=dtype, shape=tuple(tensor.shape), order=tuple(order), offset=offset, grad=tensor.requires_grad
+            )
         return name
 
 
-def _read(data: Tensor, entry: Mapping[str, Any]) -> Tensor:
-    shape, order, dtype = entry["shape"], entry["order"], getattr(torch, entry["dtype"])
+def _read(data: Tensor, entry: WeightEntry) -> Tensor:
+    shape, order, dtype = entry.shape, entry.order, getattr(torch, entry.dtype)
     dense = [shape[dimension] for dimension in order]
-    end = entry["offset"] + math.prod(shape) * dtype.itemsize
-    if sorted(order) != list(range(len(shape))) or not 0 <= entry["offset"] <= end <= data.numel():
-        raise ValueError(f"it would lie at {entry['offset']} .. {end} of {data.numel()} bytes")
-    flat = data[entry["offset"] : end].view(dtype) if end > entry["offset"] else torch.empty(0, dtype=dtype)
+    end = entry.offset + math.prod(shape) * dtype.itemsize
+    if sorted(order) != list(range(len(shape))) or not 0 <= entry.offset <= end <= data.numel():
+        raise ValueError(f"it would lie at {entry.offset} .. {end} of {data.numel()} bytes")
+    flat = data[entry.offset : end].view(dtype) if end > entry.offset else torch.empty(0, dtype=dtype)
     return flat.view(dense).permute([order.index(dimension) for dimension in range(len(shape))])
 
 
-def read_weights(path: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_weights(path: Path, described: Mapping[str, WeightEntry]) -> dict[str, Tensor]:
     """Map a weight file into memory: tensors by name, lying as those that were added. None is copied.
 
     Raises:
@@ -93,6 +94,6 @@ def read_weights(path: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, entry in described.items():
         try:
             tensors[name] = _read(data, entry)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise BundleError(f"{path.parent / 'manifest.json'}: the weight {name} does not fit {path.name}: {error}.") from error
     return tensors

@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from bwcache_compile.errors import ExportError
-from bwcache_compile.exporters.bundle import FORMAT, MANIFEST, VERSION, Bundle, file_hash
+from bwcache_compile.exporters.bundle import FORMAT, MANIFEST, VERSION, file_hash
+from bwcache_compile.exporters.manifest import FileEntry, Manifest
 from bwcache_compile.exporters.manifest_text import write_text
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+def _written(manifest: Manifest, files: dict[str, FileEntry]) -> str:
+    described = dataclasses.replace(manifest, files=files)
+    return write_text({"format": FORMAT, "format_version": VERSION, **described.to_json()})
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Describe every file of a folder and write the manifest, which is what makes it a bundle."""
     files = {path.name: _described(path) for path in sorted(folder.iterdir())}
-    head = {"format": FORMAT, "format_version": VERSION}
-    (folder / MANIFEST).write_text(write_text({**head, **content, "files": files}))
+    (folder / MANIFEST).write_text(_written(manifest, files))
 
 
-def add_files(bundle: Bundle, texts: dict[str, str], content: dict[str, Any]) -> None:
-    """Put text files into a bundle, and take them down in its manifest with `content`; all of it or nothing.
+def add_files(folder: Path, texts: dict[str, str], manifest: Manifest) -> None:
+    """Put text files into a bundle with a manifest that names them beside its own; all of it or nothing.
 
     Raises:
         ExportError: The folder cannot be written to.
     """
-    with replaced_together(bundle.folder) as place:
+    with replaced_together(folder) as place:
         for name, text in texts.items():
             (place / name).write_text(text)
-        files = bundle.manifest["files"] | {name: _described(place / name) for name in texts}
-        (place / MANIFEST).write_text(write_text({**bundle.manifest, **content, "files": files}))
+        added = {name: _described(place / name) for name in texts}
+        (place / MANIFEST).write_text(_written(manifest, {**manifest.files, **added}))
 
 
-def _described(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+def _described(path: Path) -> FileEntry:
+    return FileEntry(bytes=path.stat().st_size, sha256=file_hash(path))
 
 
 @contextlib.contextmanager

@@ -8,47 +8,48 @@ Verifies every file of the bundle. Open sizes are fixed here: the captured ones,
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.bundle import open_bundle
+from bwcache_compile.exporters.manifest import Manifest, Size
 from bwcache_compile.exporters.open_sizes import symbols_at
-from bwcache_compile.exporters.settings import config_in, policy_inputs
+from bwcache_compile.exporters.settings import policy_inputs
 
 
-def lines(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tuple[Any, ...]]:
+def lines(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[tuple[Any, ...]]:
     """Yield the lines: what each is, and its values. A graph's weights, inputs and outputs follow it in their order."""
-    if manifest["values"]:  # the session in C++ compares none
-        raise SystemExit(f"the values of {', '.join(entry['input'] for entry in manifest['values'])} are built into the bundle")
+    if manifest.values:  # the session in C++ compares none
+        raise SystemExit(f"the values of {', '.join(entry.input for entry in manifest.values)} are built into the bundle")
     known = symbols_at(manifest, sizes)
 
-    def layout(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-        shape = [arithmetic(size, known) for size in entry["shape"]]
-        return (entry["dtype"], len(shape), *shape, *entry["order"])
+    def layout(dtype: str, shape: Sequence[Size], order: Sequence[int] | None) -> tuple[Any, ...]:
+        return (dtype, len(shape), *(arithmetic(size, known) for size in shape), *(order or ()))
 
-    weights = manifest["weights"]
-    yield "device", manifest["device"]
-    yield "weights", weights["file"]
-    for entry in manifest["inputs"]:
-        yield "input", entry["name"], *layout(entry)
-    for entry in manifest["outputs"]["items"]:
-        yield "output", entry["name"]
-    steps = len(manifest["config"]["steps_mask"] or ()) or manifest["config"]["num_steps"]
-    if steps:
-        yield "steps", steps
-    for slot in manifest["slots"]:
-        yield "slot", slot["name"], slot["fill"], *layout(slot)
-    config = config_in(manifest)
+    weights, config = manifest.weights, manifest.config
+    if weights is None:
+        raise SystemExit(f'the bundle holds graphs of format "{manifest.graph_format}", and not "aoti"')
+    yield "device", manifest.device
+    yield "weights", weights.file
+    for entry in manifest.inputs:
+        yield "input", entry.name, *layout(entry.dtype, entry.shape, entry.order)
+    for item in manifest.outputs.items:
+        yield "output", item.name
+    if config.steps:
+        yield "steps", config.steps
+    for slot in manifest.slots:
+        yield "slot", slot.name, slot.fill, *layout(slot.dtype, slot.shape, slot.order)
     values = config.policy_values(config.steps or 50)
     for policy, value in zip(policy_inputs(config), values.values(), strict=True):
         yield "policy", policy.name, policy.dtype, 1, policy.length, 0, *value
-    for kind, graph in manifest["graphs"].items():
-        yield "graph", kind, graph["file"]
-        for name in graph["weights"]:
-            yield "weight", weights["tensors"][name]["offset"], *layout(weights["tensors"][name])
-        yield from (("takes", name) for name in graph["inputs"])
-        yield from (("returns", name) for name in graph["outputs"])
+    for kind, graph in manifest.graphs.items():
+        yield "graph", kind, graph.file
+        for name in graph.weights or ():
+            weight = weights.tensors[name]
+            yield "weight", weight.offset, *layout(weight.dtype, weight.shape, weight.order)
+        yield from (("takes", name) for name in graph.inputs)
+        yield from (("returns", name) for name in graph.outputs)
 
 
 def main() -> None:

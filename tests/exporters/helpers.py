@@ -14,6 +14,7 @@ import torch
 
 import bwcache_compile as bw
 from bwcache_compile.exporters.bundle import file_hash
+from bwcache_compile.exporters.manifest import Manifest, OutputsEntry
 from bwcache_compile.exporters.manifest_text import write_text
 from bwcache_compile.exporters.session import Session
 from tests.models import OneStream, noise
@@ -28,7 +29,15 @@ class Exported:
 
     cached: bw.CachedModel
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
+
+
+def plain_manifest() -> Manifest:
+    """Return a manifest of nothing at all."""
+    names = ("arguments", "inputs", "constants", "values", "symbols", "conditions", "slots", "blocks", "measured", "notes")
+    empty: dict[str, Any] = dict.fromkeys(names, ())
+    empty |= {"graphs": {}, "self_check": {}, "files": {}, "outputs": OutputsEntry(form={"value": None}, items=())}
+    return Manifest(model="Nothing", graph_format="onnx", opset=20, torch="2.0", config=CONFIG, **empty)
 
 
 def export_one_stream(folder: Path, **options: Any) -> Exported:

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +27,7 @@ import pytest
 
 from bwcache_compile.exporters.arithmetic import arithmetic
 from bwcache_compile.exporters.call import _symbols
+from bwcache_compile.exporters.manifest import Manifest, Size
 
 _SYMBOLS = (
     "createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL createNvOnnxParserRefitter_INTERNAL"
@@ -69,7 +70,7 @@ def signatures(method: Any) -> list[inspect.Signature]:
 class Double:
     """Stands for the module `tensorrt`. Without the names in `removed`, such as "Builder.create_network"."""
 
-    def __init__(self, real: types.ModuleType, manifest: dict[str, Any], removed: str = "") -> None:
+    def __init__(self, real: types.ModuleType, manifest: Manifest, removed: str = "") -> None:
         self.real, self.manifest, self.removed = real, manifest, removed
         self.used: set[str] = set()
         self.mocks: list[tuple[str, mock.Mock]] = []
@@ -168,11 +169,9 @@ class Double:
             return np.ctypeslib.as_array(held).view(dtype).reshape(shape)
 
         def output_shape(name: str) -> tuple[int, ...]:
-            known = {item["name"]: item["shape"] for item in self.manifest["outputs"]["items"]}
+            known: dict[str, Sequence[Size]] = {item.name: item.shape for item in self.manifest.outputs.items}
             symbols = _symbols(self.manifest, shapes)
-            return tuple(
-                arithmetic(size, symbols) for size in known.get(name, [len(self.manifest["measured"]) if name == "indicator" else 1])
-            )
+            return tuple(arithmetic(size, symbols) for size in known.get(name, [len(self.manifest.measured) if name == "indicator" else 1]))
 
         def execute(stream: int) -> bool:
             dtypes = {"tensor(float)": np.float32, "tensor(int64)": np.int64}

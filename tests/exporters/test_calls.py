@@ -41,8 +41,8 @@ def test_a_call_keeps_its_form(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, calls_per_step=2)
     cached = bw.transform(model, config, example_args=args, example_kwargs=keywords)
     manifest = bw.export(cached, tmp_path / "bundle", guarded=True)
-    assert [entry["name"] for entry in manifest["inputs"]] == ["x", "t", "step.in", "more_0", "more_1", "policy_threshold"]
-    assert manifest["self_check"]["steps"] == "##..#."
+    assert [entry.name for entry in manifest.inputs] == ["x", "t", "step.in", "more_0", "more_1", "policy_threshold"]
+    assert manifest.self_check["steps"] == "##..#."
     for guarded in (False, True):
         session = bw.load(tmp_path / "bundle", guarded=guarded)
         for _ in range(6):
@@ -78,7 +78,7 @@ def test_a_member_of_an_enum_is_held_by_its_value_or_its_name(tmp_path: Path, ta
     cached = bw.transform(model, CONFIG, example_args=(*model.example(), task))
     manifest = bw.export(cached, tmp_path / "bundle", format="pt2")
     held = {Task.VIDEO: "video", Task.IMAGE: "IMAGE"}[task]
-    assert [entry["value"] for entry in manifest["constants"]] == [held]
+    assert [entry.value for entry in manifest.constants] == [held]
     session = bw.load(tmp_path / "bundle", backend="torch", allow_code=True)
     for given in (task, held):
         assert torch.equal(session(*model.example(), given), model(*model.example(), task))

@@ -52,7 +52,7 @@ def cached(dtype: torch.dtype) -> bw.CachedModel:
 @pytest.mark.parametrize("opset", [20, 23])
 def test_float16_runs_on_a_cpu(opset: int, tmp_path: Path) -> None:
     model = cached(torch.float16)
-    report = bw.export(model, tmp_path / "bundle", guarded=True, opset=opset)["self_check"]
+    report = bw.export(model, tmp_path / "bundle", guarded=True, opset=opset).self_check
     assert report["runs"] == ["pair", "guarded"]
     assert report["largest_error"] < 5e-3
     for guarded in (False, True):
@@ -89,7 +89,7 @@ STAND_IN = (
 
 
 def test_bfloat16_is_written_and_checked_by_a_stand_in_and_a_cpu_refuses_it(tmp_path: Path) -> None:
-    report = bw.export(cached(torch.bfloat16), tmp_path / "bundle", guarded=True)["self_check"]
+    report = bw.export(cached(torch.bfloat16), tmp_path / "bundle", guarded=True).self_check
     assert (report["runs"], report["steps"], report["stand_in"]) == (["pair", "guarded"], "##..#.", STAND_IN)
     assert report["largest_error"] <= 2e-2
     assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == [
@@ -113,7 +113,7 @@ def test_bfloat16_is_written_and_checked_by_a_stand_in_and_a_cpu_refuses_it(tmp_
 @pytest.mark.parametrize(("dtype", "opset"), [(torch.bfloat16, 20), (torch.bfloat16, 23), (torch.float16, 23)])
 def test_operators_that_lack_a_dtype_compute_in_float32(dtype: torch.dtype, opset: int, tmp_path: Path) -> None:
     model = bw.transform(Convolving().eval().to(dtype), CONFIG, example_args=tuple(v.to(dtype) for v in OneStream().example()))
-    report = bw.export(model, tmp_path / "bundle", guarded=True, opset=opset)["self_check"]
+    report = bw.export(model, tmp_path / "bundle", guarded=True, opset=opset).self_check
     assert (report["runs"], report["largest_error"] <= 2e-2) == (["pair", "guarded"], True)
     graph = onnx.load(tmp_path / "bundle" / "compute.onnx", load_external_data=False).graph
     (convolution,) = [node for node in graph.node if node.op_type == "Conv"]
@@ -150,7 +150,7 @@ def test_autocast_around_a_capture_is_written_out(around: bool, tmp_path: Path) 
     with torch.autocast("cpu", torch.bfloat16, enabled=not around):
         made = bw.transform(model, CONFIG, example_args=example)
     with torch.autocast("cpu", torch.bfloat16, enabled=around):
-        report = bw.export(made, tmp_path / "onnx")["self_check"]
+        report = bw.export(made, tmp_path / "onnx").self_check
         bw.export(made, tmp_path / "pt2", format="pt2")
         session = bw.load(tmp_path / "pt2", backend="torch", allow_code=True)
         exported = [session(*OneStream().example(step=step)) for step in range(8)]

@@ -48,7 +48,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_the_check_uses_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args, given = example(), recorded(monkeypatch)
-    report = bw.export(bw.transform(Masked().eval(), CONFIG, example_args=args), tmp_path / "bundle")["self_check"]
+    report = bw.export(bw.transform(Masked().eval(), CONFIG, example_args=args), tmp_path / "bundle").self_check
     assert report["largest_error"] < 1e-5
     assert report["padded_masks"] is True
     for inputs in given:
@@ -72,7 +72,7 @@ class Packed(OneStream):
 def test_a_graph_for_one_number_of_ones_is_not_checked_with_others(tmp_path: Path) -> None:
     seen = torch.tensor([True, True, False, True, True, True])
     cached = bw.transform(Packed(depth=2).eval(), CONFIG, example_args=(*OneStream().example(), seen))
-    assert bw.export(cached, tmp_path / "bundle")["self_check"]["largest_error"] < 1e-5
+    assert bw.export(cached, tmp_path / "bundle").self_check["largest_error"] < 1e-5
 
 
 def test_what_is_kept_of_examples() -> None:

@@ -28,8 +28,8 @@ def pattern(model: Any) -> str:
 
 
 def test_names(deployed: Exported) -> None:
-    graphs = deployed.manifest["graphs"]
-    shown = "\n".join(f"{kind}\n  {' '.join(graph['inputs'])}\n  {' '.join(graph['outputs'])}" for kind, graph in graphs.items())
+    graphs = deployed.manifest.graphs
+    shown = "\n".join(f"{kind}\n  {' '.join(graph.inputs)}\n  {' '.join(graph.outputs)}" for kind, graph in graphs.items())
     shown = "\n".join(line for text in shown.splitlines() for line in textwrap.wrap(text, 130, subsequent_indent="    "))
     assert_expected_inline(
         shown,
@@ -49,14 +49,14 @@ guarded
     cache_out.reuse_until indicator""",
     )
     for graph in graphs.values():
-        model = onnx.load(deployed.folder / graph["file"])
-        assert [value.name for value in model.graph.input] == graph["inputs"]
-        assert [value.name for value in model.graph.output] == graph["outputs"]
+        model = onnx.load(deployed.folder / graph.file)
+        assert [value.name for value in model.graph.input] == list(graph.inputs)
+        assert [value.name for value in model.graph.output] == list(graph.outputs)
 
 
 def test_slots_are_functions_of_the_inputs(deployed: Exported) -> None:
-    shown = {slot["name"]: slot["shape"] for slot in deployed.manifest["slots"]}
-    shown |= {entry["name"]: entry["shape"] for entry in deployed.manifest["inputs"]}
+    shown = {slot.name: list(slot.shape) for slot in deployed.manifest.slots}
+    shown |= {entry.name: list(entry.shape) for entry in deployed.manifest.inputs}
     assert_expected_inline(
         "\n".join(f"{name}: {shape}" for name, shape in shown.items()),
         """\
@@ -72,8 +72,8 @@ t: ['s13']""",
 
 def test_weights_are_stored_once_and_nothing_tells_of_the_machine(deployed: Exported) -> None:
     places: dict[str, set[tuple[int, int]]] = {}
-    for graph in deployed.manifest["graphs"].values():
-        model = onnx.load(deployed.folder / graph["file"], load_external_data=False)
+    for graph in deployed.manifest.graphs.values():
+        model = onnx.load(deployed.folder / graph.file, load_external_data=False)
         for tensor in model.graph.initializer:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             if entries:
@@ -98,7 +98,7 @@ def test_guarded_has_one_if_and_no_weights_inside(deployed: Exported) -> None:
 
 
 def test_the_report_of_the_check(deployed: Exported) -> None:
-    report = dict(deployed.manifest["self_check"])
+    report = dict(deployed.manifest.self_check)
     assert report.pop("largest_error") < 1e-5
     assert report.pop("region_operators") > 10
     del report["unmarked_operators"]
@@ -227,7 +227,7 @@ def test_a_process_without_torch(deployed: Exported, kind: str) -> None:
 def test_every_way_of_reuse(config: bw.CacheConfig, tmp_path: Path) -> None:
     model = (OneStream if config.reuse == "residual" else TwoStream)().eval()
     cached = bw.transform(model, config, example_args=model.example())
-    report = bw.export(cached, tmp_path / "bundle", guarded=True)["self_check"]
+    report = bw.export(cached, tmp_path / "bundle", guarded=True).self_check
     assert report["steps"] == {"static": "#.#..", "schedule": "##..#."}[config.policy]
     assert report["largest_error"] < 1e-4
 
@@ -261,7 +261,7 @@ class Awkward(OneStream):
 def test_what_exporters_get_wrong(tmp_path: Path) -> None:
     model = Awkward().eval()
     cached = bw.transform(model, CONFIG, example_args=model.example())
-    assert bw.export(cached, tmp_path / "bundle", guarded=True)["self_check"]["largest_error"] < 1e-5
+    assert bw.export(cached, tmp_path / "bundle", guarded=True).self_check["largest_error"] < 1e-5
     operators = {node.op_type for node in onnx.load(tmp_path / "bundle" / "compute.onnx").graph.node}
     assert "Squeeze" not in {node.op_type for node in onnx.load(tmp_path / "bundle" / "reuse.onnx").graph.node}
     assert {"Div", "Or"} <= operators

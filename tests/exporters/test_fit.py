@@ -145,7 +145,7 @@ def turning() -> bw.CachedModel:
 def test_attention_and_complex_inputs(turning: bw.CachedModel, opset: int, tmp_path: Path) -> None:
     """One program, exported at both operator sets, run at another size."""
     manifest = bw.export(turning, tmp_path / "bundle", opset=opset)
-    assert manifest["self_check"]["largest_error"] < 1e-5
+    assert manifest.self_check["largest_error"] < 1e-5
     operators = [node.op_type for node in onnx.load(tmp_path / "bundle" / "compute.onnx").graph.node]
     assert operators.count("Attention") == (15 if opset == 23 else 0)
     session = bw.load(tmp_path / "bundle")
@@ -174,7 +174,7 @@ class MixedNorm(OneStream):
 def test_a_layer_norm_with_parameters_of_another_dtype(tmp_path: Path) -> None:
     model = MixedNorm().eval()
     cached = bw.transform(model, CONFIG, example_args=model.example())
-    assert bw.export(cached, tmp_path / "bundle")["self_check"]["largest_error"] < 1e-2
+    assert bw.export(cached, tmp_path / "bundle").self_check["largest_error"] < 1e-2
     operators = onnx.load(tmp_path / "bundle" / "compute.onnx").graph.node
     assert any(node.op_type == "LayerNormalization" for node in operators)
     session = bw.load(tmp_path / "bundle")

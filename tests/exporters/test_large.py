@@ -30,7 +30,7 @@ model = OneStream(depth=int(sys.argv[2]), width=int(sys.argv[3])).eval().require
 cached = bw.transform(model, bw.CacheConfig(num_steps=8), example_args=model.example())
 built = peak()
 manifest = bw.export(cached, sys.argv[1] + "/large", guarded=True)
-print(json.dumps({"weights": weigh(model), "tools": tools, "built": built, "peak": peak(), "steps": manifest["self_check"]["steps"]}))
+print(json.dumps({"weights": weigh(model), "tools": tools, "built": built, "peak": peak(), "steps": manifest.self_check["steps"]}))
 """
 
 

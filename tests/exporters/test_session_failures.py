@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import sys
@@ -88,7 +89,8 @@ ConfigError: decide='joint' is for a model in torch: the contexts of a bundle's 
 def fails(bundle: Path, **arguments: Any) -> str:
     """Let the opened manifest promise sizes that the graphs were not made for: the runtime itself fails."""
     session = bw.load(bundle, **arguments)
-    session.manifest["inputs"][0]["shape"] = [1, 6, 5]
+    first, second = session.manifest.inputs
+    session.manifest = dataclasses.replace(session.manifest, inputs=(dataclasses.replace(first, shape=(1, 6, 5)), second))
     x, t = arrays()
     return reasons(session, lambda s: s(x.repeat(2, axis=2)[..., :5], t)).replace(": ", ":\n  ")
 
@@ -122,7 +124,8 @@ BundleError:
 @pytest.mark.parametrize("size", [10**15, 10**30, "-1"])
 def test_a_cache_that_cannot_be_made(bundles: Path, format: str, size: int | str) -> None:
     session = bw.load(bundles / format, **OPEN[format])
-    session.manifest["slots"][0]["shape"] = [size]
+    first, *others = session.manifest.slots
+    session.manifest = dataclasses.replace(session.manifest, slots=(dataclasses.replace(first, shape=(size,)), *others))
     found = reasons(session, lambda s: s(*arrays()))
     assert found.startswith(f"BundleError: no float32 tensor of shape ({size},) for the slot output_0: ")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import bwcache_compile as bw
 from bwcache_compile.exporters import tensorrt
 from bwcache_compile.exporters.bundle import open_bundle
+from bwcache_compile.exporters.manifest import TensorRTEntry
 from bwcache_compile.exporters.open_sizes import profile
 from bwcache_compile.exporters.session import Session
 from bwcache_compile.exporters.tensorrt_operators import unlisted_operators
@@ -180,8 +181,8 @@ def test_what_is_put_into_the_bundle(trt: Double, tmp_path: Path) -> None:
     bw.export(cached, bundle)
     assert tensorrt.prepare(bundle, {"x[1]": (2, 6, 12)}) == []
     manifest = open_bundle(bundle).manifest  # the added files are verified too
-    assert {"build_engines.py", "trtexec.sh"} <= set(manifest["files"])
-    assert manifest["tensorrt"] == {"list": "10.15", "unlisted": [], "sizes": {"x[1]": [2, 6, 12]}}
+    assert {"build_engines.py", "trtexec.sh"} <= set(manifest.files)
+    assert manifest.tensorrt == TensorRTEntry(list="10.15", unlisted=(), sizes={"x[1]": (2, 6, 12)})
     assert_expected_inline(
         (bundle / "trtexec.sh").read_text(),
         """\
@@ -218,7 +219,7 @@ trtexec --onnx=reuse.onnx --saveEngine="$out/reuse.engine" --timingCacheFile="$o
         "timing.cache",
     ]
     tensorrt.load(bundle, tmp_path / "engines", device="cpu")(*model.example(2))
-    assert bw.load(bundle).manifest["tensorrt"]["list"] == "10.15"
+    assert bw.load(bundle).manifest.tensorrt == manifest.tensorrt
 
 
 def test_a_bundle_of_torch_is_refused(tmp_path: Path) -> None:

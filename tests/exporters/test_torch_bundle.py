@@ -37,7 +37,7 @@ def test_a_program_is_torch_bit_for_bit(exported: Exported, sizes: tuple[int, in
 
 
 def test_the_report_of_the_check(exported: Exported) -> None:
-    report = dict(exported.manifest["self_check"])
+    report = dict(exported.manifest.self_check)
     assert report.pop("region_operators") > 10
     assert_expected_inline(
         "\n".join(f"{key}: {value}" for key, value in report.items()),
@@ -55,17 +55,18 @@ largest_error: 0.0""",
 
 def test_the_files(exported: Exported) -> None:
     """Weights are inputs of the programs and lie in one file once; nothing tells of the machine."""
-    graphs, table = exported.manifest["graphs"], exported.manifest["weights"]["tensors"]
+    assert exported.manifest.weights is not None
+    graphs, table = exported.manifest.graphs, exported.manifest.weights.tensors
     for kind, graph in graphs.items():
-        program = torch.export.load(exported.folder / graph["file"])
+        program = torch.export.load(exported.folder / graph.file)
         assert program.state_dict == {}
-        assert len(program.graph_signature.user_inputs) == len(graph["weights"]) + len(graph["inputs"])
+        assert len(program.graph_signature.user_inputs) == len(graph.weights or ()) + len(graph.inputs)
         marks = [node.meta["custom"]["bwcache_region"] for node in program.graph.nodes if node.op == "call_function"]
         assert any(marks) == (kind == "compute")
-        assert all(str(Path.cwd()).encode() not in (exported.folder / file).read_bytes() for file in exported.manifest["files"])
-    assert graphs["reuse"]["weights"] == ["head.weight", "head.bias"]
-    assert set(graphs["compute"]["weights"]) == set(table) == {name for name, _ in exported.cached.named_parameters()}
-    places = sorted((entry["offset"], math.prod(entry["shape"]) * 4) for entry in table.values())
+        assert all(str(Path.cwd()).encode() not in (exported.folder / file).read_bytes() for file in exported.manifest.files)
+    assert graphs["reuse"].weights == ("head.weight", "head.bias")
+    assert set(graphs["compute"].weights or ()) == set(table) == {name for name, _ in exported.cached.named_parameters()}
+    places = sorted((entry.offset, math.prod(entry.shape) * 4) for entry in table.values())
     assert all(offset + size <= following for (offset, size), (following, _) in itertools.pairwise(places))
     assert (exported.folder / "weights.bin").stat().st_size == sum(places[-1])
 
@@ -82,7 +83,7 @@ def test_weights_that_may_have_gradients(trains: bool, tmp_path: Path) -> None:
     model = Across().eval().requires_grad_(trains)
     args = model.example(batch=2)
     cached = bw.transform(model, CONFIG, example_args=args)
-    assert bw.export(cached, tmp_path / "bundle", format="pt2")["self_check"]["largest_error"] == 0
+    assert bw.export(cached, tmp_path / "bundle", format="pt2").self_check["largest_error"] == 0
     with torch.no_grad():
         assert torch.equal(opened(tmp_path / "bundle")(*args), model(*args))
 
@@ -140,7 +141,7 @@ def test_no_other_runtime_is_needed(exported: Exported) -> None:
 def test_every_way_of_reuse(config: bw.CacheConfig, tmp_path: Path) -> None:
     model = (OneStream if config.reuse == "residual" else TwoStream)().eval()
     cached = bw.transform(model, config, example_args=model.example())
-    report = bw.export(cached, tmp_path / "bundle", format="pt2")["self_check"]
+    report = bw.export(cached, tmp_path / "bundle", format="pt2").self_check
     assert report["steps"] == {"static": "#.#..", "schedule": "##..#."}[config.policy]
     assert report["largest_error"] == 0
 
@@ -153,9 +154,10 @@ def test_bfloat16_in_another_layout(tmp_path: Path) -> None:
     turned = x.transpose(1, 2).contiguous().transpose(1, 2)
     cached = bw.transform(model, CONFIG, example_args=(turned, t))
     manifest = bw.export(cached, tmp_path / "bundle", format="pt2")
-    assert manifest["self_check"]["largest_error"] == 0
-    assert manifest["inputs"][0]["order"] == [0, 2, 1]
-    assert manifest["weights"]["tensors"]["patch.weight"]["order"] == [1, 0]
+    assert manifest.self_check["largest_error"] == 0
+    assert manifest.inputs[0].order == (0, 2, 1)
+    assert manifest.weights is not None
+    assert manifest.weights.tensors["patch.weight"].order == (1, 0)
     session = opened(tmp_path / "bundle")
     assert torch.equal(session(x, t), cached(turned, t))
 
@@ -226,7 +228,7 @@ def test_weights_come_back_as_they_were(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         torch.testing.assert_close(back[name], tensor, rtol=0, atol=0)
         assert memory_order(tensor) in (memory_order(back[name]), None)
-    assert weights.described["same"]["offset"] == weights.described["plain"]["offset"]
+    assert weights.described["same"].offset == weights.described["plain"].offset
     assert back["same"].data_ptr() == back["plain"].data_ptr()
 
 

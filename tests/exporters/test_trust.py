@@ -145,4 +145,4 @@ def test_a_graph_guard_is_exported_too(tmp_path: Path) -> None:
     model = OneStream().eval()
     config = bw.CacheConfig(num_steps=8, threshold=math.inf)
     cached = bw.transform(model, config, guard="graph", example_args=model.example())
-    assert bw.export(cached, tmp_path / "bundle", guarded=True)["self_check"]["steps"] == "##..#."
+    assert bw.export(cached, tmp_path / "bundle", guarded=True).self_check["steps"] == "##..#."

@@ -12,8 +12,8 @@ import pytest
 from expecttest import assert_expected_inline
 
 import bwcache_compile as bw
-from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.write import add_files, new_bundle, write_manifest
+from tests.exporters.helpers import plain_manifest
 
 Write = Callable[[Path], None]
 
@@ -22,12 +22,12 @@ def write(at: Path, text: str = "new") -> None:
     """Write what passes for a bundle here."""
     with new_bundle(at) as folder:
         (folder / "a").write_text(text)
-        write_manifest(folder, {})
+        write_manifest(folder, plain_manifest())
 
 
 def add(at: Path) -> None:
     """Put one more file into what `write` wrote, and change another."""
-    add_files(Bundle(at, {"files": {}}), {"a": "changed", "b": "added"}, {})
+    add_files(at, {"a": "changed", "b": "added"}, plain_manifest())
 
 
 def content(folder: Path) -> dict[str, bytes]:
