@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import dataclasses
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 from bwcache_compile.errors import StateError
@@ -49,12 +47,23 @@ class Context:
         return ContextReport(self.name, step_records(self.records), tuple(self.events), self.state_bytes, self.began)
 
 
-@dataclasses.dataclass
 class Scope:
-    """The inside of one `cache_context` block: what the caller said, and whether a call came."""
+    """A `cache_context` block: what the caller says about the calls inside. `unused` is called at its end if none came."""
 
-    info: StepInfo
-    called: bool = False
+    def __init__(self, variable: ContextVar[Scope | None], info: StepInfo, unused: Callable[[StepInfo], None] | None) -> None:
+        """Say nothing before the block is entered."""
+        self.info, self.called = info, False
+        self._variable, self._unused = variable, unused
+
+    def __enter__(self) -> None:
+        """Begin the block."""
+        self._token = self._variable.set(self)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the block, whether or not it failed."""
+        self._variable.reset(self._token)
+        if kind is None and not self.called and self._unused is not None:
+            self._unused(self.info)
 
 
 AnyContext = TypeVar("AnyContext", bound=Context)
@@ -67,7 +76,7 @@ class ContextTable(Generic[AnyContext]):
         """Start without a context; `make` makes one for a call, with an ordinal."""
         self._make = make
         self._lock = threading.RLock()
-        self._scope: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("bwcache_scope", default=None)
+        self._scope: ContextVar[Scope | None] = ContextVar("bwcache_scope", default=None)
         self.clear()
 
     def clear(self) -> None:
@@ -88,15 +97,9 @@ class ContextTable(Generic[AnyContext]):
         with self._lock:
             return self._contexts.get(name)
 
-    @contextlib.contextmanager
-    def naming(self, info: StepInfo) -> Iterator[Scope]:
-        """Make this what the caller says about the calls inside."""
-        scope = Scope(info)
-        token = self._scope.set(scope)
-        try:
-            yield scope
-        finally:
-            self._scope.reset(token)
+    def scope(self, info: StepInfo, unused: Callable[[StepInfo], None] | None = None) -> Scope:
+        """Return a block in which the caller says this about the calls; `unused` is called at its end if none came."""
+        return Scope(self._scope, info, unused)
 
     def info(self, calls_per_step: int) -> StepInfo:
         """Return what the caller said about a call; unnamed calls of one step take turns by the number that succeeded."""

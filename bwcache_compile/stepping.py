@@ -72,7 +72,7 @@ class Cursor:
 
     def at(self, step: int) -> Cursor:
         """Return the cursor before another step."""
-        return dataclasses.replace(self, step=step)
+        return Cursor(step, self.computed_at, self.reuse_until)
 
     def computed(self, reuse_left: int) -> Cursor:
         """Return the cursor after the next step was computed, and `reuse_left` following steps may reuse it."""
@@ -211,6 +211,10 @@ def _unmoved(samples: Mapping[Hashable, _Sample], compared: Mapping[Hashable, tu
     return "repeated" if proof else "none"
 
 
+_UNREAD = Clock()
+"""The clock of calls whose step the caller gives."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Advance:
     """What a call is, decided before it runs.
@@ -245,7 +249,7 @@ class Tracker:
     next_step: int = 0
     started: bool = False
     signature: Hashable = None
-    clock: Clock = dataclasses.field(default_factory=Clock)
+    clock: Clock = _UNREAD
     run: int = -1
 
     def advance(
@@ -279,7 +283,7 @@ class Tracker:
             raise StateError(f"step_index {given} is outside the {steps} steps of a generation{last}.")
         verdict: Verdict = "none"
         if given is not None:  # the caller knows better than the time, which need not be read
-            clock = Clock()
+            clock = _UNREAD
         elif self.clock.samples and signature == self.signature:
             clock, verdict = self.clock.observe(inputs)
             clock = clock if info.named else clock.doubting(verdict)
@@ -288,7 +292,7 @@ class Tracker:
         began, event = self._began(info, signature, num_steps, verdict)
         run = latest.run if latest else 0
         if began:
-            step, clock = given or 0, Clock() if given is not None else Clock.start(inputs)
+            step, clock = given or 0, _UNREAD if given is not None else Clock.start(inputs)
             return Advance(step, began, "", event, Tracker(step + 1, True, signature, clock, run + (self.run == run)))
         step = self.next_step if given is None else given
         following = Tracker(step + 1, True, signature, clock, self.run)

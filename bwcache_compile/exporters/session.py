@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from bwcache_compile.config import CacheConfig
@@ -169,13 +169,11 @@ class Session:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
     def cache_context(
         self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, group: str = "", **_: Any
-    ) -> Iterator[None]:
+    ) -> contextlib.AbstractContextManager[None]:
         """Name the stream of calls that the block belongs to, and the step where the caller knows it; see `CachedModel`."""
-        with self._contexts.naming(StepInfo(name, step_index, num_inference_steps, group=group)):
-            yield
+        return self._contexts.scope(StepInfo(name, step_index, num_inference_steps, group=group))
 
     def reset(self, num_steps: int | None = None) -> None:
         """Begin a new generation in every context; `num_steps` replaces the configured number from here on."""

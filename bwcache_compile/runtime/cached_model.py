@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,21 +15,23 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.compare import Verify
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
-from bwcache_compile.errors import CacheWarning, CaptureError, ConfigError, StateError
+from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
 from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram, CachePlan
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import ModelContext, check_values, state_for, time_inputs, warn_without_reuse
-from bwcache_compile.runtime.frames import call_with_room, left_out
+from bwcache_compile.runtime.frames import call_directly, call_with_room, hidden, left_out
 from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
 from bwcache_compile.runtime.joint import synchronize_decisions
 from bwcache_compile.runtime.loaded import run_all
 from bwcache_compile.runtime.numbers import NumberInputs
 from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
-from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers, leaves_of
+from bwcache_compile.runtime.signature import CallKey, Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.wrapper import ModelWrapper
 from bwcache_compile.stepping import Advance, StepInfo
+
+_NO_MODE = contextlib.nullcontext()
 
 
 @dataclasses.dataclass
@@ -45,7 +46,8 @@ class _Call:
         events: What a report says of it.
         renumbered: Whether a Python number changed since the last call.
         num_steps: Steps of the generation, if known.
-        run: The graph.
+        run: Calls the graph.
+        graph: What runs.
         operands: Its inputs.
         first: What the graph returned already, where it was just checked on this call.
     """
@@ -57,7 +59,8 @@ class _Call:
     events: list[str]
     renumbered: bool
     num_steps: int | None
-    run: Callable[..., Any]
+    run: Callable[[Callable[..., Any], list[Any]], Any]
+    graph: Callable[..., Any]
     operands: list[Any]
     first: list[Any] | None
 
@@ -103,13 +106,15 @@ class CachedModel(ModelWrapper):
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        key: CallKey | None = None,
         held: Fit | None = None,
         num_steps: int | None = None,
         reuses: bool = False,
     ) -> Fit:
         if self._closed:
             raise StateError("this cached model was closed; transform the model again.")
-        return self._programs.fit(args, kwargs, self.cache_config, held, num_steps or self.cache_config.steps, reuses)
+        key = key or call_key(*leaves_of(args, kwargs))
+        return self._programs.fit(args, kwargs, key, self.cache_config, held, num_steps or self.cache_config.steps, reuses)
 
     @property
     def plan(self) -> CachePlan:
@@ -147,14 +152,15 @@ class CachedModel(ModelWrapper):
         """
         call = self._begin(args, kwargs)
         try:
-            with torch.no_grad():
-                # `run` is the only frame that an outer torch.compile compiles
-                returned = call.first if call.first is not None else call_with_room(call.run, call.operands)
+            # entering the mode once more, inside a pipeline's, would cost as much as a small operator
+            with torch.no_grad() if torch.is_grad_enabled() else _NO_MODE:
+                # the graph is the only frame that an outer torch.compile compiles
+                returned = call.first if call.first is not None else call.run(call.graph, call.operands)
             return self._finish(call, returned)
         finally:
             self._end(call)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @hidden
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         args, kwargs = self._call_parameters.bind(args, kwargs)
         info = self._contexts.info(self.cache_config.calls_per_step)
@@ -171,8 +177,10 @@ class CachedModel(ModelWrapper):
         """Decide what a call is. Nothing of its context changes before it has succeeded."""
         args, kwargs = self._numbers.as_tensors(args, kwargs)
         config = self.cache_config
+        flat, structure = leaves_of(args, kwargs)
+        key = call_key(flat, structure)
         if context.renumbered and context.key is not None:  # one change may have been another run's, two are the time's
-            changed = changed_numbers(context.key, call_key(args, kwargs))
+            changed = changed_numbers(context.key, key)
             if changed:
                 at, (before, _) = next(iter(changed.items()))
                 name = self._programs.latest.program.signature.inputs[at]
@@ -184,23 +192,25 @@ class CachedModel(ModelWrapper):
                         raise CaptureError(f"its value is read in Python at {signature.read_at}")
                     return call
         num_steps = config.steps_of(info.num_steps)
-        fit = self._fit(args, kwargs, context.fit, num_steps, context.state is not None and context.state.reuses_next)
+        fit = self._fit(args, kwargs, key, context.fit, num_steps, context.state is not None and context.state.reuses_next)
         first = fit.first
         if first is not None:
             fit = dataclasses.replace(fit, first=None)  # contexts hold on to what they ran with
-        loaded, flat = fit.loaded, leaves_of(args, kwargs)[0]
+        loaded = fit.loaded
         self._release_stale(context, fit.version[0])
         check_values(context, fit, num_steps)
-        renumbered = context.key is not None and num_steps != 1 and bool(changed_numbers(context.key, fit.key))
+        renumbered = context.key not in (None, fit.key) and num_steps != 1 and bool(changed_numbers(context.key, fit.key))
         times = time_inputs(flat) if info.step_index is None else {}
         advance = context.tracker.advance(info, fit.signature, times, num_steps, self._contexts.latest(info.group))
         if config.decide == "joint" and not advance.began:
             synchronize_decisions(context, self._contexts.values(), config, num_steps)
         state, events = state_for(context, advance, fit)
-        operands = loaded.operands(flat, state, loaded.parameters(config, num_steps))
+        kind = loaded.kind(state)
+        operands = loaded.operands(flat, state, () if kind == "reuse" else loaded.parameters(config, num_steps))
         if state.step != 0 or state.cursor.computed_at >= 0:
             first = None
-        return _Call(context, advance, fit, state, events, renumbered, num_steps, loaded.graphs[loaded.kind(state)], operands, first)
+        run = call_directly if kind == "reuse" else call_with_room
+        return _Call(context, advance, fit, state, events, renumbered, num_steps, run, loaded.graphs[kind], operands, first)
 
     def _release_stale(self, current: ModelContext, structure: int) -> None:
         """Let idle contexts go of programs that hold weights which the model has dropped."""
@@ -211,7 +221,7 @@ class CachedModel(ModelWrapper):
                 other.release()
                 other.lock.release()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @hidden
     def _finish(self, call: _Call, returned: Any) -> Any:
         before, context, loaded = call.state, call.context, call.fit.loaded
         fresh = before.cursor.computed_at < 0
@@ -220,14 +230,15 @@ class CachedModel(ModelWrapper):
             context.release()
         context.state, context.fit = state, call.fit
         context.key, context.version, context.renumbered = call.fit.key, call.fit.version, call.renumbered
-        context.state_bytes = state.bytes
+        if state.slots is not before.slots:
+            context.state_bytes = state.bytes
         self._contexts.succeed(context, call.advance, RawStep(before.step, loaded.computes(before), fresh, change), call.events)
         if call.num_steps is not None and before.step == call.num_steps - 1:
             context.release()
             warn_without_reuse(context, self.cache_config)
         return outputs
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @hidden
     def _end(self, call: _Call) -> None:
         self._programs.leave()
         call.context.lock.release()
@@ -291,10 +302,9 @@ class CachedModel(ModelWrapper):
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
     def cache_context(
         self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, group: str = "", **details: Any
-    ) -> Iterator[None]:
+    ) -> contextlib.AbstractContextManager[None]:
         """Name the stream of calls that the block belongs to, and the step where the caller knows it.
 
         Args:
@@ -305,15 +315,15 @@ class CachedModel(ModelWrapper):
                 group decide together. Reports list a context of a group as `group/name`.
             **details: What else a pipeline knows (sigma, timestep); not needed.
         """
-        with self._contexts.naming(StepInfo(name, step_index, num_inference_steps, group=group)) as scope:
-            yield
-        if not scope.called and not self._bypassed:
+        return self._contexts.scope(StepInfo(name, step_index, num_inference_steps, group=group), self._warn_unused)
+
+    def _warn_unused(self, info: StepInfo) -> None:
+        """Say once that calls go around the cached model."""
+        if not self._bypassed:
             self._bypassed = True
-            warnings.warn(
-                f"the block `with cache_context({name!r})` ended without a call of the cached model, so nothing in it was cached. Call"
-                " what transform returned, or a method of it, instead of the original model.",
-                CacheWarning,
-                stacklevel=3,
+            warn(
+                f"the block `with cache_context({info.context!r})` ended without a call of the cached model, so nothing in it was cached."
+                " Call what transform returned, or a method of it, instead of the original model."
             )
 
     def reset(self, num_steps: int | None = None) -> None:

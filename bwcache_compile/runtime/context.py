@@ -80,8 +80,10 @@ def check_values(context: ModelContext, fit: Fit, num_steps: int | None) -> None
 
 def _interchangeable(one: LoadedProgram, other: LoadedProgram) -> bool:
     """Whether what one program cached means the same to another, such as one for another dtype of the time."""
+    if one is other:
+        return True
     blocks, others = ([block.name for block in loaded.plan.blocks] for loaded in (one, other))  # their nodes are named by each graph
-    return one is other or (one.slots == other.slots and blocks == others and one.plan.time_input == other.plan.time_input)
+    return one.slots == other.slots and blocks == others and one.plan.time_input == other.plan.time_input
 
 
 def state_for(context: ModelContext, advance: Advance, fit: Fit) -> tuple[CacheState, list[str]]:

@@ -83,7 +83,8 @@ class LoadedProgram:
         self.guarded = program.guarded is not None
         kinds = ("guarded",) if self.guarded else ("compute", "reuse")
         self.modules = {kind: getattr(program, kind) for kind in kinds}
-        self.graphs: dict[str, Callable[..., Any]] = dict(self.modules)
+        # a module's own call looks for hooks, of which graphs have none, and prints where it fails
+        self.graphs: dict[str, Callable[..., Any]] = {kind: module.forward for kind, module in self.modules.items()}
         self._replays = self.plan.device.type == "cuda"  # an outer torch.compile may use CUDA graphs, and does not say so
         self.slots = self.plan.guard_slots if self.guarded else self.plan.slots
         inputs = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
@@ -95,6 +96,7 @@ class LoadedProgram:
         self.io = {kind: program.io(kind) for kind in kinds}
         self._cache_in = [cache_in(slot.name) for slot in self.slots]
         self._cache_out = [cache_out(slot.name) for slot in self.slots]
+        self._orders = {kind: self._order(io) for kind, io in self.io.items()}
 
     def reads(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether tensors whose values are built in hold the same values now."""
@@ -159,12 +161,18 @@ class LoadedProgram:
 
     def operands(self, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> list[Any]:
         """Return the inputs of the graph that runs next."""
-        io, sizes = self.io[self.kind(state)], self.program.signature.sizes
+        kind, sizes = self.kind(state), self.program.signature.sizes
         slots: Sequence[Tensor] = state.slots
         if sizes is not None:
             flat = [_open(leaf, described) for leaf, described in zip(flat, sizes.inputs, strict=True)]
             slots = [_open(tensor, slot.shape) for tensor, slot in zip(slots, self.slots, strict=True)]
-        return io.pack(self.named(io, flat, slots, parameters, self.step_tensor(state.step)))
+        values = [*flat, *slots, *parameters[: len(self.io[kind].parameters)], self.step_tensor(state.step)]
+        return [values[i] for i in self._orders[kind]]
+
+    def _order(self, io: GraphIO) -> list[int]:
+        """Return, for each input of a graph, its position among the user's inputs, all slots, the policy's inputs and the step."""
+        names = [*io.users, *self._cache_in, *io.policy_inputs, STEP]
+        return [names.index(name) for name in io.inputs]
 
     def named(
         self, io: GraphIO, flat: Sequence[Any], slots: Sequence[Tensor], parameters: Sequence[Tensor], step: Tensor
@@ -193,6 +201,8 @@ class LoadedProgram:
         Reads `reuse_left` on the host after a computed step: the only synchronisation, and none with the guard in the graph.
         """
         io = self.io[self.kind(state)]
+        if state.reuses_next and not self._replays:
+            return pytree.tree_unflatten(returned, self.program.signature.out_spec), state.reused(), None
         named = io.unpack(returned)
         if self._replays:  # the next replay of a CUDA graph overwrites what it returned before
             named = {name: value.clone() if isinstance(value, Tensor) else value for name, value in named.items()}

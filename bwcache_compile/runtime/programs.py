@@ -21,7 +21,7 @@ from bwcache_compile.graph_text import GraphDiff
 from bwcache_compile.program import CachedProgram
 from bwcache_compile.runtime import notes
 from bwcache_compile.runtime.loaded import LoadedProgram
-from bwcache_compile.runtime.signature import CallKey, call_key, generation_kind
+from bwcache_compile.runtime.signature import CallKey, generation_kind
 from bwcache_compile.runtime.watch import ModelWatch
 from bwcache_compile.sizes import VaryingSizes
 
@@ -162,6 +162,7 @@ class ProgramCache:
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        key: CallKey,
         config: CacheConfig,
         held: Fit | None = None,
         num_steps: int | None = None,
@@ -172,6 +173,7 @@ class ProgramCache:
         Args:
             args: Positional arguments of the call.
             kwargs: Keyword arguments of the call.
+            key: What the call looks like.
             config: For building what is captured.
             held: What the same context ran with last: it keeps that program while its calls look alike, so that a
                 program captured meanwhile for another context's sizes does not come between its steps.
@@ -185,26 +187,29 @@ class ProgramCache:
         """
         if self._model.training and not _is_flat(self._model):
             raise StateError(f"{type(self._model).__name__} is in training mode; call .eval() first: caching is for inference.")
-        key = call_key(args, kwargs)
         with self._lock:
             self._look(glance=reuses)
-            alike = held is not None and held.key._replace(values=()) == key and held.loaded.reads(self._model, args, kwargs)
-            if held is not None and (not alike or held.version[0] != self._structure):
-                held = None
             first: list[Any] | None = None
-            if held is not None:
-                loaded = held.loaded
+            if held is not None and self._serves(held, key, args, kwargs):
+                loaded, sizes = held.loaded, held.sizes
             else:
                 request = _Request(key, Reference(self._model, args, kwargs, self._verify), config, num_steps)
                 loaded, first = self._find(request) or self._captured(request)
-            if loaded.key in self._loaded:
+                held, sizes = None, loaded.symbols(key) or {}
+            if self._last is not loaded and loaded.key in self._loaded:
                 self._loaded.move_to_end(loaded.key)
             while len(self._loaded) > MAX_PROGRAMS:
                 self._loaded.popitem(last=False)
             self._last = loaded
-            sizes = held.sizes if held is not None else loaded.symbols(key) or {}
             version = (self.watch.structure, self.watch.weights)
+            if held is not None and held.version == version:
+                return held
             return Fit(loaded, key._replace(values=loaded.key.values), sizes, version, self.watch.changed, first)
+
+    def _serves(self, held: Fit, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether what a context ran with last is right for its next call."""
+        alike = held.version[0] == self._structure and held.key.sizes == key.sizes and held.key.kind == key.kind
+        return alike and held.loaded.reads(self._model, args, kwargs)
 
     def _look(self, glance: bool = False) -> None:
         """Drop every program if the model is no longer what was captured."""

@@ -7,14 +7,16 @@ import enum
 import functools
 import inspect
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_any_autocast_enabled
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ConfigError, StateError
+from bwcache_compile.layout import memory_order
 from bwcache_compile.sizes import CallSizes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -33,18 +35,19 @@ class CallKey(NamedTuple):
 
 @functools.lru_cache(256)
 def generation_kind(kind: tuple[Hashable, tuple[Hashable, ...], Hashable]) -> Hashable:
-    """Return a call's kind without the float dtypes of inputs that may be the time.
+    """Return a call's kind without layouts, and without the float dtypes of inputs that may be the time.
 
-    A scheduler may hand over float32 times first and bfloat16 times later in one run.
+    A scheduler may hand over float32 times first and bfloat16 times later in one run, and latents of another layout.
     """
 
-    def without_dtype(leaf: Hashable) -> Hashable:
-        if isinstance(leaf, tuple) and len(leaf) == 3 and isinstance(leaf[1], torch.dtype) and leaf[0] <= 2 and leaf[1].is_floating_point:
-            return (leaf[0], "floating", leaf[2])
-        return leaf
+    def in_one_run(leaf: Hashable) -> Hashable:
+        if not isinstance(leaf, tuple) or len(leaf) != 4:
+            return leaf
+        rank, dtype, device, _ = leaf
+        return (rank, "floating" if rank <= 2 and dtype.is_floating_point else dtype, device)
 
     structure, leaves, modes = kind
-    return structure, tuple(map(without_dtype, leaves)), modes
+    return structure, tuple(map(in_one_run, leaves)), modes
 
 
 def changed_numbers(before: CallKey, now: CallKey) -> dict[int, tuple[Any, Any]]:
@@ -113,9 +116,16 @@ def _leaf_size(leaf: Any) -> tuple[int, ...] | int | None:
     return tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf if type(leaf) is int else None
 
 
+def _layout(tensor: Tensor) -> Hashable:
+    """Return how a tensor lies in memory, where kernels may round differently for it; None where it is contiguous or short."""
+    if tensor.dim() < 2 or tensor.is_contiguous():
+        return None
+    return memory_order(tensor) or "strided"
+
+
 def _leaf_kind(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return (leaf.dim(), leaf.dtype, leaf.device)
+        return (leaf.dim(), leaf.dtype, leaf.device, _layout(leaf))
     if type(leaf) is int:
         return int
     if leaf is None or isinstance(leaf, (bool, int, float, str, bytes, enum.Enum, torch.dtype, torch.device)):
@@ -136,19 +146,22 @@ def _attention_backend() -> str:
     return str(getattr(registry, "_active_backend", ""))
 
 
-def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallKey:
+def call_key(leaves: Sequence[Any], structure: Hashable) -> CallKey:
     """Describe a call: structure, shapes, dtypes, devices, constants, autocast and attention back end.
+
+    Args:
+        leaves: From `leaves_of`.
+        structure: From `leaves_of`.
 
     Raises:
         ConfigError: An input is neither a tensor nor a plain constant.
         StateError: An input requires gradients.
     """
-    leaves, structure = leaves_of(args, kwargs)
     if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
         raise StateError("an input requires gradients, and a reused step has none to give. Call the model under torch.no_grad().")
-    autocast = tuple(
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        for device in sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)})
-    )
+    autocast: tuple[Any, ...] = ()
+    if _is_any_autocast_enabled():
+        devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)})
+        autocast = tuple((device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device))
     modes = (autocast, _attention_backend())
     return CallKey((structure, tuple(map(_leaf_kind, leaves)), modes), tuple(map(_leaf_size, leaves)))

@@ -40,15 +40,15 @@ class CacheState:
 
     def at(self, step: int) -> CacheState:
         """Return the same cache before another step."""
-        return self if step == self.cursor.step else dataclasses.replace(self, cursor=self.cursor.at(step))
+        return self if step == self.cursor.step else CacheState(self.slots, self.cursor.at(step), self.version)
 
     def computed(self, slots: tuple[Tensor, ...], reuse_left: int) -> CacheState:
         """Return the state after the next step was computed."""
-        return dataclasses.replace(self, slots=slots, cursor=self.cursor.computed(reuse_left))
+        return CacheState(slots, self.cursor.computed(reuse_left), self.version)
 
     def reused(self) -> CacheState:
         """Return the state after the next step was reused."""
-        return dataclasses.replace(self, cursor=self.cursor.reused())
+        return CacheState(self.slots, self.cursor.reused(), self.version)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from bwcache_compile import passes
 from bwcache_compile.capture import capture
 from bwcache_compile.program import CachedProgram
 from bwcache_compile.runtime import Toolchain
-from bwcache_compile.runtime.signature import call_key
+from bwcache_compile.runtime.signature import call_key, leaves_of
 from tests.pipelines.cases import CASES, STEPS, Case
 
 CONFIG = bw.CacheConfig(num_steps=STEPS, threshold=float("inf"), reuse_interval=1, tail=0.0)
@@ -35,7 +35,7 @@ class Transform:
     def _capture(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, reading: bool, **_: Any
     ) -> CachedProgram:
-        key = call_key(args, kwargs), str(shapes), reading
+        key = call_key(*leaves_of(args, kwargs)), str(shapes), reading
         if key not in self.captured:
             self.captured[key] = capture(model, args, kwargs, shapes, reading)
         return self.captured[key].fresh()
