@@ -151,7 +151,9 @@ class Clock:
 
     Attributes:
         samples: Last values of the inputs that may be the time.
-        signs: Inputs that are the time, with their direction. Empty while none has moved.
+        signs: Inputs that are the time, with their direction, also from earlier generations. Empty while none has moved.
+        moved: Whether the time went on in this generation.
+        against: Generations in a row whose second call went against the direction; after two, the direction is the other one.
         attempts: Calls at which nothing moved.
         doubt: Whether an equal time in half precision, in calls without a context name, may have been a second call of one step.
         moves: Calls in a row at which the time went on since then.
@@ -159,6 +161,8 @@ class Clock:
 
     samples: Mapping[Hashable, _Sample] = dataclasses.field(default_factory=dict)
     signs: Mapping[Hashable, int] = dataclasses.field(default_factory=dict)
+    moved: bool = False
+    against: int = 0
     attempts: int = 0
     doubt: bool = False
     moves: int = 0
@@ -167,6 +171,18 @@ class Clock:
     def start(inputs: Mapping[Hashable, TimeInput]) -> Clock:
         """Return the clock after the first call of a generation."""
         return Clock({key: value.sample() for key, value in inputs.items()})
+
+    def restart(self, inputs: Mapping[Hashable, TimeInput], against: bool) -> Clock:
+        """Return the clock after the first call of another generation of such inputs; the direction is kept.
+
+        Args:
+            inputs: Of the call.
+            against: Whether the last generation had one call, and this one went against the direction.
+        """
+        signs, count = {key: sign for key, sign in self.signs.items() if key in inputs}, self.against + 1 if against else 0
+        if count == 2:
+            signs, count = {key: -sign for key, sign in signs.items()}, 0
+        return dataclasses.replace(Clock.start(inputs), signs=signs, against=count)
 
     def observe(self, inputs: Mapping[Hashable, TimeInput]) -> tuple[Clock, Verdict]:
         """Return the clock after one more call, and what that call's inputs say of the time."""
@@ -179,17 +195,17 @@ class Clock:
         if not self.signs:
             verdict = "forward" if signs else _unmoved(samples, compared)
             attempts = self.attempts + (verdict in ("none", "repeated"))
-            return dataclasses.replace(self, samples=samples, signs=signs, attempts=attempts), verdict
+            return dataclasses.replace(self, samples=samples, signs=signs, moved=bool(signs), attempts=attempts), verdict
         onward = {key: sign for key, sign in signs.items() if sign == self.signs[key]}
         if onward:  # what went the other way meanwhile is not the time
             lasting = {key: sign for key, sign in self.signs.items() if key in onward or key not in signs}
-            return dataclasses.replace(self, samples=samples, signs=lasting), "forward"
+            return dataclasses.replace(self, samples=samples, signs=lasting, moved=True, against=0), "forward"
         half = any(sample.half for sample in samples.values())
-        return dataclasses.replace(self, samples=samples), "back" if signs else "unsure" if half else "none"
+        return dataclasses.replace(self, samples=samples), "back" if signs else "unsure" if half else "repeated"
 
     def doubting(self, verdict: Verdict) -> Clock:
         """Return the clock of calls without a context name: after a repeated time two moves in a row end the doubt."""
-        if verdict == "unsure" and (self.doubt or not self.signs):
+        if verdict == "unsure" and (self.doubt or not self.moved):
             return dataclasses.replace(self, doubt=True, moves=0)
         moves = self.moves + 1 if verdict == "forward" else 0
         return dataclasses.replace(self, doubt=self.doubt and moves < 2, moves=moves)
@@ -290,9 +306,12 @@ class Tracker:
         else:
             clock = Clock.start(inputs)
         began, event = self._began(info, signature, num_steps, verdict)
+        if began and given is None:
+            against = verdict == "back" and self.next_step == 1
+            clock = self.clock.restart(inputs, against) if signature == self.signature else Clock.start(inputs)
         run = latest.run if latest else 0
         if began:
-            step, clock = given or 0, _UNREAD if given is not None else Clock.start(inputs)
+            step = given or 0
             return Advance(step, began, "", event, Tracker(step + 1, True, signature, clock, run + (self.run == run)))
         step = self.next_step if given is None else given
         following = Tracker(step + 1, True, signature, clock, self.run)
@@ -340,6 +359,6 @@ def _doubt(verdict: Verdict, clock: Clock) -> str:
     """Return why a call may not be the next step of its generation; empty where there is no doubt."""
     if clock.doubt:
         return "the time repeats in half precision, and calls without a context name cannot be told apart"
-    if verdict == "unsure" and not clock.signs:
+    if verdict == "unsure" and not clock.moved:
         return "the time repeats in half precision, and a new run cannot be told from this one"
     return ""

@@ -88,7 +88,8 @@ enum class Verdict { none, forward, back, repeated, unsure };
 struct Clock {
   std::map<std::string, Sample> samples;
   std::map<std::string, int> signs;
-  int64_t attempts = 0;
+  bool moved = false;
+  int64_t against = 0, attempts = 0;
   bool doubt = false;
   int64_t moves = 0;
 
@@ -98,39 +99,50 @@ struct Clock {
     return made;
   }
 
+  // After the first call of another generation of such inputs; the direction is kept, and turned after two calls against it.
+  Clock restart(const TimeInputs& inputs, bool was_against) const {
+    Clock made = start(inputs);
+    made.against = was_against ? against + 1 : 0;
+    for (const auto& [key, sign] : signs)
+      if (inputs.count(key)) made.signs[key] = made.against == 2 ? -sign : sign;
+    if (made.against == 2) made.against = 0;
+    return made;
+  }
+
   std::pair<Clock, Verdict> observe(const TimeInputs& inputs) const {
     if (attempts >= ATTEMPTS) return {*this, Verdict::none};
     Clock next = *this;
     next.samples.clear();
     std::map<std::string, std::pair<bool, int>> compared;
-    std::map<std::string, int> moved;
+    std::map<std::string, int> changed;
     bool half = false;
     for (const auto& [key, before] : samples) {
       if ((!signs.empty() && !signs.count(key)) || !inputs.count(key)) continue;
       next.samples[key] = inputs.at(key).sample();
       compared[key] = compare(before, next.samples[key]);
-      if (compared[key].second) moved[key] = compared[key].second;
+      if (compared[key].second) changed[key] = compared[key].second;
       half = half || next.samples[key].half;
     }
     if (signs.empty()) {
-      const Verdict verdict = moved.empty() ? unmoved(next.samples, compared) : Verdict::forward;
-      next.signs = moved;
+      const Verdict verdict = changed.empty() ? unmoved(next.samples, compared) : Verdict::forward;
+      next.signs = changed, next.moved = !changed.empty();
       next.attempts += verdict == Verdict::none || verdict == Verdict::repeated;
       return {next, verdict};
     }
-    const bool onward = std::any_of(moved.begin(), moved.end(), [this](auto& m) { return m.second == signs.at(m.first); });
+    const bool onward = std::any_of(changed.begin(), changed.end(), [this](auto& c) { return c.second == signs.at(c.first); });
     if (onward) {  // what went the other way meanwhile is not the time
       for (const auto& [key, sign] : signs)
-        if (moved.count(key) && moved[key] != sign) next.signs.erase(key);
+        if (changed.count(key) && changed[key] != sign) next.signs.erase(key);
+      next.moved = true, next.against = 0;
       return {next, Verdict::forward};
     }
-    return {next, !moved.empty() ? Verdict::back : half ? Verdict::unsure : Verdict::none};
+    return {next, !changed.empty() ? Verdict::back : half ? Verdict::unsure : Verdict::repeated};
   }
 
   // Calls without a context name: after a repeated time two moves in a row end the doubt.
   Clock doubting(Verdict verdict) const {
     Clock next = *this;
-    if (verdict == Verdict::unsure && (doubt || signs.empty())) {
+    if (verdict == Verdict::unsure && (doubt || !moved)) {
       next.doubt = true, next.moves = 0;
       return next;
     }
@@ -219,7 +231,7 @@ struct Advance {
 
 inline std::string doubt(Verdict verdict, const Clock& clock) {
   if (clock.doubt) return "the time repeats in half precision, and calls without a context name cannot be told apart";
-  if (verdict == Verdict::unsure && clock.signs.empty())
+  if (verdict == Verdict::unsure && !clock.moved)
     return "the time repeats in half precision, and a new run cannot be told from this one";
   return "";
 }
@@ -244,7 +256,10 @@ inline Advance Tracker::advance(const StepInfo& info, const std::string& now, co
   const int64_t current = latest ? latest->run : 0;
   if (!why.empty()) {
     const int64_t step = given.value_or(0);
-    read = given ? Clock() : Clock::start(inputs);
+    if (!given) {
+      const bool against = verdict == Verdict::back && next_step == 1;
+      read = now == signature ? clock.restart(inputs, against) : Clock::start(inputs);
+    }
     return {step, why, "", event, {step + 1, true, now, read, current + (run == current)}};
   }
   const int64_t step = given.value_or(next_step);
