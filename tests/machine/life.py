@@ -88,22 +88,37 @@ class Life(RuleBasedStateMachine):
 
     # -- what a client does --------------------------------------------------------------------------------------
 
-    @rule(sizes=st.sampled_from(SIZES), interval=st.sampled_from((64, 64, 1)), widened=st.booleans(), reset=st.booleans())
-    def begin(self, sizes: tuple[int, int], interval: int, widened: bool, reset: bool) -> None:
-        """Begin another video, whatever became of the last one."""
+    @rule(
+        sizes=st.sampled_from((SIZES[0], SIZES[0], *SIZES)),
+        interval=st.sampled_from((64, 64, 1)),
+        widened=st.booleans(),
+        reset=st.sampled_from((False, False, True)),
+        alone=st.sampled_from((0, 0, 0, 2, 3)),
+        count=st.integers(0, LONGEST),
+    )
+    def begin(self, sizes: tuple[int, int], interval: int, widened: bool, reset: bool, alone: int, count: int) -> None:
+        """Begin another video, whatever became of the last one; some steps may be without guidance, with one context alone."""
         before = self.video
         noticed = before.undisturbed and before.step >= 2 and before.interval > 1
         self.video = Video(before.number + 1, sizes, interval, widened, reset or noticed)
         if reset:
             self.forget(lambda subject: subject.called.reset())
+        if self.mode in ("named", "indexed"):
+            for _ in range(alone):
+                self.call_all("first")
+        self.steps(count)
 
     @precondition(lambda self: self.goes_on)
-    @rule(count=st.integers(2, LONGEST))
+    @rule(count=st.integers(1, LONGEST))
+    def more_steps(self, count: int) -> None:
+        """Go on with the video."""
+        self.steps(count)
+
     def steps(self, count: int) -> None:
-        """Go on for some steps."""
+        """Call the model for the next steps."""
         for _ in range(count):
             if self.goes_on:
-                self.step("both")
+                self.call_all("both")
 
     @precondition(lambda self: self.goes_on)
     @rule(order=st.sampled_from(("swapped", "first", "second")))
@@ -111,6 +126,10 @@ class Life(RuleBasedStateMachine):
         """Call the model for each context of a step; or for one, where guidance is on at some steps only."""
         if len(self.contexts) == 1 or self.mode == "in turns":
             order = "both"
+        self.call_all(order)
+
+    def call_all(self, order: str) -> None:
+        """Call every subject for the contexts of a step."""
         contexts = {"both": self.contexts, "swapped": self.contexts[::-1], "first": self.contexts[:1], "second": self.contexts[1:]}[order]
         self.video.undisturbed &= order == "both"
         for context in contexts:
