@@ -152,7 +152,7 @@ class Clock:
     Attributes:
         samples: Last values of the inputs that may be the time.
         signs: Inputs that are the time, with their direction, also from earlier generations. Empty while none has moved.
-        moved: Whether the time went on in this generation.
+        moved: Whether the time went on in this generation, and in one dtype since then.
         against: Generations in a row whose second call went against the direction; after two, the direction is the other one.
         attempts: Calls at which nothing moved.
         doubt: Whether an equal time in half precision, in calls without a context name, may have been a second call of one step.
@@ -201,6 +201,9 @@ class Clock:
             lasting = {key: sign for key, sign in self.signs.items() if key in onward or key not in signs}
             return dataclasses.replace(self, samples=samples, signs=lasting, moved=True, against=0), "forward"
         half = any(sample.half for sample in samples.values())
+        recast = any(sample.half != self.samples[key].half for key, sample in samples.items())
+        if not signs and recast:  # as near as rounding: a scheduler's cast after the first step, or the first step of another run
+            return dataclasses.replace(self, samples=samples, moved=False), "unsure"
         return dataclasses.replace(self, samples=samples), "back" if signs else "unsure" if half else "repeated"
 
     def doubting(self, verdict: Verdict) -> Clock:

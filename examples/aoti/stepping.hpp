@@ -115,13 +115,13 @@ struct Clock {
     next.samples.clear();
     std::map<std::string, std::pair<bool, int>> compared;
     std::map<std::string, int> changed;
-    bool half = false;
+    bool half = false, recast = false;
     for (const auto& [key, before] : samples) {
       if ((!signs.empty() && !signs.count(key)) || !inputs.count(key)) continue;
       next.samples[key] = inputs.at(key).sample();
       compared[key] = compare(before, next.samples[key]);
       if (compared[key].second) changed[key] = compared[key].second;
-      half = half || next.samples[key].half;
+      half = half || next.samples[key].half, recast = recast || next.samples[key].half != before.half;
     }
     if (signs.empty()) {
       const Verdict verdict = changed.empty() ? unmoved(next.samples, compared) : Verdict::forward;
@@ -135,6 +135,10 @@ struct Clock {
         if (changed.count(key) && changed[key] != sign) next.signs.erase(key);
       next.moved = true, next.against = 0;
       return {next, Verdict::forward};
+    }
+    if (changed.empty() && recast) {  // as near as rounding: a scheduler's cast, or the first step of another run
+      next.moved = false;
+      return {next, Verdict::unsure};
     }
     return {next, !changed.empty() ? Verdict::back : half ? Verdict::unsure : Verdict::repeated};
   }

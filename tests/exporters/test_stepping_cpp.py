@@ -44,8 +44,8 @@ def script(seed: int) -> list[Call]:
         signature, late, rises = draw.choice(["A", "A", "A", "B"]), draw.randint(0, 3), draw.random() < 0.2
         for step in range(draw.randint(1, 8)):
             time = 10 + pace * step if rises else 1000 - pace * step
-            values = {"t": (bfloat16(time) if half else time,)}
-            inputs = {name: TimeInput(1, half, lambda value=value: value) for name, value in values.items()}
+            recast = half and not (step == 0 and draw.random() < 0.5)
+            inputs = {"t": TimeInput(1, recast, lambda value=bfloat16(time) if recast else time: (value,))}
             if draw.random() < 0.5:
                 inputs["guidance"] = TimeInput(1, False, lambda: (3.5,))
             if draw.random() < 0.5:

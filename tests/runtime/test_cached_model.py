@@ -192,8 +192,8 @@ def test_graph_diff_shows_each_pass_and_the_whole(model: OneStream) -> None:
     cached = bw.transform(model, bw.CacheConfig(num_steps=4), example_args=model.example())
     diffs = cached.graph_diff()
     assert list(diffs) == [
-        "canonicalize", "hoist_sizes", "arrange_sources", "split_region", "insert_cache", "insert_indicator", "insert_policy", "lift_cache_state",
-        "specialize", "whole",
+        "canonicalize", "hoist_sizes", "arrange_sources", "split_region", "insert_cache", "insert_indicator", "insert_policy",
+        "lift_cache_state", "specialize", "whole",
     ]  # fmt: skip
     whole = diffs["whole"]
     assert whole.blocks_guarded == 3
