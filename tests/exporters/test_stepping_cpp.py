@@ -45,7 +45,8 @@ def script(seed: int) -> list[Call]:
         for step in range(draw.randint(1, 8)):
             time = 10 + pace * step if rises else 1000 - pace * step
             recast = half and not (step == 0 and draw.random() < 0.5)
-            inputs = {"t": TimeInput(1, recast, lambda value=bfloat16(time) if recast else time: (value,))}
+            value = bfloat16(time) if recast else time
+            inputs = {"t": TimeInput(1, recast, lambda value=value: (value,))}
             if draw.random() < 0.5:
                 inputs["guidance"] = TimeInput(1, False, lambda: (3.5,))
             if draw.random() < 0.5:
