@@ -11,10 +11,10 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import Context
 from bwcache_compile.errors import StateError, warn
 from bwcache_compile.policies import POLICIES
-from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.programs import Fit
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
+from bwcache_compile.size_expressions import evaluated
 from bwcache_compile.stepping import HALF, Advance, StepInfo, TimeInput, may_be_time
 
 
@@ -78,12 +78,16 @@ def check_values(context: ModelContext, fit: Fit, num_steps: int | None) -> None
         )
 
 
-def _interchangeable(one: LoadedProgram, other: LoadedProgram) -> bool:
-    """Whether what one program cached means the same to another, such as one for another dtype of the time."""
-    if one is other:
+def _interchangeable(one: Fit, other: Fit) -> bool:
+    """Whether what one program cached means the same to another, such as one for another dtype of the time, or of open sizes."""
+    if one.loaded is other.loaded:
         return True
-    blocks, others = ([block.name for block in loaded.plan.blocks] for loaded in (one, other))  # their nodes are named by each graph
-    return one.slots == other.slots and blocks == others and one.plan.time_input == other.plan.time_input
+    kept = []
+    for fit in (one, other):
+        plan, sizes = fit.loaded.plan, fit.sizes
+        slots = [(slot.name, slot.role, slot.dtype, slot.order, evaluated(slot.shape, sizes)) for slot in fit.loaded.slots]
+        kept.append(([block.name for block in plan.blocks], plan.time_input, slots))  # nodes are named by each graph
+    return kept[0] == kept[1]
 
 
 def state_for(context: ModelContext, advance: Advance, fit: Fit) -> tuple[CacheState, list[str]]:
@@ -99,7 +103,7 @@ def state_for(context: ModelContext, advance: Advance, fit: Fit) -> tuple[CacheS
         why = f"the modules changed ({fit.changed})" if context.version[0] != fit.version[0] else "the weights changed"
     elif context.state is None or context.fit is None:
         why = "the generation had ended"
-    elif not _interchangeable(context.fit.loaded, fit.loaded):
+    elif not _interchangeable(context.fit, fit):
         why = "the program changed"
     if why:
         events.append(f"{why} before step {step}: the cache was cleared")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from torch import Tensor
@@ -300,6 +300,7 @@ def run_scripts(dtype: torch.dtype, count: int) -> Tally:
         deadline=None,
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
+        phases=(Phase.explicit, Phase.generate),  # shrinking takes minutes; ask for it where a script fails
     )
     run_state_machine_as_test(machine, settings=chosen)
     return tally
