@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._C import _is_any_autocast_enabled
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ConfigError, StateError
@@ -81,7 +82,9 @@ class Parameters:
 
     @staticmethod
     def of(model: nn.Module) -> Parameters:
-        """Read the signature of a model's forward; a decorator that hides it leaves nothing to name."""
+        """Read the signature of a model's forward; a decorator that hides it, or a graph with a form of its own, leaves nothing to name."""
+        if isinstance(model, GraphModule):
+            return Parameters(0, (), ())
         parameters = inspect.signature(model.forward, follow_wrapped=False).parameters.values()
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         only = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
@@ -93,7 +96,7 @@ class Parameters:
         Arguments that forward would refuse, and those of `*args`, are left as they are.
         """
         named = args[self.leading :]
-        if len(named) <= len(self.names) and not any(name in kwargs for name in self.names[: len(named)]):
+        if self.names and len(named) <= len(self.names) and not any(name in kwargs for name in self.names[: len(named)]):
             args, kwargs = args[: self.leading], {**dict(zip(self.names, named, strict=False)), **kwargs}
         rest = [name for name in sorted(kwargs) if name not in self.order]
         return args, {name: kwargs[name] for name in (*self.order, *rest) if name in kwargs}

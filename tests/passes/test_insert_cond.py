@@ -178,7 +178,7 @@ class TurnedBlock(Block):
 WHOLE = [OneStream(), TwoStream(), Interleaved(), InPlace(), Exposed(), Functional(), Refined(), WritesBefore(), PaddedRegion(), Turned()]
 
 
-NO_RESIDUAL = (InPlace, TwoStream, Interleaved, PaddedRegion)
+NO_RESIDUAL = (InPlace,)
 
 
 @pytest.mark.parametrize("reusing", WAYS)

@@ -24,7 +24,6 @@ from tests.passes.helpers import (
     fresh,
     models,
     policy_inputs,
-    policy_values,
     ready_for,
     same,
     text,
@@ -130,7 +129,7 @@ def check_numbers(model: Tiny, config: CacheConfig) -> None:
     fill_buffers(buffered)
     holder = buffered.compute.get_submodule("bwcache_cache")
     state = fresh(plan)
-    values = policy_values() if config.policy == "schedule" else [torch.tensor(config.steps_mask)]
+    values = policy_inputs(lifted)
     for step in range(3):
         args = model.example(step=step)
         wanted = list(buffered.compute(*(arg.clone() for arg in args), *values, torch.tensor([step])))
