@@ -129,9 +129,9 @@ def test_a_region_node_in_a_graph_that_a_reused_step_calls() -> None:
         complaint(program),
         """\
 after some_pass: add of a cached block runs on a reused step. This is a bug in bwcache-compile, please report it.
-  source_1: f32[1, 6, 8] = input
-  kept_1: f32[1, 6, 8] = input
-> add: f32[1, 6, 8] = add(source_1, kept_1)
+  arg0_1: f32[1, 6, 8] = input
+  arg1_1: f32[1, 6, 8] = input
+> add: f32[1, 6, 8] = add(arg0_1, arg1_1)
   return add""",
     )
 

@@ -24,7 +24,7 @@ _OPAQUE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.
 _REGISTRY = "_diffusers_hook"
 """Where diffusers keeps a module's hooks; a pipeline leaves it behind after a run, with or without any."""
 
-_GLANCE = 500
+_GLANCE = 1000
 """Most that one glance compares, in units of about 20 ns."""
 
 _version = attrgetter("_version")
@@ -129,7 +129,7 @@ class ModelWatch:
     by address. An edit through `parameter.data` that keeps the address moves neither, and is not seen.
 
     `look` compares everything and `glance` one part of the modules, each in its turn, where time counts. A part has as many
-    modules as are compared in about 10 us; a model of up to some 25 modules is one part.
+    modules as are compared in about 20 us; a model of up to some 50 modules is one part.
 
     Attributes:
         structure: Moves on when a graph captured before has become wrong.

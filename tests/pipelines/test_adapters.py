@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import bwcache_compile as bw
 from tests.pipelines.cases import CASES, STEPS, Case
+from tests.zoo.selection import selected
 
 CONFIG = bw.CacheConfig(num_steps=STEPS, threshold=float("inf"), reuse_interval=1, tail=0.0)
 LENGTH = 6
@@ -63,7 +64,7 @@ def side(name: str) -> Side:
     return Side(case, model, pipe, cached)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "latte"])  # whose pipeline has no loader
+@pytest.mark.parametrize("name", selected(name for name in CASES if name != "latte"))  # whose pipeline has no loader
 def test_adapters_come_and_go(name: str) -> None:
     s = side(name)
     plain = s.run()

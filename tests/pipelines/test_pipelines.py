@@ -15,15 +15,11 @@ from bwcache_compile.capture import capture
 from bwcache_compile.program import CachedProgram
 from bwcache_compile.runtime import Toolchain
 from bwcache_compile.runtime.signature import call_key, leaves_of
-from tests.pipelines.cases import CASES, STEPS, Case
+from tests.pipelines.cases import CASES, STEPS
+from tests.zoo.selection import selected
 
 CONFIG = bw.CacheConfig(num_steps=STEPS, threshold=float("inf"), reuse_interval=1, tail=0.0)
 PATTERN = "##.#"
-
-
-@pytest.fixture(params=list(CASES))
-def case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]
 
 
 class Transform:
@@ -49,7 +45,9 @@ def patterns(cached: bw.CachedModel) -> dict[str, str]:
     return {name: "".join("#" if step.computed else "." for step in context.steps) for name, context in contexts.items()}
 
 
-def test_every_run_is_a_fresh_pipelines(case: Case) -> None:
+@pytest.mark.parametrize("name", selected(CASES))
+def test_every_run_is_a_fresh_pipelines(name: str) -> None:
+    case = CASES[name]
     model, transform = case.model(), Transform()
     pipe = case.pipeline(model)
 
@@ -115,7 +113,9 @@ def test_a_run_that_was_broken_off_leaves_nothing_behind() -> None:
     )
 
 
-def test_in_bfloat16_repeated_and_broken_off(case: Case) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_in_bfloat16_repeated_and_broken_off(name: str) -> None:
+    case = CASES[name]
     pipe = case.pipeline(case.model().bfloat16())
     width = case.widths[0]
     eager = case.run(pipe, width, 6)
