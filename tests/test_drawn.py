@@ -13,20 +13,19 @@ from tests.drawn_blocks import Stack
 from tests.drawn_cases import Case, cases
 from tests.drawn_check import Outcome, check, tally
 
-EXAMPLES = 300
 
-
-def test_drawn_architectures() -> None:
+@pytest.mark.parametrize("examples", [100, pytest.param(300, marks=pytest.mark.slow)])
+def test_drawn_architectures(examples: int) -> None:
     outcomes: list[Outcome] = []
 
-    @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, derandomize=True, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(cases())
     def each(case: Case) -> None:
         outcomes.append(check(case))
 
     each()
     counts = tally(outcomes)
-    assert counts["right"] >= 0.85 * EXAMPLES, counts
+    assert counts["right"] >= 0.85 * examples, counts
     assert counts["right, and reusing made a difference"] >= 0.8 * counts["right"], "the check shows little"
     assert counts["right, and equal to the oracle bit for bit"] >= 0.9 * counts["right"], counts
 
