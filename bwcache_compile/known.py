@@ -33,12 +33,14 @@ _IN_PLACE = {
     *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")),
 }
 _STATIC = {
-    "__get__", "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
-    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_tensor", "type",
+    "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
+    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_tensor",
 }  # fmt: skip
-"""What they tell of a tensor is no value of its."""
+_STATIC_PROPERTIES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "requires_grad", "names", "itemsize", "nbytes"}
+"""Metadata queries; they never read tensor data."""
 _READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "equal", "allclose"}
 _SYMBOLS = (SymInt, SymFloat, SymBool)
+_ATOMS = {Tensor, nn.Parameter, *_SYMBOLS, int, float, bool, str, type(None), torch.dtype, torch.device}
 _NEW = {"zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "eye"}
 _TAKES_SIZES = _NEW | {
     "view", "reshape", "expand", "broadcast_to", "repeat", "tile", "unflatten", "permute", "split", "narrow", "chunk", "roll", "pad",
@@ -52,12 +54,26 @@ Origin = Source | Reading
 """A source, or what was computed of one that is too large to be followed itself."""
 
 
+def _is_static(func: Any, name: str) -> bool:
+    return name in _STATIC or (name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _STATIC_PROPERTIES)
+
+
 def _leaves(tree: Any) -> list[Any]:
-    """Return what a call was given, the bounds of slices too."""
-    found = []
-    for leaf in pytree.tree_leaves(tree):
-        found += [leaf.start, leaf.stop, leaf.step] if isinstance(leaf, slice) else [leaf]
-    return found
+    """Return what a call was given, the bounds of slices too.
+
+    This runs at every function that a traced model calls, so what nearly all calls consist of goes past `pytree`.
+    """
+    kind = type(tree)
+    if kind in _ATOMS:
+        return [tree]
+    if kind is tuple or kind is list:
+        return [leaf for part in tree for leaf in _leaves(part)]
+    if kind is dict:
+        return [leaf for part in tree.values() for leaf in _leaves(part)]
+    if kind is slice:
+        return [tree.start, tree.stop, tree.step]
+    found = pytree.tree_leaves(tree)
+    return [tree] if len(found) == 1 and found[0] is tree else [leaf for part in found for leaf in _leaves(part)]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -159,12 +175,15 @@ class KnownValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function, and take down on which inputs its result depends."""
-        depends = frozenset().union(*(self._inputs.get(tensor, ()) for tensor in _tensors((args, kwargs or {}))))
-        if getattr(func, "__name__", "") in _READS:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if _is_static(func, name):
+            return func(*args, **kwargs)
+        depends = frozenset().union(*(self._inputs.get(tensor, ()) for tensor in _tensors((args, kwargs))))
+        if name in _READS:
             self.asked = depends
-        result = self._run_with_values(func, types, args, kwargs or {})
+        result = self._run_with_values(func, types, args, kwargs)
         if depends:
-            for tensor in (*_tensors(result), *_written(getattr(func, "__name__", ""), args, kwargs or {})):
+            for tensor in (*_tensors(result), *_written(name, args, kwargs)):
                 self._inputs[tensor] = self._inputs.get(tensor, frozenset()) | depends
         return result
 
@@ -177,23 +196,24 @@ class KnownValues(TorchFunctionMode):
             return iter(self.__torch_function__(torch.unbind, types, args))
         if name in _TAKES_SIZES or name in ("__getitem__", "__setitem__"):
             args, kwargs = self._with_sizes(name, args, kwargs)
-        name, given = getattr(func, "__name__", ""), _tensors((args, kwargs))
+        name, leaves = getattr(func, "__name__", ""), _leaves((args, kwargs))
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if isinstance(func, (OpOverload, OpOverloadPacket)):  # called by itself, it may write to anything
             self._forget(given)
             return func(*args, **kwargs)
-        held = self._sizes.run(name, args, kwargs, self._real)
+        held = self._sizes.run(name, args, kwargs, leaves, self._real)
         if held is not UNKNOWN:
             result = held if name in READS_OF_SIZES else func(*args, **kwargs)
             if name not in READS_OF_SIZES:
                 self._sizes.keep(result, held)
             return result
         told = not any(part in name for part in _UNTOLD)
-        told = told and not any(isinstance(leaf, _SYMBOLS) for leaf in _leaves((args, kwargs)))
+        told = told and not any(isinstance(leaf, _SYMBOLS) for leaf in leaves)
         if told and given and all(tensor in self._real for tensor in given):
             real, origins = self._run(func, args, kwargs), self._origins_of(given)
             written = _written(name, args, kwargs)
             if not _tensors(real) and not written:
-                self._reads(origins if name not in _STATIC else frozenset())
+                self._reads(origins)
                 return real
             for tensor in (other for one in written for other in self._sharing(one)):
                 self._origins[tensor] = origins | self._origins_of([tensor])

@@ -102,20 +102,22 @@ class KnownSizes:
             if not tensor.is_floating_point():
                 self._held[tensor] = part
 
-    def run(self, name: str, args: Any, kwargs: Any, numbers: Any) -> Any:
+    def run(self, name: str, args: Any, kwargs: Any, leaves: list[Any], numbers: Any) -> Any:
         """Return what a function of sizes returns: nested sizes, or what Python reads; `UNKNOWN` where it is not followed.
 
         Args:
             name: Of the function.
             args: What it is given.
             kwargs: The same by keyword.
+            leaves: The leaves of both.
             numbers: Tensors that hold plain ints, and these.
         """
-        leaves = pytree.tree_leaves((args, kwargs))
+        if name not in _FOLLOWED:
+            return UNKNOWN
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         known = all(tensor in self._held or (tensor in numbers and not tensor.is_floating_point()) for tensor in tensors)
         opened = any(isinstance(leaf, SymInt) for leaf in leaves) or any(tensor in self._held for tensor in tensors)
-        if name not in _FOLLOWED or not opened or not (known or name == "new_tensor"):
+        if not opened or not (known or name == "new_tensor"):
             return UNKNOWN
 
         def lookup(leaf: Any) -> Any:
