@@ -36,7 +36,20 @@ _STATIC = {
     "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
     "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_tensor",
 }  # fmt: skip
-_STATIC_PROPERTIES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "requires_grad", "names", "itemsize", "nbytes"}
+_STATIC_PROPERTIES = {
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "layout",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+    "requires_grad",
+    "names",
+    "itemsize",
+    "nbytes",
+}
 """Metadata queries; they never read tensor data."""
 _READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "equal", "allclose"}
 _SYMBOLS = (SymInt, SymFloat, SymBool)

@@ -47,7 +47,7 @@ class _Call:
         renumbered: Whether a Python number changed since the last call.
         num_steps: Steps of the generation, if known.
         run: Calls the graph.
-        graph: What runs.
+        kind: Names the graph.
         operands: Its inputs.
         first: What the graph returned already, where it was just checked on this call.
     """
@@ -60,7 +60,7 @@ class _Call:
     renumbered: bool
     num_steps: int | None
     run: Callable[[Callable[..., Any], list[Any]], Any]
-    graph: Callable[..., Any]
+    kind: str
     operands: list[Any]
     first: list[Any] | None
 
@@ -155,7 +155,7 @@ class CachedModel(ModelWrapper):
             # entering the mode once more, inside a pipeline's, would cost as much as a small operator
             with torch.no_grad() if torch.is_grad_enabled() else _NO_MODE:
                 # the graph is the only frame that an outer torch.compile compiles
-                returned = call.first if call.first is not None else call.run(call.graph, call.operands)
+                returned = call.first if call.first is not None else call.run(call.fit.loaded.graph(call.kind), call.operands)
             return self._finish(call, returned)
         finally:
             self._end(call)
@@ -210,7 +210,7 @@ class CachedModel(ModelWrapper):
         if state.step != 0 or state.cursor.computed_at >= 0:
             first = None
         run = call_directly if kind == "reuse" else call_with_room
-        return _Call(context, advance, fit, state, events, renumbered, num_steps, run, loaded.graphs[kind], operands, first)
+        return _Call(context, advance, fit, state, events, renumbered, num_steps, run, kind, operands, first)
 
     def _release_stale(self, current: ModelContext, structure: int) -> None:
         """Let idle contexts go of programs that hold weights which the model has dropped."""

@@ -55,7 +55,7 @@ def check_inputs(loaded: LoadedProgram, flat: Sequence[Any]) -> None:
 def host_step(loaded: LoadedProgram, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> tuple[Any, CacheState]:
     """Run the graph that the state asks for."""
     with torch.no_grad():
-        returned = call_with_room(loaded.graphs[loaded.kind(state)], loaded.operands(flat, state, parameters))
+        returned = call_with_room(loaded.graph(loaded.kind(state)), loaded.operands(flat, state, parameters))
     outputs, following, _ = loaded.split(returned, state)
     return outputs, following
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import maybe_mark_dynamic
 from torch.utils import _pytree as pytree
 
@@ -18,6 +19,7 @@ from bwcache_compile.policies import POLICIES
 from bwcache_compile.policies.definitions import takes
 from bwcache_compile.policies.tensors import policy_parameters
 from bwcache_compile.program import OURS, CachedProgram
+from bwcache_compile.runtime.eager import eager_function
 from bwcache_compile.runtime.frames import left_out
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
@@ -68,8 +70,9 @@ class LoadedProgram:
 
     Attributes:
         modules: By kind: `compute` and `reuse`, or `guarded` alone where the guard is in the graph.
-        graphs: The same, compiled where asked for.
         slots: What one context's state holds.
+        eager: The same as functions, to be run as they are.
+        graphs: The same again, compiled where asked for.
         addresses: Where the tensors lie in memory that the graphs hold.
         input_kinds: Shape and dtype of each of the user's inputs; None where it is no tensor or a size is open.
     """
@@ -83,8 +86,11 @@ class LoadedProgram:
         self.guarded = program.guarded is not None
         kinds = ("guarded",) if self.guarded else ("compute", "reuse")
         self.modules = {kind: getattr(program, kind) for kind in kinds}
-        # a module's own call looks for hooks, of which graphs have none, and prints where it fails
-        self.graphs: dict[str, Callable[..., Any]] = {kind: module.forward for kind, module in self.modules.items()}
+        self.eager: dict[str, Callable[..., Any]] = {
+            kind: module.forward if self.guarded else eager_function(module) for kind, module in self.modules.items()
+        }
+        self.graphs = dict(self.eager)
+        self._is_compiled = False
         self._replays = self.plan.device.type == "cuda"  # an outer torch.compile may use CUDA graphs, and does not say so
         self.slots = self.plan.guard_slots if self.guarded else self.plan.slots
         inputs = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
@@ -123,7 +129,13 @@ class LoadedProgram:
         self._replays = self.plan.device.type == "cuda" and _uses_cuda_graphs(options)
         if self.program.signature.sizes is not None:
             options = {"dynamic": True, **options}
+        self._is_compiled = True
         self.graphs = {kind: torch.compile(module, **options) for kind, module in self.modules.items()}
+
+    @left_out
+    def graph(self, kind: str) -> Callable[..., Any]:
+        """Return what runs a graph. An outer `torch.compile` gets the module's code, whose weights it finds on the module."""
+        return self.modules[kind].forward if get_eval_frame_callback() and not self._is_compiled else self.graphs[kind]
 
     def fresh(self, sizes: Mapping[str, int], step: int = 0) -> CacheState:
         """Return the state of a context that has computed nothing, at these sizes; its next step is `step`."""
@@ -219,4 +231,4 @@ def run_all(loaded: LoadedProgram, flat: Sequence[Any], fresh: CacheState, param
     """Run every graph on a fresh state and drop what it returns; an outer torch.compile compiles them here."""
     with torch.no_grad():
         for state in (fresh, dataclasses.replace(fresh, cursor=Cursor(step=1, computed_at=0, reuse_until=1))):
-            loaded.graphs[loaded.kind(state)](*loaded.operands(flat, state, parameters))
+            loaded.graph(loaded.kind(state))(*loaded.operands(flat, state, parameters))

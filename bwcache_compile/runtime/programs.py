@@ -97,7 +97,7 @@ class _Request:
         except ConfigError:  # the number of steps is not known yet; outputs do not depend on it
             parameters = loaded.parameters(self.config, 2)
         with torch.no_grad():
-            return list(loaded.modules[loaded.kind(state)](*loaded.operands(self.reference.inputs(), state, parameters)))
+            return list(loaded.eager[loaded.kind(state)](*loaded.operands(self.reference.inputs(), state, parameters)))
 
 
 class _Trial:
