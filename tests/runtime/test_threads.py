@@ -47,7 +47,7 @@ def test_eight_contexts_on_four_threads_equal_each_alone() -> None:
 def test_threads_that_need_one_program_capture_it_once() -> None:
     model = OneStream().eval()
     cached = bw.transform(model, STATIC)
-    ready = threading.Barrier(4)
+    ready = threading.Barrier(4, timeout=60)
 
     def first(stream: int) -> Tensor:
         ready.wait()
@@ -79,7 +79,7 @@ def test_a_capture_waits_until_nothing_runs() -> None:
     cached.reset()
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(call, cached, model, 0, 0)
-        inside.wait()
+        assert inside.wait(60)
         other = pool.submit(lambda: (call(cached, model, 1, 0), captured.set()))  # another batch size: a capture
         running.result()
         other.result()
@@ -96,7 +96,7 @@ def test_one_context_entered_twice_at_once_raises() -> None:
     def pausing(run: Callable[..., Any]) -> Callable[..., Any]:
         def slow(*operands: Any) -> Any:
             inside.set()
-            tried.wait()
+            assert tried.wait(60)
             return run(*operands)
 
         return slow
@@ -105,7 +105,7 @@ def test_one_context_entered_twice_at_once_raises() -> None:
     graphs["reuse"] = pausing(graphs["reuse"])
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(call, cached, model, 0, 1)
-        inside.wait()
+        assert inside.wait(60)
         with pytest.raises(bw.StateError) as caught:
             call(cached, model, 0, 1)
         tried.set()
@@ -149,12 +149,12 @@ def test_a_call_may_run_while_another_thread_exports_a_model() -> None:
     class Waiting(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             inside.set()
-            finished.wait()
+            assert finished.wait(60)
             return x + 1
 
     with ThreadPoolExecutor(1) as pool:
         exporting = pool.submit(torch.export.export, Waiting(), (torch.ones(2),), strict=False)
-        inside.wait()
+        assert inside.wait(60)
         try:
             call(cached, model, 0, 1)
         finally:
