@@ -51,6 +51,8 @@ _STATIC_PROPERTIES = {
     "nbytes",
 }
 """Metadata queries; they never read tensor data."""
+_STATIC_OR_TENSOR = {"__get__", "type"}
+"""Metadata queries too where they return no tensor."""
 _READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "equal", "allclose"}
 _SYMBOLS = (SymInt, SymFloat, SymBool)
 _ATOMS = {Tensor, nn.Parameter, *_SYMBOLS, int, float, bool, str, type(None), torch.dtype, torch.device}
@@ -226,7 +228,7 @@ class KnownValues(TorchFunctionMode):
             real, origins = self._run(func, args, kwargs), self._origins_of(given)
             written = _written(name, args, kwargs)
             if not _tensors(real) and not written:
-                self._reads(origins)
+                self._reads(origins if name not in _STATIC_OR_TENSOR else frozenset())
                 return real
             for tensor in (other for one in written for other in self._sharing(one)):
                 self._origins[tensor] = origins | self._origins_of([tensor])

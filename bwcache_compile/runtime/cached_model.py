@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +45,6 @@ class _Call:
         events: What a report says of it.
         renumbered: Whether a Python number changed since the last call.
         num_steps: Steps of the generation, if known.
-        run: Calls the graph.
         kind: Names the graph.
         operands: Its inputs.
         first: What the graph returned already, where it was just checked on this call.
@@ -59,7 +57,6 @@ class _Call:
     events: list[str]
     renumbered: bool
     num_steps: int | None
-    run: Callable[[Callable[..., Any], list[Any]], Any]
     kind: str
     operands: list[Any]
     first: list[Any] | None
@@ -155,7 +152,8 @@ class CachedModel(ModelWrapper):
             # entering the mode once more, inside a pipeline's, would cost as much as a small operator
             with torch.no_grad() if torch.is_grad_enabled() else _NO_MODE:
                 # the graph is the only frame that an outer torch.compile compiles
-                returned = call.first if call.first is not None else call.run(call.fit.loaded.graph(call.kind), call.operands)
+                run = call_directly if call.kind == "reuse" else call_with_room
+                returned = call.first if call.first is not None else run(call.fit.loaded.graph(call.kind), call.operands)
             return self._finish(call, returned)
         finally:
             self._end(call)
@@ -209,8 +207,7 @@ class CachedModel(ModelWrapper):
         operands = loaded.operands(flat, state, () if kind == "reuse" else loaded.parameters(config, num_steps))
         if state.step != 0 or state.cursor.computed_at >= 0:
             first = None
-        run = call_directly if kind == "reuse" else call_with_room
-        return _Call(context, advance, fit, state, events, renumbered, num_steps, run, kind, operands, first)
+        return _Call(context, advance, fit, state, events, renumbered, num_steps, kind, operands, first)
 
     def _release_stale(self, current: ModelContext, structure: int) -> None:
         """Let idle contexts go of programs that hold weights which the model has dropped."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from bwcache_compile.inline import inline_calls
 
@@ -46,20 +46,16 @@ def eager_function(module: GraphModule) -> Callable[..., Any]:
     here instead, so the function is right as long as the module's attributes are the same objects.
     """
     flat = inline_calls(module)
-    graph = Graph()
-    placeholders = flat.graph.find_nodes(op="placeholder")
-    places = {node: graph.placeholder(node.name) for node in placeholders}
     reads = flat.graph.find_nodes(op="get_attr")
-    places |= {node: graph.placeholder(node.name) for node in reads}
+    with flat.graph.inserting_after(flat.graph.find_nodes(op="placeholder")[-1]):
+        for node in reversed(reads):  # each goes before those inserted already
+            node.replace_all_uses_with(flat.graph.placeholder(node.name))
+            flat.graph.erase_node(node)
     for node in flat.graph.nodes:
-        if node not in places and node.op != "output":
-            places[node] = graph.node_copy(node, places.__getitem__)
-            if isinstance(node.target, OpOverload):
-                places[node].target = binding(node.target)
-    (output,) = flat.graph.find_nodes(op="output")
-    graph.node_copy(output, places.__getitem__)
+        if isinstance(node.target, OpOverload):
+            node.target = binding(node.target)
     weights = [flat.attributes[str(node.target)] for node in reads]
-    run = GraphModule({}, graph).forward
+    run = GraphModule({}, flat.graph).forward
 
     def call(*operands: Any) -> Any:
         return run(*operands, *weights)
