@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bwcache_compile as bw
 from benchmarks import zoo_runs
-from bwcache_compile.exporters.bundle import open_bundle
-from bwcache_compile.exporters.tensorrt_operators import unlisted_operators
+from bwcache_compile.bundle.files import open_bundle
+from bwcache_compile.exporters.tensorrt.operators import unlisted_operators
 from tests.zoo import ZOO
 
 

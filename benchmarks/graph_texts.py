@@ -17,7 +17,7 @@ import torch
 
 import bwcache_compile as bw
 from benchmarks.record import write_record
-from bwcache_compile.graph_text import format_graph
+from bwcache_compile.ir.graph_text import format_graph
 from tests.zoo import ZOO
 
 

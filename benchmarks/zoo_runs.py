@@ -14,7 +14,7 @@ import torch
 
 import bwcache_compile as bw
 from benchmarks.record import write_record
-from bwcache_compile.compare import flat_outputs
+from bwcache_compile.ir.compare import flat_outputs
 from tests.zoo import ZOO, Entry
 
 STEPS = 8

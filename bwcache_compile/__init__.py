@@ -23,8 +23,8 @@ from bwcache_compile.errors import (
 
 if TYPE_CHECKING:
     from bwcache_compile.api import export, find_blocks, transform
-    from bwcache_compile.exporters.load import load
-    from bwcache_compile.graph_text import graph_diff
+    from bwcache_compile.bundle.load import load
+    from bwcache_compile.ir.graph_text import graph_diff
     from bwcache_compile.runtime import CachedModel, CacheState, GuardedState
 
 __version__ = "0.1.0"
@@ -35,8 +35,8 @@ _HOMES = {
     "GuardedState": "runtime",
     "export": "api",
     "find_blocks": "api",
-    "graph_diff": "graph_text",
-    "load": "exporters.load",
+    "graph_diff": "ir.graph_text",
+    "load": "bundle.load",
     "transform": "api",
 }
 

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bwcache_compile import passes
-from bwcache_compile.capture import capture, flat_program
-from bwcache_compile.compare import Verify
+from bwcache_compile.bundle.files import FORMATS
+from bwcache_compile.bundle.manifest import Manifest
+from bwcache_compile.capture.capture import capture, flat_program
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError, StateError
-from bwcache_compile.exporters.bundle import FORMATS
 from bwcache_compile.exporters.export import export_onnx, export_torch
-from bwcache_compile.exporters.manifest import Manifest
-from bwcache_compile.graph_text import format_value
+from bwcache_compile.ir.compare import Verify
+from bwcache_compile.ir.graph_text import format_value
+from bwcache_compile.ir.program import BlockSearch, CachedProgram
 from bwcache_compile.passes import Guard
 from bwcache_compile.passes.specialize import specialize
-from bwcache_compile.program import BlockSearch, CachedProgram
 from bwcache_compile.runtime import CachedModel, Toolchain
 from bwcache_compile.runtime.watch import refuse_hooks
 

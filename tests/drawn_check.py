@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 import bwcache_compile as bw
 from bwcache_compile import passes
-from bwcache_compile.capture import capture
-from bwcache_compile.compare import clone_tensors
+from bwcache_compile.capture.capture import capture
+from bwcache_compile.ir.compare import clone_tensors
 from bwcache_compile.runtime import Toolchain
 from tests.drawn import Drawn, State, Wrapped, example
 from tests.drawn_cases import STEPS, Case

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bwcache_compile.capture import flat_program
-from bwcache_compile.program import CachedProgram
+from bwcache_compile.capture.capture import flat_program
+from bwcache_compile.ir.program import CachedProgram
 
 
 class Tiny(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bwcache_compile as bw
-from bwcache_compile.compare import flat_outputs
+from bwcache_compile.ir.compare import flat_outputs
 from tests.architectures.containers import CONTAINERS
 from tests.architectures.inside import INSIDE
 from tests.architectures.parts import Model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bwcache_compile as bw
-from bwcache_compile.capture import capture
+from bwcache_compile.capture.capture import capture
 from tests.models import OneStream
 
 

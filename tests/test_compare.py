@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bwcache_compile.compare import difference
+from bwcache_compile.ir.compare import difference
 
 NAN, INF = float("nan"), float("inf")
 

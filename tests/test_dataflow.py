@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bwcache_compile.dataflow import DataFlow, aliased_arguments, eliminate_dead_code, writes_escape
+from bwcache_compile.ir.dataflow import DataFlow, aliased_arguments, eliminate_dead_code, writes_escape
 from tests.models import BufferWriter, Exposed, InPlace, InPlaceResidual, Numbered, OneStream, Tiny, captured
 
 aten = torch.ops.aten

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bwcache_compile as bw
 from bwcache_compile import passes
-from bwcache_compile.capture import capture
+from bwcache_compile.capture.capture import capture
 from bwcache_compile.runtime import Toolchain
 from tests.reference import Oracle
 from tests.zoo import ZOO, noise

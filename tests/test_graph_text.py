@@ -7,7 +7,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.graph_text import diff_graphs, format_graph, format_value, graph_diff, op_counts, snapshot
+from bwcache_compile.ir.graph_text import diff_graphs, format_graph, format_value, graph_diff, op_counts, snapshot
 from bwcache_compile.passes import build, canonicalize, explain
 from tests.models import Casting, InPlace, OneStream, captured
 

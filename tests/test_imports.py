@@ -94,8 +94,8 @@ def test_every_file_has_a_layer() -> None:
     [
         ("passes", "from bwcache_compile.runtime.state import CacheState", "passes imports runtime, which is beside it"),
         ("runtime", "from bwcache_compile import passes", "runtime imports passes, which is beside it"),
-        ("exporters", "def f():\n    import bwcache_compile.capture", "exporters imports capture, which is beside it"),
-        ("config", "from bwcache_compile.program import Block", "config imports program, which is above it"),
+        ("exporters", "def f():\n    import bwcache_compile.capture.capture", "exporters imports capture, which is beside it"),
+        ("config", "from bwcache_compile.ir.program import Block", "config imports program, which is above it"),
         ("verify", "from bwcache_compile import api", "verify imports api, which is above it"),
     ],
 )

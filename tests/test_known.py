@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bwcache_compile as bw
-from bwcache_compile.capture import capture
-from bwcache_compile.exporters.manifest import ValueEntry
-from bwcache_compile.known import KnownValues
+from bwcache_compile.bundle.manifest import ValueEntry
+from bwcache_compile.capture.capture import capture
+from bwcache_compile.capture.known import KnownValues
 from tests.models import OneStream
 
 

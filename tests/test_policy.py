@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bwcache_compile as bw
+from bwcache_compile.ir.policy_tensors import policy_parameters
 from bwcache_compile.policies.l1 import relative_change
 from bwcache_compile.policies.reuse.taylor import extrapolate
 from bwcache_compile.policies.sampling import sampled_tokens
 from bwcache_compile.policies.schedule import schedule
 from bwcache_compile.policies.static import static
-from bwcache_compile.policies.tensors import policy_parameters
 from tests.reference import decide
 
 CASES = json.loads((Path(__file__).parent / "data" / "schedule.json").read_text())

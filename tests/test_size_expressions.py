@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._sympy import functions as sym
 
 import bwcache_compile as bw
+from bwcache_compile.ir.sizes import print_expression
 from bwcache_compile.size_expressions import SizeError, evaluate, evaluated, largest, names_in
-from bwcache_compile.sizes import print_expression
 
 A, B = sympy.symbols("a b", integer=True, positive=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import bwcache_compile as bw
-from bwcache_compile.tracing import tracing
+from bwcache_compile.ir.tracing import tracing
 from tests.models import OneStream, TwoStream
 
 READS_A_RATE = """

@@ -9,9 +9,9 @@ from torch import nn
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import InvariantError
+from bwcache_compile.ir.program import REGION_MARK, CachedProgram
+from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes import build
-from bwcache_compile.program import REGION_MARK, CachedProgram
-from bwcache_compile.verify import verify
 from tests.models import Exposed, InPlace, OneStream, Tiny, TwoStream, captured
 from tests.passes.helpers import folded
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import bwcache_compile as bw
 from bwcache_compile import passes
-from bwcache_compile.compare import flat_outputs
-from bwcache_compile.program import CachedProgram
+from bwcache_compile.ir.compare import flat_outputs
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.runtime import Toolchain
 from tests.reference import Oracle
 from tests.zoo import REFUSED, ZOO, Entry

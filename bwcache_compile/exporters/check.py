@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bwcache_compile.bundle.manifest import Manifest
+from bwcache_compile.bundle.session import Session
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
-from bwcache_compile.examples import input_at, is_maskable
 from bwcache_compile.exporters.graphs import PlainGraph, under_autocast
-from bwcache_compile.exporters.manifest import Manifest
-from bwcache_compile.exporters.session import Session
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out
-from bwcache_compile.layout import in_order, slot_order
+from bwcache_compile.ir.examples import input_at, is_maskable
+from bwcache_compile.ir.layout import in_order, slot_order
+from bwcache_compile.ir.policy_tensors import policy_parameters
+from bwcache_compile.ir.program import REGION_MARK, CachedProgram
 from bwcache_compile.policies import POLICIES
-from bwcache_compile.policies.tensors import policy_parameters
-from bwcache_compile.program import REGION_MARK, CachedProgram
 from bwcache_compile.size_expressions import evaluate, evaluated
 from bwcache_compile.stepping import Cursor
 

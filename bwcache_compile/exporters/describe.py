@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import BundleError, ExportError
-from bwcache_compile.exporters.arithmetic import arithmetic
-from bwcache_compile.exporters.call import graph_shape
-from bwcache_compile.exporters.manifest import (
+from bwcache_compile.bundle.arithmetic import arithmetic
+from bwcache_compile.bundle.call import graph_shape
+from bwcache_compile.bundle.manifest import (
     BlockEntry,
     ConstantEntry,
     InputEntry,
@@ -28,12 +26,14 @@ from bwcache_compile.exporters.manifest import (
     TensorEntry,
     ValueEntry,
 )
-from bwcache_compile.exporters.settings import policy_inputs
+from bwcache_compile.bundle.settings import policy_inputs
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out
-from bwcache_compile.layout import slot_order
-from bwcache_compile.program import CachedProgram, CacheSlot
-from bwcache_compile.sizes import Symbol, hint_shape, shape_of
-from bwcache_compile.tree_paths import leaf_paths, positions
+from bwcache_compile.ir.layout import slot_order
+from bwcache_compile.ir.program import CachedProgram, CacheSlot
+from bwcache_compile.ir.sizes import Symbol, hint_shape, shape_of
+from bwcache_compile.ir.tree_paths import leaf_paths, positions
 
 
 def dtype_name(dtype: torch.dtype) -> str:

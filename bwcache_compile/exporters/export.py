@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
+from bwcache_compile.bundle.files import Bundle, open_bundle
+from bwcache_compile.bundle.load import ort_session, torch_session
+from bwcache_compile.bundle.manifest import GraphEntry, Manifest, WeightsEntry
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError
-from bwcache_compile.exporters.bundle import Bundle, open_bundle
 from bwcache_compile.exporters.check import check_runs, check_structure, tolerance_of
 from bwcache_compile.exporters.describe import check_sizes, declared_shapes, describe, with_layout
 from bwcache_compile.exporters.graphs import PlainGraph, plain_graph
-from bwcache_compile.exporters.load import ort_session, torch_session
-from bwcache_compile.exporters.manifest import GraphEntry, Manifest, WeightsEntry
+from bwcache_compile.exporters.onnx.stand_in import computes_in_half, stand_in
 from bwcache_compile.exporters.refuse import refuse
-from bwcache_compile.exporters.stand_in import computes_in_half, stand_in
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
 from bwcache_compile.exporters.write import new_bundle, write_manifest
 from bwcache_compile.graph_io import guarded_io
-from bwcache_compile.program import CachedProgram
+from bwcache_compile.ir.program import CachedProgram
 
 
 def _need_onnx() -> None:
@@ -59,7 +59,7 @@ def export_onnx(
         ExportError: The program cannot be exported, or what was written computes something else.
         ConfigError: The operator set is not supported.
     """
-    from bwcache_compile.exporters import onnx as writer
+    from bwcache_compile.exporters.onnx import lower as writer
 
     _need_onnx()
     if type(opset) is not int or opset not in writer.OPSETS:
@@ -142,7 +142,7 @@ def export_torch(
     Raises:
         ExportError: The program cannot be exported, or what was written computes something else.
     """
-    from bwcache_compile.exporters import pt2 as writer
+    from bwcache_compile.exporters.torch import package as writer
 
     refuse(program, config)
     manifest = with_layout(describe(program, config, parameters, graph_format="aoti" if compiled else "pt2"), program)

@@ -18,9 +18,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.inline import inline_calls
-from bwcache_compile.program import REGION_MARK, CachedProgram, graph_module_copy
-from bwcache_compile.tracing import tracing
+from bwcache_compile.ir.inline import inline_calls
+from bwcache_compile.ir.program import REGION_MARK, CachedProgram, graph_module_copy
+from bwcache_compile.ir.tracing import tracing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bwcache_compile.bundle.call import PAIRS
+from bwcache_compile.bundle.files import DTYPES
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.errors import ExportError
-from bwcache_compile.exporters.bundle import DTYPES
-from bwcache_compile.exporters.call import PAIRS
 from bwcache_compile.exporters.describe import describe_outputs, dtype_name
-from bwcache_compile.program import CachedProgram
+from bwcache_compile.ir.dataflow import DataFlow
+from bwcache_compile.ir.program import CachedProgram
 
 
 def _refuse_settings(config: CacheConfig) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from bwcache_compile.bundle.arithmetic import arithmetic
+from bwcache_compile.bundle.call import PAIRS, graph_shape
+from bwcache_compile.bundle.dynamic_shapes import symbols_at
+from bwcache_compile.bundle.external_data import external_locations
+from bwcache_compile.bundle.files import Bundle, open_bundle
+from bwcache_compile.bundle.manifest import Size
+from bwcache_compile.bundle.settings import policy_inputs
 from bwcache_compile.errors import ConfigError
-from bwcache_compile.exporters.arithmetic import arithmetic
-from bwcache_compile.exporters.bundle import Bundle, open_bundle
-from bwcache_compile.exporters.call import PAIRS, graph_shape
-from bwcache_compile.exporters.external_data import external_locations
-from bwcache_compile.exporters.manifest import Size
-from bwcache_compile.exporters.open_sizes import symbols_at
-from bwcache_compile.exporters.settings import policy_inputs
 from bwcache_compile.graph_io import INDICATOR, STEP, UNTIL, cache_in, cache_out
 
 CONTROLS = {"START": "bool", "END": "bool", "CORRID": "uint64"}

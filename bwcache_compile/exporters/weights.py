@@ -12,9 +12,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from bwcache_compile.bundle.manifest import WeightEntry
 from bwcache_compile.errors import BundleError
-from bwcache_compile.exporters.manifest import WeightEntry
-from bwcache_compile.layout import in_order, slot_order
+from bwcache_compile.ir.layout import in_order, slot_order
 
 WEIGHTS = "weights.bin"
 _ALIGNMENT = 4096

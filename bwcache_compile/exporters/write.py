@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bwcache_compile.bundle.files import FORMAT, MANIFEST, VERSION, file_hash
+from bwcache_compile.bundle.manifest import FileEntry, Manifest
+from bwcache_compile.bundle.manifest_text import write_text
 from bwcache_compile.errors import ExportError
-from bwcache_compile.exporters.bundle import FORMAT, MANIFEST, VERSION, file_hash
-from bwcache_compile.exporters.manifest import FileEntry, Manifest
-from bwcache_compile.exporters.manifest_text import write_text
 
 
 def _written(manifest: Manifest, files: dict[str, FileEntry]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.graph_text import GraphDiff, graph_diff, snapshot
+from bwcache_compile.ir.graph_text import GraphDiff, graph_diff, snapshot
+from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes.arrange_sources import arrange_sources
 from bwcache_compile.passes.canonicalize import canonicalize
 from bwcache_compile.passes.find_blocks import find_blocks
@@ -19,8 +21,6 @@ from bwcache_compile.passes.lift_cache_state import lift_cache_state
 from bwcache_compile.passes.plan_cache import plan_cache
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.passes.split_region import split_region
-from bwcache_compile.program import CachedProgram, PassResult
-from bwcache_compile.verify import verify
 
 Pass = Callable[[CachedProgram], PassResult]
 Guard = Literal["host", "graph"]

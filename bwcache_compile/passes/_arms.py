@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from bwcache_compile.dataflow import DataFlow
-from bwcache_compile.passes._edit import as_graph
+from bwcache_compile.ir.dataflow import DataFlow
+from bwcache_compile.ir.edit import as_graph
 
 aten = torch.ops.aten
 

@@ -10,9 +10,9 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
-from bwcache_compile.dataflow import DataFlow
-from bwcache_compile.passes._streams import LAYOUT, addends, operator_name
-from bwcache_compile.sizes import Shape, hint, hint_shape, shape_of
+from bwcache_compile.ir.dataflow import DataFlow
+from bwcache_compile.ir.sizes import Shape, hint, hint_shape, shape_of
+from bwcache_compile.passes.block_search.streams import LAYOUT, addends, operator_name
 
 _ELSEWHERE, _TWICE = -1, -2
 

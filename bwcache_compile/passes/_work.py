@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bwcache_compile.dataflow import DataFlow
-from bwcache_compile.graph_text import called_graphs, op_name
-from bwcache_compile.passes._stacks import user_path
-from bwcache_compile.program import BlockSearch, CachedProgram, Region
-from bwcache_compile.work_share import Uncached, WorkShare
+from bwcache_compile.ir.dataflow import DataFlow
+from bwcache_compile.ir.graph_text import called_graphs, op_name
+from bwcache_compile.ir.program import BlockSearch, CachedProgram, Region
+from bwcache_compile.ir.work_share import Uncached, WorkShare
+from bwcache_compile.passes.block_search.stacks import user_path
 
 
 def _sizes(value: Any) -> list[int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from bwcache_compile.passes._edit import give_role
-from bwcache_compile.program import CachedProgram, PassResult, Region
+from bwcache_compile.ir.edit import give_role
+from bwcache_compile.ir.program import CachedProgram, PassResult, Region
 
 
 def source_role(region: Region, name: str) -> str:

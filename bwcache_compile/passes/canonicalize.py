@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from bwcache_compile.dataflow import eliminate_dead_code
-from bwcache_compile.program import CachedProgram, PassResult
-from bwcache_compile.sizes import shape_of
+from bwcache_compile.ir.dataflow import eliminate_dead_code
+from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.sizes import shape_of
 
 aten = torch.ops.aten
 _ASSERTS = (

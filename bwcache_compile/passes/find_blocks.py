@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from torch.fx import Graph, Node
 
-from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.errors import ConfigError
-from bwcache_compile.passes._accept import accepted_stacks, follows, overlapping, whole
-from bwcache_compile.passes._main_stacks import features, main_units
-from bwcache_compile.passes._stacks import Stack, Unit, live_outs, named_stacks, products, streams, structural_stacks
-from bwcache_compile.program import Block, BlockSearch, CachedProgram, Rejection
+from bwcache_compile.ir.dataflow import DataFlow
+from bwcache_compile.ir.program import Block, BlockSearch, CachedProgram, Rejection
+from bwcache_compile.passes.block_search.accept import accepted_stacks, follows, overlapping, whole
+from bwcache_compile.passes.block_search.main_stacks import features, main_units
+from bwcache_compile.passes.block_search.stacks import Stack, Unit, live_outs, named_stacks, products, streams, structural_stacks
 
 
 def _search(units: list[Unit], owner: dict[str, str], rejections: list[Rejection], graph: Graph, found: set[Node]) -> BlockSearch:

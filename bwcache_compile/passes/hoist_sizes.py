@@ -6,11 +6,11 @@ from torch import SymBool, SymFloat, SymInt
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from bwcache_compile.dataflow import eliminate_dead_code
-from bwcache_compile.passes._edit import is_early, move_early, size_node
-from bwcache_compile.program import CachedProgram, PassResult
+from bwcache_compile.ir.dataflow import eliminate_dead_code
+from bwcache_compile.ir.edit import is_early, move_early, size_node
+from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.sizes import size_of
 from bwcache_compile.size_expressions import names_in
-from bwcache_compile.sizes import size_of
 
 _SYMBOLIC = (SymInt, SymFloat, SymBool)
 

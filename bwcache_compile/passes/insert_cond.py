@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from bwcache_compile.dataflow import eliminate_dead_code
-from bwcache_compile.inline import Flat, inline_calls
-from bwcache_compile.layout import memory_order
+from bwcache_compile.ir.dataflow import eliminate_dead_code
+from bwcache_compile.ir.edit import fake, fake_mode, inserted, new_input, slot_value
+from bwcache_compile.ir.inline import Flat, inline_calls
+from bwcache_compile.ir.layout import memory_order
+from bwcache_compile.ir.program import OURS, CachedProgram, PassResult, Region
 from bwcache_compile.passes._arms import Arm, skippable
-from bwcache_compile.passes._edit import fake, fake_mode, inserted, new_input, slot_value
 from bwcache_compile.passes.insert_cache import clock, source_of
 from bwcache_compile.passes.specialize import stand_in
 from bwcache_compile.passes.split_region import REGION
-from bwcache_compile.program import OURS, CachedProgram, PassResult, Region
 
 aten = torch.ops.aten
 cond = torch.ops.higher_order.cond

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from bwcache_compile.graph_text import called_graph
-from bwcache_compile.passes._edit import call_traced, check_results, fake, inserted, new_input, read_slot, result, size_node, write_slot
+from bwcache_compile.ir.edit import call_traced, check_results, fake, inserted, new_input, read_slot, result, size_node, write_slot
+from bwcache_compile.ir.graph_text import called_graph
+from bwcache_compile.ir.program import OURS, CachedProgram, Measured, PassResult, Region
+from bwcache_compile.ir.sizes import Size, size_of
 from bwcache_compile.policies import INDICATORS
 from bwcache_compile.policies.sampling import sampled_tokens
-from bwcache_compile.program import OURS, CachedProgram, Measured, PassResult, Region
-from bwcache_compile.sizes import Size, size_of
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.passes._edit import (
+from bwcache_compile.ir.edit import (
     call_traced,
     check_results,
     fake,
@@ -22,9 +22,9 @@ from bwcache_compile.passes._edit import (
     step_input,
     write_slot,
 )
+from bwcache_compile.ir.program import CachedProgram, PassResult, Region
 from bwcache_compile.policies import POLICIES, Policy
 from bwcache_compile.policies.definitions import takes
-from bwcache_compile.program import CachedProgram, PassResult, Region
 
 
 def policy_inputs(program: CachedProgram) -> dict[str, Tensor]:

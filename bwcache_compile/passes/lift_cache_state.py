@@ -6,9 +6,9 @@ import torch
 from torch.fx import Node
 
 from bwcache_compile.errors import InvariantError
-from bwcache_compile.graph_text import format_node
-from bwcache_compile.passes._edit import CACHE, new_input
-from bwcache_compile.program import CachedProgram, PassResult
+from bwcache_compile.ir.edit import CACHE, new_input
+from bwcache_compile.ir.graph_text import format_node
+from bwcache_compile.ir.program import CachedProgram, PassResult
 
 _copy = torch.ops.aten.copy_.default
 

@@ -11,19 +11,19 @@ from torch import SymInt, Tensor
 from torch.fx import Node
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.dataflow import DataFlow
 from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
-from bwcache_compile.graph_text import format_value
-from bwcache_compile.layout import Order, slot_order
+from bwcache_compile.ir.dataflow import DataFlow
+from bwcache_compile.ir.edit import size_values
+from bwcache_compile.ir.graph_text import format_value
+from bwcache_compile.ir.layout import Order, slot_order
+from bwcache_compile.ir.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region
+from bwcache_compile.ir.sizes import has_no_size, hint, hint_shape, shape_of, size_of
+from bwcache_compile.ir.source_lines import node_line
 from bwcache_compile.passes._arrangement import arrangement
-from bwcache_compile.passes._edit import size_values
-from bwcache_compile.passes._streams import continued
 from bwcache_compile.passes._work import work_share
+from bwcache_compile.passes.block_search.streams import continued
 from bwcache_compile.policies import POLICIES, REUSES, SmallSlot
-from bwcache_compile.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region
 from bwcache_compile.size_expressions import evaluated, largest
-from bwcache_compile.sizes import has_no_size, hint, hint_shape, shape_of, size_of
-from bwcache_compile.source_lines import node_line
 
 _NEAREST = 5
 """How many rejected candidates an error names."""

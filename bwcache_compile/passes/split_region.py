@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch.fx import Graph, GraphModule, Node
 
-from bwcache_compile.dataflow import DataFlow
-from bwcache_compile.passes._edit import call_graph, result
-from bwcache_compile.program import OURS, REGION_MARK, CachedProgram, PassResult, Region
+from bwcache_compile.ir.dataflow import DataFlow
+from bwcache_compile.ir.edit import call_graph, result
+from bwcache_compile.ir.program import OURS, REGION_MARK, CachedProgram, PassResult, Region
 
 REGION = f"{OURS}region"
 """Path of a region's graph in the compute graph's module, up to the region's tag."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule
 
-from bwcache_compile.inline import inline_calls
+from bwcache_compile.ir.inline import inline_calls
 
 BINDINGS = frozenset({
     "add.Tensor", "addmm.default", "amax.default", "amin.default", "baddbmm.default", "bmm.default", "cat.default", "chunk.default",

@@ -12,19 +12,19 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import maybe_mark_dynamic
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.compare import same
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_in, cache_out
+from bwcache_compile.ir.compare import same
+from bwcache_compile.ir.policy_tensors import policy_parameters
+from bwcache_compile.ir.program import OURS, CachedProgram
+from bwcache_compile.ir.sizes import CallSizes, Shape, Size
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.policies.definitions import takes
-from bwcache_compile.policies.tensors import policy_parameters
-from bwcache_compile.program import OURS, CachedProgram
 from bwcache_compile.runtime.eager import eager_function
 from bwcache_compile.runtime.frames import left_out
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.runtime.watch import address_of
-from bwcache_compile.sizes import CallSizes, Shape, Size
 from bwcache_compile.stepping import Cursor
 
 _MOST_STEPS, _MOST_SETTINGS = 256, 8

@@ -7,10 +7,10 @@ from pathlib import PurePath
 
 from torch import Tensor
 
-from bwcache_compile.program import CachedProgram, Signature
+from bwcache_compile.ir.program import CachedProgram, Signature
+from bwcache_compile.ir.sizes import CallSizes
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.watch import Forward
-from bwcache_compile.sizes import CallSizes
 
 
 def built_in(signature: Signature) -> list[str]:

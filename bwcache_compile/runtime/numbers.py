@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.compare import clone_tensors, difference, flat_outputs
 from bwcache_compile.errors import CaptureError, StateError, first_line
+from bwcache_compile.ir.compare import clone_tensors, difference, flat_outputs
 from bwcache_compile.runtime.signature import Call
 
 

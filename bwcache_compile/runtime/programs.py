@@ -14,16 +14,16 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from bwcache_compile.compare import Reference, Verify
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError, warn
-from bwcache_compile.graph_text import GraphDiff
-from bwcache_compile.program import CachedProgram
+from bwcache_compile.ir.compare import Reference, Verify
+from bwcache_compile.ir.graph_text import GraphDiff
+from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.sizes import VaryingSizes
 from bwcache_compile.runtime import notes
 from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.signature import CallKey, generation_kind
 from bwcache_compile.runtime.watch import ModelWatch
-from bwcache_compile.sizes import VaryingSizes
 
 MAX_PROGRAMS = 8
 """Signatures kept at a time; the least recently used goes first."""

@@ -17,8 +17,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ConfigError, StateError
-from bwcache_compile.layout import memory_order
-from bwcache_compile.sizes import CallSizes
+from bwcache_compile.ir.layout import memory_order
+from bwcache_compile.ir.sizes import CallSizes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -11,11 +11,11 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bwcache_compile.exporters.arithmetic import arithmetic
-from bwcache_compile.exporters.bundle import open_bundle
-from bwcache_compile.exporters.manifest import Manifest, Size
-from bwcache_compile.exporters.open_sizes import symbols_at
-from bwcache_compile.exporters.settings import policy_inputs
+from bwcache_compile.bundle.arithmetic import arithmetic
+from bwcache_compile.bundle.dynamic_shapes import symbols_at
+from bwcache_compile.bundle.files import open_bundle
+from bwcache_compile.bundle.manifest import Manifest, Size
+from bwcache_compile.bundle.settings import policy_inputs
 
 
 def lines(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[tuple[Any, ...]]:

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import bwcache_compile as bw
-from bwcache_compile.exporters.bundle import file_hash
-from bwcache_compile.exporters.manifest import Manifest, OutputsEntry
-from bwcache_compile.exporters.manifest_text import write_text
-from bwcache_compile.exporters.session import Session
+from bwcache_compile.bundle.files import file_hash
+from bwcache_compile.bundle.manifest import Manifest, OutputsEntry
+from bwcache_compile.bundle.manifest_text import write_text
+from bwcache_compile.bundle.session import Session
 from tests.models import OneStream, noise
 
 CONFIG = bw.CacheConfig(num_steps=8, threshold=math.inf, reuse_interval=2)

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 import bwcache_compile as bw
-from bwcache_compile.exporters.bundle import file_hash
-from bwcache_compile.exporters.manifest_text import write_text
+from bwcache_compile.bundle.files import file_hash
+from bwcache_compile.bundle.manifest_text import write_text
 from tests.models import OneStream
 
 FIXED = settings(deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -25,9 +25,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from bwcache_compile.exporters.arithmetic import arithmetic
-from bwcache_compile.exporters.call import _symbols
-from bwcache_compile.exporters.manifest import Manifest, Size
+from bwcache_compile.bundle.arithmetic import arithmetic
+from bwcache_compile.bundle.call import _symbols
+from bwcache_compile.bundle.manifest import Manifest, Size
 
 _SYMBOLS = (
     "createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL createNvOnnxParserRefitter_INTERNAL"

@@ -13,11 +13,11 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 import bwcache_compile as bw
+from bwcache_compile.bundle.files import Bundle
+from bwcache_compile.bundle.runners.ort import OrtRunner
 from bwcache_compile.exporters import export as exporting
-from bwcache_compile.exporters.bundle import Bundle
 from bwcache_compile.exporters.check import tolerance_of
-from bwcache_compile.exporters.ort_runner import OrtRunner
-from bwcache_compile.exporters.stand_in import stand_in
+from bwcache_compile.exporters.onnx.stand_in import stand_in
 from tests.architectures.parts import WIDTH, Modulated
 from tests.exporters.helpers import CONFIG
 from tests.models import OneStream, noise

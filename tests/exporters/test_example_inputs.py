@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import bwcache_compile as bw
-from bwcache_compile.examples import BUDGET, Example, input_at, keep_examples
-from bwcache_compile.exporters.session import Session
+from bwcache_compile.bundle.session import Session
+from bwcache_compile.ir.examples import BUDGET, Example, input_at, keep_examples
 from tests.exporters.helpers import CONFIG
 from tests.models import OneStream, noise
 

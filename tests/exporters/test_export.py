@@ -234,7 +234,7 @@ def test_every_way_of_reuse(config: bw.CacheConfig, tmp_path: Path) -> None:
 
 def test_a_reuse_graph_with_a_block_is_refused(deployed: Exported) -> None:
     """The check's own check: the compute graph in the place of the reuse graph."""
-    from bwcache_compile.exporters import onnx as writer
+    from bwcache_compile.exporters.onnx import lower as writer
 
     program = deployed.cached.program
     plain = plain_graph(program, "compute")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bwcache_compile as bw
-from bwcache_compile.exporters.complex_pairs import complex_as_pairs
+from bwcache_compile.exporters.onnx.complex_pairs import complex_as_pairs
 from tests.exporters.helpers import CONFIG
 from tests.models import OneStream, noise
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bwcache_compile.exporters.manifest_text import write_text
+from bwcache_compile.bundle.manifest_text import write_text
 from tests.exporters.tampering import FIXED, alter_bytes, alter_tree, put, untouched_around, use
 
 

@@ -15,8 +15,8 @@ import pytest
 from expecttest import assert_expected_inline
 
 import bwcache_compile as bw
-from bwcache_compile.exporters.bundle import open_bundle
-from bwcache_compile.exporters.manifest import (
+from bwcache_compile.bundle.files import open_bundle
+from bwcache_compile.bundle.manifest import (
     BlockEntry,
     ConstantEntry,
     FileEntry,
@@ -32,7 +32,7 @@ from bwcache_compile.exporters.manifest import (
     WeightEntry,
     WeightsEntry,
 )
-from bwcache_compile.exporters.manifest_text import read_text, write_text
+from bwcache_compile.bundle.manifest_text import read_text, write_text
 from bwcache_compile.exporters.write import add_files, write_manifest
 from tests.exporters.helpers import plain_manifest
 from tests.exporters.tampering import places
@@ -207,5 +207,5 @@ def test_files_are_added_beside_what_was_said(tmp_path: Any) -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, bwcache_compile.exporters.manifest; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    code = "import sys, bwcache_compile.bundle.manifest; print([name for name in ('torch', 'numpy') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

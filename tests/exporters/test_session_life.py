@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bwcache_compile as bw
-from bwcache_compile.exporters.session import Session
+from bwcache_compile.bundle.session import Session
 from tests.exporters.helpers import opened
 from tests.models import OneStream, noise
 

@@ -13,13 +13,13 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import bwcache_compile as bw
-from bwcache_compile.exporters import tensorrt
-from bwcache_compile.exporters.bundle import open_bundle
-from bwcache_compile.exporters.manifest import TensorRTEntry
-from bwcache_compile.exporters.open_sizes import profile
-from bwcache_compile.exporters.session import Session
-from bwcache_compile.exporters.tensorrt_operators import unlisted_operators
-from bwcache_compile.exporters.tensorrt_runner import TensorRTRunner
+from bwcache_compile.bundle.dynamic_shapes import profile
+from bwcache_compile.bundle.files import open_bundle
+from bwcache_compile.bundle.manifest import TensorRTEntry
+from bwcache_compile.bundle.runners.engine import TensorRTRunner
+from bwcache_compile.bundle.session import Session
+from bwcache_compile.exporters.tensorrt import build as tensorrt
+from bwcache_compile.exporters.tensorrt.operators import unlisted_operators
 from tests.exporters.helpers import Exported
 from tests.exporters.tensorrt_double import Double
 from tests.models import OneStream, noise

@@ -15,8 +15,8 @@ import pytest
 from expecttest import assert_expected_inline
 
 import bwcache_compile as bw
+from bwcache_compile.bundle.files import file_hash
 from bwcache_compile.exporters import export as exporting
-from bwcache_compile.exporters.bundle import file_hash
 from tests.exporters.helpers import Edit, edit, refusal
 from tests.models import OneStream
 

@@ -16,8 +16,8 @@ from expecttest import assert_expected_inline
 from google.protobuf import text_format
 
 import bwcache_compile as bw
+from bwcache_compile.bundle.settings import policy_inputs
 from bwcache_compile.exporters import triton
-from bwcache_compile.exporters.settings import policy_inputs
 from tests.exporters.helpers import CONFIG, Exported, edit
 from tests.models import noise
 

@@ -10,8 +10,8 @@ import onnx
 import pytest
 
 import bwcache_compile as bw
+from bwcache_compile.bundle.files import file_hash, open_bundle
 from bwcache_compile.exporters import export as exporting
-from bwcache_compile.exporters.bundle import file_hash, open_bundle
 from tests.exporters.helpers import Edit, edit, refusal
 from tests.models import OneStream
 

@@ -17,10 +17,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bwcache_compile as bw
-from bwcache_compile.exporters.bundle import open_bundle
-from bwcache_compile.exporters.ort_runner import OrtRunner
-from bwcache_compile.exporters.session import Session
-from bwcache_compile.exporters.torch_runner import TorchRunner
+from bwcache_compile.bundle.files import open_bundle
+from bwcache_compile.bundle.runners.ort import OrtRunner
+from bwcache_compile.bundle.runners.torch_graphs import TorchRunner
+from bwcache_compile.bundle.session import Session
 from tests.models import Tiny
 
 CONFIG = bw.CacheConfig(num_steps=6, threshold=float("inf"), reuse_interval=2, tail=0.0)

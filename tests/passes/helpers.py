@@ -9,11 +9,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bwcache_compile.compare import flat_outputs
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.graph_text import format_graph
+from bwcache_compile.ir.compare import flat_outputs
+from bwcache_compile.ir.graph_text import format_graph
+from bwcache_compile.ir.program import CachedProgram, CachePlan, PassResult
 from bwcache_compile.passes import CACHE_PIPELINE, canonicalize, find_blocks, plan_cache, run_pipeline
-from bwcache_compile.program import CachedProgram, CachePlan, PassResult
 from tests.models import Exposed, Functional, InPlace, Interleaved, OneStream, Refined, Tiny, TwoStream, captured
 
 DENSE = CacheConfig(num_steps=4, indicator_tokens="all")

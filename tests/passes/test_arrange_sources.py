@@ -10,7 +10,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 import bwcache_compile as bw
-from bwcache_compile.graph_text import diff_graphs
+from bwcache_compile.ir.graph_text import diff_graphs
 from bwcache_compile.passes import Guard
 from bwcache_compile.passes.arrange_sources import arrange_sources
 from tests.architectures.parts import Model

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.nn import functional
 
-from bwcache_compile.graph_text import diff_graphs, op_counts
+from bwcache_compile.ir.graph_text import diff_graphs, op_counts
 from bwcache_compile.passes import canonicalize
 from tests.models import Casting, InPlace, OneStream, Tiny, captured
 from tests.passes.helpers import applied, eager, models, run, same, text

@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from bwcache_compile import passes
-from bwcache_compile.capture import capture
+from bwcache_compile.capture.capture import capture
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.graph_text import diff_graphs, format_graph
-from bwcache_compile.passes._edit import as_graph
+from bwcache_compile.ir.edit import as_graph
+from bwcache_compile.ir.graph_text import diff_graphs, format_graph
+from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes.canonicalize import canonicalize
 from bwcache_compile.passes.hoist_sizes import hoist_sizes
 from bwcache_compile.policies.sampling import sampled_tokens
-from bwcache_compile.program import CachedProgram
-from bwcache_compile.verify import verify
 from tests.models import OneStream, noise
 
 

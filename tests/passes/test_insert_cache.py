@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.graph_text import diff_graphs, op_counts
+from bwcache_compile.ir.graph_text import diff_graphs, op_counts
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.passes.insert_cache import insert_cache
 from bwcache_compile.passes.split_region import split_region
-from bwcache_compile.program import CachedProgram
 from tests.models import Exposed, Interleaved, Numbered, OneStream, Refined, Tiny, TwoStream
 from tests.passes.helpers import WAYS, applied, fill_buffers, models, planned, ready_for, run, same, text
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, InvariantError
-from bwcache_compile.graph_text import called_graphs, format_graph, format_node, op_counts
+from bwcache_compile.ir.graph_text import called_graphs, format_graph, format_node, op_counts
+from bwcache_compile.ir.program import REGION_MARK, CachedProgram
+from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes import CACHE_PIPELINE, GUARD_PIPELINE, run_pipeline
 from bwcache_compile.passes.insert_cond import insert_cond
-from bwcache_compile.program import REGION_MARK, CachedProgram
-from bwcache_compile.verify import verify
 from tests.models import Block, Exposed, Functional, InPlace, Interleaved, OneStream, PostNorm, Refined, Tiny, TwoStream
 from tests.passes.helpers import MASK, WAYS, eager, folded, fresh, models, planned, policy_inputs, policy_values, reuse, same
 from tests.reference import BlockOracle

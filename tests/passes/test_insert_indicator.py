@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.graph_text import diff_graphs
+from bwcache_compile.ir.graph_text import diff_graphs
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.passes import run_pipeline
 from bwcache_compile.passes.insert_cache import insert_cache
 from bwcache_compile.passes.insert_indicator import insert_indicator
 from bwcache_compile.passes.split_region import split_region
 from bwcache_compile.policies.sampling import sampled_tokens
-from bwcache_compile.program import CachedProgram
 from tests.models import Exposed, InPlace, Interleaved, OneStream, Tiny, TwoStream
 from tests.passes.helpers import applied, eager, fill_buffers, models, planned, ready_for, run, same, text
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.graph_text import diff_graphs, format_graph
+from bwcache_compile.ir.graph_text import diff_graphs, format_graph
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.passes.insert_policy import insert_policy, policy_inputs
-from bwcache_compile.program import CachedProgram
 from tests.models import Exposed, OneStream, Tiny, TwoStream
 from tests.passes.helpers import POLICY, applied, eager, fill_buffers, folded, models, policy_values, ready_for, same, text
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, InvariantError
-from bwcache_compile.graph_text import diff_graphs
+from bwcache_compile.ir.graph_text import diff_graphs
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.passes.lift_cache_state import lift_cache_state
-from bwcache_compile.program import CachedProgram
 from tests.models import Exposed, Interleaved, OneStream, Tiny, TwoStream
 from tests.passes.helpers import (
     WAYS,

@@ -12,9 +12,9 @@ from torch.fx import GraphModule
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, UnsupportedGraphError
-from bwcache_compile.graph_text import format_graph, op_counts
+from bwcache_compile.ir.graph_text import format_graph, op_counts
+from bwcache_compile.ir.program import REGION_MARK, CachedProgram
 from bwcache_compile.passes.specialize import specialize
-from bwcache_compile.program import REGION_MARK, CachedProgram
 from tests.models import Block, Exposed, Functional, InPlace, Interleaved, Numbered, OneStream, Refined, Tiny, TwoStream
 from tests.passes.helpers import WAYS, applied, compute, eager, fresh, models, ready_for, reuse, same, text
 

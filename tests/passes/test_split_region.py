@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.graph_text import diff_graphs, op_counts
+from bwcache_compile.ir.graph_text import diff_graphs, op_counts
+from bwcache_compile.ir.program import REGION_MARK, CachedProgram
 from bwcache_compile.passes import find_blocks, plan_cache
 from bwcache_compile.passes.split_region import split_region
-from bwcache_compile.program import REGION_MARK, CachedProgram
 from tests.models import Exposed, Functional, InPlace, Interleaved, OneStream, Refined, Tiny, TwoStream
 from tests.passes.helpers import applied, eager, models, planned, run, same, text
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import bwcache_compile as bw
 from bwcache_compile import passes
-from bwcache_compile.capture import capture
-from bwcache_compile.program import CachedProgram
+from bwcache_compile.capture.capture import capture
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.runtime import Toolchain
 from bwcache_compile.runtime.signature import call_key, leaves_of
 from tests.pipelines.cases import CASES, STEPS

@@ -13,8 +13,8 @@ from torch.export import Dim
 
 import bwcache_compile as bw
 from bwcache_compile import passes
-from bwcache_compile.capture import capture
-from bwcache_compile.program import CachedProgram
+from bwcache_compile.capture.capture import capture
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.runtime import Toolchain, programs
 from tests.models import InPlace, Interleaved, OneStream, TwoStream, noise
 from tests.runtime.helpers import run

@@ -13,7 +13,7 @@ from torch import nn
 
 import bwcache_compile as bw
 from bwcache_compile import passes
-from bwcache_compile.compare import flat_outputs
+from bwcache_compile.ir.compare import flat_outputs
 from bwcache_compile.runtime import Toolchain
 from tests.zoo import REFUSED, ZOO, Entry
 

@@ -1,0 +1,166 @@
+"""A bundle: a folder with graphs, one weight file and a manifest that says all there is to know about them. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Collection
+from pathlib import Path
+
+from bwcache_compile.bundle.agreement import disagreement, unmade
+from bwcache_compile.bundle.external_data import external_locations
+from bwcache_compile.bundle.manifest import FileEntry, Manifest, PlacedEntry
+from bwcache_compile.bundle.manifest_text import read_text
+from bwcache_compile.errors import BundleError
+
+FORMAT = "bwcache-bundle"
+VERSION = 2
+MANIFEST = "manifest.json"
+DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
+FORMATS = ("onnx", "pt2", "aoti")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """An opened bundle, every file of which was verified.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What `manifest.json` says.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+    def graph_file(self, kind: str) -> Path:
+        """Return the path of a graph.
+
+        Raises:
+            BundleError: The bundle has none of that kind.
+        """
+        graphs = self.manifest.graphs
+        if kind not in graphs:
+            raise BundleError(f"{self.folder}: the bundle holds {', '.join(graphs)}, but no {kind} graph. Export it with guarded=True.")
+        return self.folder / graphs[kind].file
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for chunk in iter(lambda: file.read(2**20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        content = read_text(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} does not exist: {folder} is no bundle.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read: {error}.") from error
+    if content.pop("format", None) != FORMAT:
+        raise BundleError(f"{path} does not describe a bundle.")
+    version = content.pop("format_version", None)
+    if type(version) is not int or version < 1:
+        raise BundleError(f"{path}: format_version is {version!r}, no version number.")
+    if version < VERSION:
+        raise BundleError(f"{path} is of format version {version}, and this bwcache-compile reads version {VERSION}. Export it again.")
+    if version > VERSION:
+        raise BundleError(f"{path} is of format version {version}, and this bwcache-compile reads up to {VERSION}. Upgrade it.")
+    try:
+        manifest = Manifest.from_json(content, "manifest")
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}.") from error
+    wrong = disagreement(manifest)
+    if wrong is not None:
+        raise BundleError(f"{path}: {wrong}.")
+    if manifest.graph_format not in FORMATS:
+        raise BundleError(f"{path}: graph_format is {manifest.graph_format!r}; known are {', '.join(FORMATS)}.")
+    return manifest
+
+
+def _check_tensors(path: Path, manifest: Manifest) -> None:
+    """Check the dtypes and shapes of inputs, outputs and slots."""
+    for entry in (*manifest.inputs, *manifest.outputs.items, *manifest.slots):
+        if entry.dtype not in DTYPES:
+            raise BundleError(f"{path}: {entry.name} has the dtype {entry.dtype!r}; known are {', '.join(DTYPES)}.")
+        if any(isinstance(size, int) and size < 0 for size in entry.shape):
+            raise BundleError(f"{path}: {entry.name} has the shape {list(entry.shape)}.")
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
+    path = folder / name
+    if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
+        raise BundleError(f"{folder / MANIFEST} names {name!r}, which is outside the bundle.")
+    try:
+        there = path.is_file() and not path.is_symlink()
+    except OSError:  # no name that the file system takes
+        there = False
+    if not there:
+        raise BundleError(f"{path} is missing; the bundle is incomplete.")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise BundleError(f"{path} has {size} bytes instead of {entry.bytes}; it is {'truncated' if size < entry.bytes else 'altered'}.")
+    if file_hash(path) != entry.sha256:
+        raise BundleError(f"{path} is not the file that was exported: its SHA-256 differs.")
+
+
+def _check_graphs(folder: Path, manifest: Manifest) -> None:
+    path, files, graphs = folder / MANIFEST, manifest.files, manifest.graphs
+    onnx = manifest.graph_format == "onnx"
+    if not {"compute", "reuse"} <= set(graphs):
+        raise BundleError(f"{path} names no compute and reuse graph.")
+    for kind, entry in graphs.items():
+        if entry.file not in files:
+            raise BundleError(f"{path}: the {kind} graph is none of the bundle's files.")
+        if entry.weights is None and not onnx:
+            raise BundleError(f"{path} does not name the weights of the {kind} graph.")
+        lacking = unmade(manifest, kind)
+        if lacking:
+            raise BundleError(f"{path}: the {kind} graph does not return {', '.join(lacking)}.")
+        if onnx:
+            _check_locations(folder / entry.file, files)
+    if not onnx:
+        _check_layout(path, manifest)
+
+
+def _check_locations(path: Path, files: Collection[str]) -> None:
+    """Check that an ONNX model reads weights from the bundle's files alone."""
+    try:
+        locations = external_locations(path.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"{path} is no ONNX model: {error}.") from error
+    for location in sorted(locations):
+        if location not in files:
+            raise BundleError(f"{path} reads weights from {location!r}, which is none of the bundle's files.")
+
+
+def _check_layout(path: Path, manifest: Manifest) -> None:
+    """Check what only torch's formats say: the device, the weights, and how tensors lie in memory."""
+    if manifest.device is None:
+        raise BundleError(f"{path} names no device.")
+    if manifest.weights is None or manifest.weights.file not in manifest.files:
+        raise BundleError(f"{path} does not say where the weights are.")
+    taken: list[PlacedEntry] = [*manifest.inputs, *manifest.slots]
+    for entry in taken:
+        if entry.order is None or sorted(entry.order) != list(range(len(entry.shape))):
+            raise BundleError(f"{path} does not say how {entry.name} lies in memory.")
+
+
+def open_bundle(directory: str | Path) -> Bundle:
+    """Read a bundle's manifest and verify every file against it. No code of the bundle runs.
+
+    Raises:
+        BundleError: A file is missing, truncated or altered, the manifest is damaged or of a newer version, or a graph
+            reads weights from outside the folder. The message names the file.
+    """
+    folder = Path(directory)
+    manifest = _read_manifest(folder)
+    for name, entry in manifest.files.items():
+        _check_file(folder, name, entry)
+    _check_tensors(folder / MANIFEST, manifest)
+    _check_graphs(folder, manifest)
+    return Bundle(folder, manifest)

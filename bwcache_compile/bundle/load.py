@@ -1,0 +1,90 @@
+"""Opening a bundle. Needs the runtime that is to run it and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from bwcache_compile.bundle.files import Bundle, open_bundle
+from bwcache_compile.bundle.session import Session
+from bwcache_compile.errors import BundleError, ConfigError
+
+
+def ort_session(bundle: Bundle, *, guarded: bool = False, outputs: str = "numpy", **settings: Any) -> Session:
+    """Open a bundle's graphs in ONNX Runtime; see `load`."""
+    from bwcache_compile.bundle.runners.ort import OrtRunner
+
+    kinds = ("guarded",) if guarded else ("compute", "reuse")
+    return Session(bundle, OrtRunner(bundle, kinds, outputs=outputs, **settings), guarded=guarded)
+
+
+def torch_session(bundle: Bundle) -> Session:
+    """Open a bundle's graphs in torch, which runs what is in them; see `load`."""
+    from bwcache_compile.bundle.runners.torch_graphs import TorchRunner
+
+    return Session(bundle, TorchRunner(bundle))
+
+
+def _need(module: str, extra: str) -> None:
+    try:
+        __import__(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'backend="{module}" needs {module}: pip install "bwcache-compile[{extra}]".') from error
+
+
+_BACKENDS = {"onnx": "onnxruntime", "pt2": "torch", "aoti": "torch"}
+_WHY = {
+    "pt2": "torch.export.load unpickles what a file says is pickled, which can run any code",
+    "aoti": "a package holds machine code, which runs when it is opened",
+}
+
+
+def load(
+    directory: str | Path,
+    backend: Literal["onnxruntime", "torch"] = "onnxruntime",
+    *,
+    allow_code: bool = False,
+    guarded: bool = False,
+    providers: Sequence[Any] | None = None,
+    options: Any = None,
+    outputs: str | None = None,
+) -> Session:
+    """Open an exported bundle as a session that is called like the model.
+
+    Every file is verified against the manifest first, and no code of the bundle runs, unless `allow_code` says so. The
+    hashes find damage, not intent: who can write the files can write the manifest.
+
+    Args:
+        directory: What `export` wrote.
+        backend: "onnxruntime" for bundles of ONNX graphs: takes numpy arrays, OrtValues and what has DLPack. "torch" for
+            those of format "pt2" and "aoti": takes tensors, numpy arrays and what has DLPack, and returns tensors.
+        allow_code: Open bundles of format "pt2" and "aoti", which can run any code. Only for those that you trust.
+        guarded: Run the one graph that decides by itself instead of the pair. onnxruntime only, as all below.
+        providers: onnxruntime's execution providers; the first decides where the state lives. The default is the CPU.
+        options: onnxruntime's `SessionOptions`.
+        outputs: "numpy" (the default), or "ortvalue" to leave the model's outputs on the device.
+
+    Raises:
+        BundleError: The bundle is damaged, altered, incomplete or too new, the runtime does not take its graphs, or it
+            holds code and `allow_code` is not given.
+        ConfigError: An argument is not among the choices, does not fit the bundle, or the provider is not there.
+    """
+    if backend not in _BACKENDS.values():
+        raise ConfigError(f'backend is {backend!r}; choose "onnxruntime" or "torch".')
+    bundle = open_bundle(directory)
+    graph_format = bundle.manifest.graph_format
+    if _BACKENDS[graph_format] != backend:
+        raise ConfigError(f'{directory} holds graphs of format "{graph_format}"; pass backend="{_BACKENDS[graph_format]}".')
+    if backend == "onnxruntime":
+        _need("onnxruntime", "ort")
+        return ort_session(bundle, guarded=guarded, providers=providers, options=options, outputs=outputs or "numpy")
+    if guarded or providers is not None or options is not None or outputs is not None:
+        raise ConfigError('guarded, providers, options and outputs are for backend="onnxruntime".')
+    if not allow_code:
+        raise BundleError(
+            f'{directory} holds graphs of format "{graph_format}": {_WHY[graph_format]}. Pass allow_code=True if you trust'
+            ' whoever wrote it; bundles of format "onnx" hold no code.'
+        )
+    _need("torch", "torch")
+    return torch_session(bundle)

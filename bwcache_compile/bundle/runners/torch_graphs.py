@@ -1,0 +1,156 @@
+"""A bundle's graphs in torch: exported programs run operator by operator, or packages that AOTInductor compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bwcache_compile.bundle.call import PAIRS
+from bwcache_compile.bundle.files import Bundle
+from bwcache_compile.bundle.manifest import PlacedEntry
+from bwcache_compile.errors import BundleError, StateError, first_line
+from bwcache_compile.exporters.weights import read_weights
+from bwcache_compile.ir.layout import in_order
+
+Graph = Callable[..., Sequence[Tensor]]
+
+
+def _exported(path: Path) -> tuple[Graph, int]:
+    program = torch.export.load(path)
+    return program.graph_module, len(program.graph.find_nodes(op="placeholder"))
+
+
+def _compiled(path: Path) -> tuple[Graph, int]:
+    package = torch._inductor.aoti_load_package(str(path))
+    return package, pytree.treespec_loads(package.loader.get_call_spec()[0]).num_leaves
+
+
+_OPEN = {"pt2": _exported, "aoti": _compiled}
+
+
+class TorchTensors:
+    """What every runner over torch's tensors does alike."""
+
+    _device: torch.device
+
+    def value(self, given: Any, name: str, dtype: str) -> Any:
+        """Return an input as a tensor on the device; it is not copied if it is one. Raises StateError for what is no tensor."""
+        try:
+            if isinstance(given, (int, float, bool, list, tuple)):
+                given = torch.tensor(given, dtype=getattr(torch, dtype))
+            elif not isinstance(given, Tensor) and hasattr(given, "__array__"):
+                given = torch.tensor(given)
+            elif not isinstance(given, Tensor) and hasattr(given, "__dlpack__"):
+                given = torch.from_dlpack(given)
+        except Exception as error:  # torch's, or those of whatever was passed
+            raise StateError(f"{name} cannot be read as {dtype}: {first_line(error)}") from error
+        if not isinstance(given, Tensor):
+            raise StateError(f"{name} is a {type(given).__name__}; pass a tensor, a numpy array or something with DLPack.")
+        return given.detach().to(self._device)
+
+    def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
+        """Return the dtype and the shape of a tensor."""
+        return str(value.dtype).removeprefix("torch."), tuple(value.shape)
+
+    def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
+        """Return a new tensor on the device."""
+        try:
+            return torch.full(shape, fill, dtype=getattr(torch, dtype), device=self._device)
+        except (RuntimeError, TypeError) as error:  # no memory, or no such shape
+            raise BundleError(f"no {dtype} tensor of shape {shape} for the slot {slot}: {first_line(error)}") from error
+
+    def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
+        """Return a new tensor on the device; a single number is filled in there, so that nobody waits for a copy."""
+        settings: Any = {"dtype": getattr(torch, dtype), "device": self._device}
+        return torch.full((1,), numbers[0], **settings) if len(numbers) == 1 else torch.tensor(numbers, **settings)
+
+    def bytes(self, value: Any) -> int:
+        """Return the size of a tensor."""
+        return int(value.nbytes)
+
+    def host(self, value: Any) -> Any:
+        """Copy a tensor to the host."""
+        return value.cpu()
+
+    def numbers(self, value: Any) -> Sequence[float]:
+        """Copy a short tensor to the host."""
+        numbers: list[float] = value.reshape(-1).tolist()
+        return numbers
+
+    def given_back(self, value: Any) -> Any:
+        """Return an output as it is."""
+        return value
+
+
+class TorchRunner(TorchTensors):
+    """torch: state in tensors on the device that the graphs were exported for. Both graphs read one copy of the weights."""
+
+    takes_buffers = False
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Open both graphs. This unpickles what they contain, or runs their machine code: the caller has asked for it."""
+        self._manifest = manifest = bundle.manifest
+        assert manifest.device is not None
+        assert manifest.weights is not None
+        taken: list[PlacedEntry] = [*manifest.inputs, *manifest.slots]
+        self._orders = {entry.name: entry.order or () for entry in taken}
+        try:
+            self._device = torch.device(manifest.device)
+            torch.zeros(1, device=self._device).cpu()
+        except (RuntimeError, AssertionError) as error:
+            raise BundleError(f"{bundle.folder} was exported for {manifest.device}, which is not here: {first_line(error)}") from error
+        described, plain = manifest.weights.tensors, manifest.graph_format == "pt2"
+        mapped = read_weights(bundle.folder / manifest.weights.file, described)
+        weights = {name: tensor.to(self._device).detach() for name, tensor in mapped.items()}  # no views: see the next line
+        for name, tensor in weights.items():  # torch chooses kernels by whether weights are views, and whether they may have gradients
+            tensor.requires_grad_(plain and tensor.is_floating_point() and described[name].grad)
+        self._graphs: dict[str, tuple[Graph, list[Tensor]]] = {}
+        for kind, entry in manifest.graphs.items():
+            path, read = bundle.graph_file(kind), entry.weights or ()
+            missing = [name for name in read if name not in weights]
+            if missing:
+                raise BundleError(f"{path} reads {missing[0]}, which is none of the bundle's weights.")
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    graph, inputs = _OPEN[manifest.graph_format](path)
+            except Exception as error:  # what it unpickles or runs may raise anything
+                versions = f"written with torch {manifest.torch}, this is {torch.__version__}"
+                raise BundleError(f"{path} does not open in torch ({versions}): {type(error).__name__}: {first_line(error)}") from error
+            expected = len(read) + len(entry.inputs)
+            if inputs != expected:
+                raise BundleError(f"{path} has {inputs} inputs, and the manifest says {expected}.")
+            self._graphs[kind] = graph, [weights[name] for name in read]
+
+    def value(self, given: Any, name: str, dtype: str) -> Any:
+        """Return an input as a tensor on the device, lying as the graphs were captured; it is not copied if it does."""
+        tensor, order = super().value(given, name, dtype), self._orders[name]
+        if PAIRS.get(dtype) == self.kind(tensor)[0] and tensor.shape[-1:] == (2,):
+            tensor = torch.view_as_complex(tensor.contiguous())
+        return in_order(tensor, order) if tensor.dim() == len(order) else tensor
+
+    def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
+        """Return a new tensor on the device, lying as the graphs return it."""
+        return in_order(super().full(slot, shape, dtype, fill), self._orders[slot])
+
+    def run(self, graph: str, inputs: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a graph; what is cast is written in it, so an autocast around the call changes nothing.
+
+        Raises:
+            BundleError: torch failed.
+        """
+        entry = self._manifest.graphs[graph]
+        run, weights = self._graphs[graph]
+        try:
+            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                returned = run(*weights, *(inputs[name] for name in entry.inputs))
+            return dict(zip(entry.outputs, returned, strict=True))
+        except Exception as error:  # operators raise what they like
+            raise BundleError(f"{entry.file} fails in torch: {type(error).__name__}: {first_line(error)}") from error

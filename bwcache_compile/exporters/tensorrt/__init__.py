@@ -1,0 +1,1 @@
+"""From an ONNX bundle to TensorRT engines."""

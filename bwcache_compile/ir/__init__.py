@@ -1,0 +1,1 @@
+"""The intermediate representation: programs, and what reads, prints, checks and edits their graphs."""

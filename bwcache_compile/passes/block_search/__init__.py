@@ -1,0 +1,1 @@
+"""How the repeated blocks are found."""
