@@ -17,7 +17,8 @@ from bwcache_compile.bundle.manifest import Manifest
 from bwcache_compile.capture.capture import capture, flat_program
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError, StateError
-from bwcache_compile.exporters.export import export_onnx, export_torch
+from bwcache_compile.exporters.onnx.export import export_onnx
+from bwcache_compile.exporters.torch.export import export_torch
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.program import BlockSearch, CachedProgram

@@ -1,10 +1,12 @@
-"""Imports go down only, and importing the package needs torch alone."""
+"""Imports go down only, in the order of docs/code_map.md; what a deployment needs imports no torch."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,97 +15,127 @@ import bwcache_compile
 
 NAME = "bwcache_compile"
 ROOT = Path(bwcache_compile.__file__).parent
-LAYERS = (
-    {"errors"},
-    {"graph_io", "report", "size_expressions", "source_lines", "stepping", "tracing", "work_share"},
-    {"config", "contexts", "known_sizes", "policies", "sizes"},
-    {"examples", "layout", "tree_paths"},
-    {"program"},
-    {"compare", "dataflow", "graph_text", "inline", "known", "verify"},
-    {"capture", "passes", "runtime", "exporters"},
-    {"api"},
-)
-ONE_PART = {"config", "policies"}
-"""Settings name policies, and policies read settings."""
-FREE_AMONG_THEMSELVES = next(layer for layer in LAYERS if "dataflow" in layer)
+BASE = {"errors", "graph_io", "report", "size_expressions", "stepping", "config", "contexts", "policies"}
+"""Files and packages that everything may import, and that import nothing else of ours."""
+MAY_IMPORT = {
+    **dict.fromkeys(BASE, BASE),
+    "ir": BASE,
+    "capture": BASE | {"ir"},
+    "passes": BASE | {"ir"},
+    "runtime": BASE | {"ir"},
+    "bundle": BASE,
+    "exporters": BASE | {"ir", "bundle"},
+    "api": BASE | {"ir", "capture", "passes", "runtime", "bundle", "exporters"},
+}
+RUNNERS = "bundle/runners"
+"""Runs graphs with torch's own tensors, so it may import `ir`."""
+LIBRARIES = {
+    "onnx": ("exporters/onnx",),
+    "onnx_ir": ("exporters/onnx", "exporters/tensorrt"),
+    "onnxscript": ("exporters/onnx",),
+    "onnxruntime": ("exporters/onnx", RUNNERS),
+    "tensorrt": ("exporters/tensorrt", RUNNERS),
+}
+"""Which folders import an optional library."""
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
-HEAVY = (
-    "diffusers",
-    "transformers",
-    "peft",
-    "accelerate",
-    "onnx",
-    "onnxruntime",
-    "onnxscript",
-    "tensorrt",
-    "matplotlib",
-    "skimage",
-    "PIL",
-    "safetensors",
-)
+HEAVY = ("diffusers", "transformers", "peft", "accelerate", *LIBRARIES, "matplotlib", "skimage", "PIL", "safetensors")
 
 
-def part(dotted: str) -> str:
-    """Return the part of the package that a dotted name inside it belongs to."""
-    return dotted.split(".")[1] if "." in dotted else ""
+def where(path: Path) -> str:
+    """Return a file's path in the package, without its suffix."""
+    return path.relative_to(ROOT).with_suffix("").as_posix()
 
 
-def imported(source: str) -> set[str]:
-    """Return the parts of the package that a source imports, wherever in the source."""
+def is_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def statements(node: ast.AST, everywhere: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Yield the imports of a source: all of them, or those that run when the file is imported."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif everywhere or not (is_for_types_only(child) or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))):
+            yield from statements(child, everywhere)
+
+
+def imported(source: str, everywhere: bool = True) -> set[str]:
+    """Return the dotted names of the modules that a source imports, and of what it imports from the package."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in statements(ast.parse(source), everywhere):
         if isinstance(node, ast.Import):
-            found |= {part(alias.name) for alias in node.names if alias.name.split(".")[0] == NAME}
-        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names}
+        else:
             assert node.level == 0, "imports are absolute"
-            if node.module == NAME:
-                found |= {alias.name for alias in node.names}
-            elif (node.module or "").startswith(NAME + "."):
-                found.add(part(str(node.module)))
+            ours = str(node.module).split(".")[0] == NAME
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if ours else {str(node.module)}
     return found
 
 
-def layer(name: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if name in names)
-
-
 def objections(owner: str, source: str) -> list[str]:
-    """Return the imports of a source that do not go down."""
-    wrong = []
-    for other in sorted(imported(source) - {owner}):
-        if layer(other) > layer(owner):
-            wrong.append(f"{owner} imports {other}, which is above it")
-        elif layer(other) == layer(owner) and owner not in FREE_AMONG_THEMSELVES and not {owner, other} <= ONE_PART:
-            wrong.append(f"{owner} imports {other}, which is beside it")
+    """Return what a file of the package must not import.
+
+    Args:
+        owner: The file, as `where` names it.
+        source: Its text.
+    """
+    part = owner.split("/")[0]
+    allowed = MAY_IMPORT[part] | {part} | ({"ir"} if owner.startswith(RUNNERS) else set())
+    others = {name.split(".")[1] for name in imported(source) if name.startswith(NAME + ".")}
+    wrong = [f"{owner} imports {other}" for other in sorted(others - allowed)]
+    for name in sorted({name.split(".")[0] for name in imported(source)}):
+        if name in LIBRARIES and not owner.startswith(LIBRARIES[name]):
+            wrong.append(f"{owner} imports {name}")
+    free_of_torch = part in BASE or (part == "bundle" and not owner.startswith(RUNNERS))
+    at_once = {name.split(".")[0] for name in imported(source, everywhere=False)}
+    if free_of_torch and "torch" in at_once:
+        wrong.append(f"{owner} imports torch when it is imported")
     return wrong
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", FILES, ids=where)
 def test_imports_go_down(path: Path) -> None:
-    owner = path.relative_to(ROOT).with_suffix("").parts[0]
-    assert objections(owner, path.read_text()) == []
+    assert objections(where(path), path.read_text()) == []
 
 
-def test_every_file_has_a_layer() -> None:
-    owners = {path.relative_to(ROOT).with_suffix("").parts[0] for path in FILES}
-    assert owners == set().union(*LAYERS)
+def test_every_part_has_a_rule() -> None:
+    assert {where(path).split("/")[0] for path in FILES} == set(MAY_IMPORT)
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    modules = {f"{NAME}.{where(path).removesuffix('/__init__').replace('/', '.')}": path for path in FILES}
+    needed = {}
+    for module, path in modules.items():
+        names = imported(path.read_text(), everywhere=False)
+        needed[module] = {name if name in modules else name.rpartition(".")[0] for name in names} & modules.keys() - {module}
+    TopologicalSorter(needed).prepare()  # raises CycleError with the files of a circle
 
 
 @pytest.mark.parametrize(
     ("owner", "source", "reason"),
     [
-        ("passes", "from bwcache_compile.runtime.state import CacheState", "passes imports runtime, which is beside it"),
-        ("runtime", "from bwcache_compile import passes", "runtime imports passes, which is beside it"),
-        ("exporters", "def f():\n    import bwcache_compile.capture.capture", "exporters imports capture, which is beside it"),
-        ("config", "from bwcache_compile.ir.program import Block", "config imports program, which is above it"),
-        ("verify", "from bwcache_compile import api", "verify imports api, which is above it"),
+        ("passes/x", "from bwcache_compile.runtime.state import CacheState", "passes/x imports runtime"),
+        ("runtime/x", "from bwcache_compile import passes", "runtime/x imports passes"),
+        ("exporters/x", "def f():\n    import bwcache_compile.capture", "exporters/x imports capture"),
+        ("config", "from bwcache_compile.ir.program import Block", "config imports ir"),
+        ("ir/verify", "from bwcache_compile import api", "ir/verify imports api"),
+        ("bundle/session", "from bwcache_compile.ir.layout import in_order", "bundle/session imports ir"),
+        ("bundle/session", "if True:\n    import torch.fx", "bundle/session imports torch when it is imported"),
+        ("exporters/check", "def f():\n    import onnx_ir", "exporters/check imports onnx_ir"),
     ],
 )
-def test_the_check_sees_an_import_that_goes_up(owner: str, source: str, reason: str) -> None:
+def test_the_rule_sees_a_wrong_import(owner: str, source: str, reason: str) -> None:
     assert objections(owner, source) == [reason]
 
 
-def test_importing_needs_torch_alone() -> None:
+def test_importing_needs_no_optional_library() -> None:
     code = f"import sys, {NAME}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert done.stdout.strip() == "[]"
+
+
+def test_bundles_are_read_without_torch() -> None:
+    modules = [f"{NAME}.{where(path).replace('/', '.')}" for path in FILES if where(path).startswith("bundle/")]
+    free = [name for name in modules if ".runners." not in name or name.endswith(".ort")]
+    code = f"import sys; sys.modules['torch'] = None\nfor name in {free!r}: __import__(name)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)

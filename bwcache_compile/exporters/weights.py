@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from bwcache_compile.bundle.manifest import WeightEntry
-from bwcache_compile.errors import BundleError
 from bwcache_compile.ir.layout import in_order, slot_order
 
 WEIGHTS = "weights.bin"
@@ -58,7 +54,7 @@ class WeightFile:
         self._file.flush()
 
     def add(self, name: str, tensor: Tensor) -> str:
-        """Write a tensor and describe it for `read_weights`; return its name, which is another where two tensors have the same."""
+        """Write a tensor and describe it for a reader; return its name, which is another where two tensors have the same."""
         while name in self._named and self._named[name] is not tensor:
             name += "_"
         if name not in self._named:
@@ -71,29 +67,3 @@ class WeightFile:
                 dtype=dtype, shape=tuple(tensor.shape), order=tuple(order), offset=offset, grad=tensor.requires_grad
             )
         return name
-
-
-def _read(data: Tensor, entry: WeightEntry) -> Tensor:
-    shape, order, dtype = entry.shape, entry.order, getattr(torch, entry.dtype)
-    dense = [shape[dimension] for dimension in order]
-    end = entry.offset + math.prod(shape) * dtype.itemsize
-    if sorted(order) != list(range(len(shape))) or not 0 <= entry.offset <= end <= data.numel():
-        raise ValueError(f"it would lie at {entry.offset} .. {end} of {data.numel()} bytes")
-    flat = data[entry.offset : end].view(dtype) if end > entry.offset else torch.empty(0, dtype=dtype)
-    return flat.view(dense).permute([order.index(dimension) for dimension in range(len(shape))])
-
-
-def read_weights(path: Path, described: Mapping[str, WeightEntry]) -> dict[str, Tensor]:
-    """Map a weight file into memory: tensors by name, lying as those that were added. None is copied.
-
-    Raises:
-        BundleError: A description does not fit the file.
-    """
-    size, tensors = path.stat().st_size, {}
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
-    for name, entry in described.items():
-        try:
-            tensors[name] = _read(data, entry)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise BundleError(f"{path.parent / 'manifest.json'}: the weight {name} does not fit {path.name}: {error}.") from error
-    return tensors

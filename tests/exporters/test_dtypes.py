@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import bwcache_compile as bw
 from bwcache_compile.bundle.files import Bundle
 from bwcache_compile.bundle.runners.ort import OrtRunner
-from bwcache_compile.exporters import export as exporting
 from bwcache_compile.exporters.check import tolerance_of
+from bwcache_compile.exporters.onnx import export as exporting
 from bwcache_compile.exporters.onnx.stand_in import stand_in
 from tests.architectures.parts import WIDTH, Modulated
 from tests.exporters.helpers import CONFIG

@@ -18,7 +18,7 @@ from bwcache_compile.bundle.files import open_bundle
 from bwcache_compile.bundle.manifest import TensorRTEntry
 from bwcache_compile.bundle.runners.engine import TensorRTRunner
 from bwcache_compile.bundle.session import Session
-from bwcache_compile.exporters.tensorrt import build as tensorrt
+from bwcache_compile.exporters.tensorrt import engines as tensorrt
 from bwcache_compile.exporters.tensorrt.operators import unlisted_operators
 from tests.exporters.helpers import Exported
 from tests.exporters.tensorrt_double import Double

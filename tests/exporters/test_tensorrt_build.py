@@ -10,7 +10,7 @@ import pytest
 from expecttest import assert_expected_inline
 
 import bwcache_compile as bw
-from bwcache_compile.exporters.tensorrt import build as tensorrt
+from bwcache_compile.exporters.tensorrt import engines as tensorrt
 from tests.exporters.helpers import Exported
 from tests.exporters.tensorrt_double import Double
 

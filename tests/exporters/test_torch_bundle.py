@@ -15,12 +15,13 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import bwcache_compile as bw
+from bwcache_compile.bundle.runners.weights import read_weights
 from bwcache_compile.bundle.session import Session
 from bwcache_compile.exporters import check
-from bwcache_compile.exporters import export as exporting
 from bwcache_compile.exporters.graphs import plain_graph
+from bwcache_compile.exporters.torch import export as exporting
 from bwcache_compile.exporters.torch import package as pt2
-from bwcache_compile.exporters.weights import WeightFile, read_weights
+from bwcache_compile.exporters.weights import WeightFile
 from bwcache_compile.ir.layout import memory_order
 from tests.exporters.helpers import CONFIG, Exported, check_beside_torch, export_one_stream, opened
 from tests.models import OneStream, TwoStream, noise

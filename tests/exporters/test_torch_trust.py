@@ -16,7 +16,7 @@ from expecttest import assert_expected_inline
 
 import bwcache_compile as bw
 from bwcache_compile.bundle.files import file_hash
-from bwcache_compile.exporters import export as exporting
+from bwcache_compile.exporters.torch import export as exporting
 from tests.exporters.helpers import Edit, edit, refusal
 from tests.models import OneStream
 

@@ -17,7 +17,7 @@ from google.protobuf import text_format
 
 import bwcache_compile as bw
 from bwcache_compile.bundle.settings import policy_inputs
-from bwcache_compile.exporters import triton
+from examples import triton_repository as triton
 from tests.exporters.helpers import CONFIG, Exported, edit
 from tests.models import noise
 
@@ -249,6 +249,16 @@ def test_a_started_sequence_computes_whatever_the_state_says(schema: Any, deploy
         server.initial = lambda state: server.states[1][state.input_name]  # type: ignore[method-assign]
         returned = server.infer(request(deployed, "x", 3), 1, start=start)
         assert np.isnan(returned["indicator"]).all() != start
+
+
+def test_the_command_line_writes_the_same(
+    deployed: Exported, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["triton_repository", str(deployed.folder), str(tmp_path), "--name", "video", "--size", "x[1]=40"]
+    monkeypatch.setattr("sys.argv", words)
+    triton.main()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "video")
+    assert (tmp_path / "video" / "config.pbtxt").read_text() == (folder / "config.pbtxt").read_text()
 
 
 def test_what_cannot_be_written(deployed: Exported, folder: Path, tmp_path: Path) -> None:

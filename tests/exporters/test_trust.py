@@ -11,7 +11,7 @@ import pytest
 
 import bwcache_compile as bw
 from bwcache_compile.bundle.files import file_hash, open_bundle
-from bwcache_compile.exporters import export as exporting
+from bwcache_compile.exporters.onnx import export as exporting
 from tests.exporters.helpers import Edit, edit, refusal
 from tests.models import OneStream
 

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from bwcache_compile.bundle.call import PAIRS
 from bwcache_compile.bundle.files import Bundle
 from bwcache_compile.bundle.manifest import PlacedEntry
+from bwcache_compile.bundle.runners.weights import read_weights
 from bwcache_compile.errors import BundleError, StateError, first_line
-from bwcache_compile.exporters.weights import read_weights
 from bwcache_compile.ir.layout import in_order
 
 Graph = Callable[..., Sequence[Tensor]]

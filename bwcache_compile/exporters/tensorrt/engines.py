@@ -25,7 +25,7 @@ _SCRIPT = '''\
 import sys
 from pathlib import Path
 
-from bwcache_compile.exporters.tensorrt.build import build
+from bwcache_compile.exporters.tensorrt import build
 
 build(Path(__file__).parent, sys.argv[1], progress=lambda *now: print(*now))
 '''

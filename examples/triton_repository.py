@@ -1,7 +1,12 @@
-"""A Triton Inference Server model repository of a bundle's guarded graph. Needs onnx_ir and numpy, no torch and no server."""
+"""Write a Triton Inference Server model repository from a bundle's guarded graph.
+
+`python examples/triton_repository.py BUNDLE REPOSITORY --name video --size "x[1]=1024"`. Needs onnx_ir and numpy, no torch and no
+server. No Triton server has run the result yet: see docs/tensorrt.md.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import tempfile
@@ -172,3 +177,19 @@ def write(
         shutil.rmtree(place)
         raise
     return target
+
+
+def main() -> None:
+    """Write the repository that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("repository", type=Path)
+    parser.add_argument("--name", required=True, help="the model's name in the repository")
+    parser.add_argument("--size", action="append", default=[], metavar="INPUT[DIMENSION]=N", help="a dynamic size, where there is one")
+    asked = parser.parse_args()
+    sizes = dict(size.split("=") for size in asked.size)
+    print(write(asked.bundle, asked.repository, name=asked.name, sizes={name: int(size) for name, size in sizes.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""From a cached program to a bundle of torch's own files."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from bwcache_compile.bundle.files import Bundle, open_bundle
+from bwcache_compile.bundle.load import torch_session
+from bwcache_compile.bundle.manifest import GraphEntry, Manifest, WeightsEntry
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.exporters.check import check_runs, check_structure, tolerance_of
+from bwcache_compile.exporters.describe import check_sizes, describe, with_layout
+from bwcache_compile.exporters.graphs import plain_graph
+from bwcache_compile.exporters.refuse import refuse
+from bwcache_compile.exporters.torch import package as writer
+from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
+from bwcache_compile.exporters.write import new_bundle, write_manifest
+from bwcache_compile.ir.program import CachedProgram
+
+
+def export_torch(
+    program: CachedProgram, config: CacheConfig, directory: str | Path, parameters: tuple[str, ...], *, compiled: bool
+) -> Manifest:
+    """Write a program as a bundle of torch's own files, and check it against torch before it takes its place.
+
+    Args:
+        program: With both graphs, `compute` and `reuse`.
+        config: The settings that the bundle starts with.
+        directory: A bundle there is replaced at the end; anything else is left alone.
+        parameters: Names of the parameters of the model's forward, in order.
+        compiled: Write packages that AOTInductor compiled for this machine, instead of exported programs.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ExportError: The program cannot be exported, or what was written computes something else.
+    """
+    refuse(program, config)
+    manifest = with_layout(describe(program, config, parameters, graph_format="aoti" if compiled else "pt2"), program)
+    with new_bundle(directory) as folder:
+        plain, written, graphs = {}, {}, {}
+        conditions: list[str] = []
+        with WeightFile(folder / WEIGHTS) as weights:
+            for kind in ("compute", "reuse"):
+                plain[kind] = plain_graph(program, kind)
+                path = folder / f"{kind}.pt2"
+                graph = written[kind] = writer.save(writer.torch_graph(plain[kind]), path)
+                if compiled:
+                    conditions += writer.compile_package(graph, path)
+                read = tuple(weights.add(name, tensor) for name, tensor in graph.tensors.items())
+                inputs, returned = tuple(plain[kind].inputs), tuple(plain[kind].outputs)
+                graphs[kind] = GraphEntry(file=path.name, inputs=inputs, outputs=returned, weights=read)
+        check_sizes(program, conditions, [])
+        report = check_structure(plain, written)
+        manifest = dataclasses.replace(
+            manifest,
+            graphs=graphs,
+            weights=WeightsEntry(file=WEIGHTS, tensors=weights.described),
+            conditions=tuple(dict.fromkeys([*manifest.conditions, *conditions])),
+        )
+        tolerance = tolerance_of(program) if compiled else 0.0
+        sessions = {"pair": functools.partial(torch_session, Bundle(folder, manifest))}
+        report |= check_runs(program, config, manifest, sessions, tolerance, lambda tensor: tensor)
+        write_manifest(folder, dataclasses.replace(manifest, self_check=report))
+        return open_bundle(folder).manifest
