@@ -11,11 +11,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import SymInt, Tensor, nn
-from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Interpreter
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.capture.known import KnownValues, inputs_of, sources
 from bwcache_compile.errors import CaptureError, ConfigError, first_line
@@ -25,6 +23,7 @@ from bwcache_compile.ir.examples import keep_examples
 from bwcache_compile.ir.program import CachedProgram, Captured, Reading, Signature
 from bwcache_compile.ir.sizes import CallSizes, VaryingSizes, hint, open_sizes
 from bwcache_compile.ir.source_lines import class_files, error_line
+from bwcache_compile.ir.torch_compat import HigherOrderOperator, pytree
 from bwcache_compile.ir.tracing import tracing
 
 Mode = Literal["non-strict", "strict", "reading"]

@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, nn
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bwcache_compile.capture.known_sizes import READS_OF_SIZES, UNKNOWN, KnownSizes
 from bwcache_compile.ir.program import OPERAND, Reading
 from bwcache_compile.ir.source_lines import class_files, source_line
+from bwcache_compile.ir.torch_compat import OpOverload, OpOverloadPacket, disable_current_modes, pytree
 
 _MOST = 4096
 """Elements of the largest tensor that is followed: grids, lengths and offsets are short."""
@@ -246,7 +244,7 @@ class KnownValues(TorchFunctionMode):
         if told and name in _MADE_OF_NUMBERS and not given and _small(_tensors(result)):
             return self._beside(result, self._run(func, args, kwargs))
         if told and name in _MADE_BESIDE and not _tensors((args[1:], kwargs)) and _small([result]):
-            with _disable_current_modes():
+            with disable_current_modes():
                 like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
                 return self._beside(result, func(like, *args[1:], **kwargs))
         return result
@@ -256,7 +254,7 @@ class KnownValues(TorchFunctionMode):
             return self._real[leaf] if isinstance(leaf, Tensor) else leaf
 
         real_args, real_kwargs = _mapped(lookup, (args, kwargs))
-        with _disable_current_modes():
+        with disable_current_modes():
             return func(*real_args, **real_kwargs)
 
     def _reads(self, origins: frozenset[Origin]) -> None:
@@ -294,7 +292,7 @@ class KnownValues(TorchFunctionMode):
 
     def _places(self, mask: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Return where a known mask is true, once spread over a shape: an index of known size for each dimension."""
-        with _disable_current_modes():
+        with disable_current_modes():
             found = self._real[mask].expand(shape).nonzero(as_tuple=True)
         self._reads(self._origins_of([mask]))
         return tuple(map(_constant, found))
@@ -331,7 +329,7 @@ class KnownValues(TorchFunctionMode):
             return result
         step = (func, *_mapped(lambda leaf: OPERAND if isinstance(leaf, Tensor) else leaf, (args, kwargs)))
         reading = Reading(reading.source, (*reading.steps, step))
-        with _disable_current_modes():
+        with disable_current_modes():
             value = reading.apply(real).clone()
         if not truth or result.dim():  # a number or a mask made of the latents is another one at each step
             self._large[result] = (real, reading)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.size_expressions import largest, smallest
 
 Nested = Any

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.bundle.manifest import Manifest
 from bwcache_compile.bundle.session import Session
@@ -20,6 +19,7 @@ from bwcache_compile.ir.examples import input_at, is_maskable
 from bwcache_compile.ir.layout import in_order, slot_order
 from bwcache_compile.ir.policy_tensors import policy_parameters
 from bwcache_compile.ir.program import REGION_MARK, CachedProgram
+from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.size_expressions import evaluate, evaluated
 from bwcache_compile.stepping import Cursor

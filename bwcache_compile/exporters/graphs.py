@@ -9,17 +9,14 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, nn
-from torch._export.verifier import load_verifier
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.ir.inline import inline_calls
 from bwcache_compile.ir.program import REGION_MARK, CachedProgram, graph_module_copy
+from bwcache_compile.ir.torch_compat import FakeTensor, FakeTensorMode, ShapeEnv, load_verifier, pytree
 from bwcache_compile.ir.tracing import tracing
 
 

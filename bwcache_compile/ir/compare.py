@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import CaptureError, warn
+from bwcache_compile.ir.torch_compat import pytree
 
 Verify = Literal["bitwise", "close", False]
 """How a captured graph is compared with the model."""

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from bwcache_compile.ir.torch_compat import OpOverload
+
 # They may return their input itself, and their schema does not say so.
 _SILENT_ALIASES = frozenset({"aten::type_as", "aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"})
 
@@ -19,7 +21,7 @@ def aliased_arguments(node: Node) -> tuple[list[Node], list[Node]]:
     """Return the arguments whose storage the result may share, and those that the node writes to."""
     if node.op != "call_function":
         return [], []
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return ([node.args[0]] if getattr(node.target, "__name__", "") == "getitem" else []), []  # type: ignore[list-item]
     schema = node.target._schema
     silent = schema.name in _SILENT_ALIASES

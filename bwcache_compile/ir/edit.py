@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.ir.dataflow import DataFlow
@@ -18,6 +16,7 @@ from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.layout import in_order
 from bwcache_compile.ir.program import OURS, CachedProgram, CacheSlot
 from bwcache_compile.ir.sizes import Size, Symbol, hint_shape, size_of
+from bwcache_compile.ir.torch_compat import FakeTensor, FakeTensorMode, make_fx
 from bwcache_compile.ir.tracing import tracing
 from bwcache_compile.size_expressions import evaluate, evaluated, names_in
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from bwcache_compile.ir.torch_compat import FakeTensor
 
 Kind = Literal["mask", "whole", "time", "values"]
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from bwcache_compile.ir.torch_compat import HigherOrderOperator, OpOverload
+
 _DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int64": "i64", "int32": "i32", "bool": "b8"}
 
 
@@ -41,7 +43,7 @@ def called_graphs(module: GraphModule, node: Node) -> list[tuple[str, GraphModul
     """Return the graphs that a node runs, by name: the called one, the arms of a `cond`, a higher-order operator's body."""
     if node.op == "call_module":
         return [("", called_graph(module, node))]
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
         return []
     found = []
     for operand in node.all_input_nodes:
@@ -55,7 +57,7 @@ def op_name(node: Node) -> str:
     """Name a node's operator briefly: `linear`, `add`, `call` for a graph."""
     if node.op == "call_module":
         return "call"
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return node.target._opname
     return getattr(node.target, "__name__", str(node.target))
 

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
-from torch.utils import _pytree as pytree
-from torch.utils._pytree import TreeSpec
 
 from bwcache_compile.config import GraphSettings
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_out, user_names
 from bwcache_compile.ir.examples import Example
 from bwcache_compile.ir.layout import Order, in_order
 from bwcache_compile.ir.sizes import OpenSizes, Shape, Size, has_no_size
+from bwcache_compile.ir.torch_compat import TreeSpec, pytree
 from bwcache_compile.ir.tree_paths import leaf_paths, output_name
 from bwcache_compile.ir.work_share import WorkShare
 from bwcache_compile.policies import POLICIES, REUSES

@@ -7,10 +7,9 @@ from typing import Any
 
 import sympy
 from torch import SymInt, Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._sympy.printers import PythonPrinter
 
 from bwcache_compile.errors import CaptureError, first_line
+from bwcache_compile.ir.torch_compat import PythonPrinter, statically_known_true
 from bwcache_compile.size_expressions import SizeError, evaluate, evaluated, names_in
 
 Size = int | str

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.utils import _pytree as pytree
+from bwcache_compile.ir.torch_compat import pytree
 
 Path = tuple[int | str, ...]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.edit import as_graph
+from bwcache_compile.ir.torch_compat import FakeTensorMode
 
 aten = torch.ops.aten
 

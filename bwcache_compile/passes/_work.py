@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.graph_text import called_graphs, op_name
 from bwcache_compile.ir.program import BlockSearch, CachedProgram, Region
+from bwcache_compile.ir.torch_compat import HigherOrderOperator
 from bwcache_compile.ir.work_share import Uncached, WorkShare
 from bwcache_compile.passes.block_search.stacks import user_path
 
@@ -77,7 +77,7 @@ def multiply_adds(node: Node, module: GraphModule) -> int:
         return _COUNTS[name](node)
     if "attention" in name and "backward" not in name:
         return _attention(node) if len(_operands(node)) > 2 else 0
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         return sum(multiply_adds(inner, graph) for _, graph in called_graphs(module, node) for inner in graph.graph.nodes)
     return 0
 

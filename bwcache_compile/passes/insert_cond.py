@@ -16,6 +16,7 @@ from bwcache_compile.ir.edit import fake, fake_mode, inserted, new_input, slot_v
 from bwcache_compile.ir.inline import Flat, inline_calls
 from bwcache_compile.ir.layout import memory_order
 from bwcache_compile.ir.program import OURS, CachedProgram, PassResult, Region
+from bwcache_compile.ir.torch_compat import force_stride_order
 from bwcache_compile.passes._arms import Arm, skippable
 from bwcache_compile.passes.insert_cache import clock, source_of
 from bwcache_compile.passes.specialize import stand_in
@@ -79,13 +80,10 @@ def _with_fixed_strides(graph: Graph, operand: Node) -> Node:
     Inductor lowers the arms for those strides, but lays the operands out as it likes: wrong numbers, or with its size
     asserts on, an error. Eagerly the operator returns its operand.
     """
-    import torch._inductor.inductor_prims
-
     value = operand.meta["val"]
     if operand.op != "call_function" or not isinstance(value, Tensor):
         return operand
-    force = torch.ops.prims.inductor_force_stride_order.default
-    return _append(graph, force, operand, list(value.stride()), name=f"{operand.name}_laid_out", value=value)
+    return _append(graph, force_stride_order(), operand, list(value.stride()), name=f"{operand.name}_laid_out", value=value)
 
 
 def _arms(parts: _Parts) -> tuple[Arm, Arm, dict[str, tuple[Node, Node]]]:

@@ -14,13 +14,14 @@ from bwcache_compile.ir.edit import call_traced, check_results, fake, inserted, 
 from bwcache_compile.ir.graph_text import called_graph
 from bwcache_compile.ir.program import OURS, CachedProgram, Measured, PassResult, Region
 from bwcache_compile.ir.sizes import Size, size_of
+from bwcache_compile.ir.torch_compat import OpOverload
 from bwcache_compile.policies import INDICATORS
 from bwcache_compile.policies.sampling import sampled_tokens
 
 aten = torch.ops.aten
 
 
-def _append(after: Node, target: torch._ops.OpOverload, args: tuple[Any, ...], name: str, **kwargs: Any) -> Node:
+def _append(after: Node, target: OpOverload, args: tuple[Any, ...], name: str, **kwargs: Any) -> Node:
     graph = after.graph
     with graph.inserting_after(after):
         node = graph.create_node("call_function", target, (after, *args), kwargs, name=name)

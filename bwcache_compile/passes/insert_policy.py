@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.ir.edit import (
     call_traced,
@@ -23,6 +22,7 @@ from bwcache_compile.ir.edit import (
     write_slot,
 )
 from bwcache_compile.ir.program import CachedProgram, PassResult, Region
+from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.policies import POLICIES, Policy
 from bwcache_compile.policies.definitions import takes
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import GraphModule
 
 from bwcache_compile.ir.inline import inline_calls
+from bwcache_compile.ir.torch_compat import OpOverload, function_homes
 
 BINDINGS = frozenset({
     "add.Tensor", "addmm.default", "amax.default", "amin.default", "baddbmm.default", "bmm.default", "cat.default", "chunk.default",
@@ -34,8 +32,7 @@ def binding(target: OpOverload) -> Callable[..., Any]:
     if target.namespace != "aten" or target.__name__ not in BINDINGS:
         return target
     name = target.__name__.partition(".")[0]
-    homes: tuple[Any, ...] = (torch._C._VariableFunctions, torch._C._nn, Tensor)
-    return next(getattr(home, name) for home in homes if hasattr(home, name))
+    return next(getattr(home, name) for home in function_homes() if hasattr(home, name))
 
 
 def eager_function(module: GraphModule) -> Callable[..., Any]:

@@ -13,8 +13,8 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo.decorators import skip
+
+from bwcache_compile.ir.torch_compat import get_eval_frame_callback, skip
 
 # 512 KiB of slots: too many for what is left of any chunk, so a chunk of 1 MiB begins, half of it empty.
 _SLOTS = 2**16

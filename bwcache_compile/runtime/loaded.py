@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo import maybe_mark_dynamic
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_in, cache_out
@@ -18,6 +15,7 @@ from bwcache_compile.ir.compare import same
 from bwcache_compile.ir.policy_tensors import policy_parameters
 from bwcache_compile.ir.program import OURS, CachedProgram
 from bwcache_compile.ir.sizes import CallSizes, Shape, Size
+from bwcache_compile.ir.torch_compat import get_eval_frame_callback, maybe_mark_dynamic, pytree
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.policies.definitions import takes
 from bwcache_compile.runtime.eager import eager_function

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import CaptureError, StateError, first_line
 from bwcache_compile.ir.compare import clone_tensors, difference, flat_outputs
+from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.runtime.signature import Call
 
 

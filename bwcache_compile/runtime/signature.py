@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import _is_any_autocast_enabled
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.ir.layout import memory_order
 from bwcache_compile.ir.sizes import CallSizes
+from bwcache_compile.ir.torch_compat import is_any_autocast_enabled, pytree
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -163,7 +162,7 @@ def call_key(leaves: Sequence[Any], structure: Hashable) -> CallKey:
     if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
         raise StateError("an input requires gradients, and a reused step has none to give. Call the model under torch.no_grad().")
     autocast: tuple[Any, ...] = ()
-    if _is_any_autocast_enabled():
+    if is_any_autocast_enabled():
         devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)})
         autocast = tuple((device, torch.get_autocast_dtype(device)) for device in devices if torch.is_autocast_enabled(device))
     modes = (autocast, _attention_backend())

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.bundle.call import PAIRS
 from bwcache_compile.bundle.files import Bundle
@@ -18,6 +16,7 @@ from bwcache_compile.bundle.manifest import PlacedEntry
 from bwcache_compile.bundle.runners.weights import read_weights
 from bwcache_compile.errors import BundleError, StateError, first_line
 from bwcache_compile.ir.layout import in_order
+from bwcache_compile.ir.torch_compat import load_package
 
 Graph = Callable[..., Sequence[Tensor]]
 
@@ -27,12 +26,7 @@ def _exported(path: Path) -> tuple[Graph, int]:
     return program.graph_module, len(program.graph.find_nodes(op="placeholder"))
 
 
-def _compiled(path: Path) -> tuple[Graph, int]:
-    package = torch._inductor.aoti_load_package(str(path))
-    return package, pytree.treespec_loads(package.loader.get_call_spec()[0]).num_leaves
-
-
-_OPEN = {"pt2": _exported, "aoti": _compiled}
+_OPEN = {"pt2": _exported, "aoti": load_package}
 
 
 class TorchTensors:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ExportError
 from bwcache_compile.exporters.onnx.legalize import put
+from bwcache_compile.ir.torch_compat import pytree
 
 aten = torch.ops.aten
 

@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import is_concrete_int, statically_known_true
 from torch.fx.node import map_arg
+
+from bwcache_compile.ir.torch_compat import detect_fake_mode, is_concrete_int, statically_known_true
 
 _CARRIED = ("custom", "stack_trace", "nn_module_stack")
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default

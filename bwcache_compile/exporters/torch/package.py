@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
 
 from bwcache_compile.errors import ExportError, first_line
 from bwcache_compile.exporters.graphs import PlainGraph, exported_program
+from bwcache_compile.ir import torch_compat
 from bwcache_compile.ir.program import REGION_MARK
 from bwcache_compile.ir.sizes import print_expression
+from bwcache_compile.ir.torch_compat import ShapeEnv, pytree
 from bwcache_compile.ir.tracing import tracing
 
 _KEPT = ("val", "custom")
@@ -114,19 +113,12 @@ def compile_package(graph: TorchGraph, path: Path) -> list[str]:
     Raises:
         ExportError: It does not compile.
     """
-    from torch._inductor import aot_compile, config
-    from torch._inductor.package import package_aoti
-
     values = tuple(node.meta["val"] for node in graph.exported.graph.find_nodes(op="placeholder"))
     env, ranges = _open_sizes(list(values))
-    options: dict[str, Any] = {"aot_inductor.package": True}
-    if hasattr(config.aot_inductor, "enable_line_tables"):
-        options["aot_inductor.enable_line_tables"] = False  # three times the size
     try:
         with tracing(), torch.no_grad():
             module: Any = graph.exported.module(check_guards=False)
-            files: Any = aot_compile(module, values, options=options)
-            package_aoti(path, [file for file in files if os.path.splitext(file)[1] != ".cpp"])
+            torch_compat.compile_package(module, values, path)
     except Exception as error:  # the compiler's errors have no common class
         raise ExportError(f"AOTInductor does not compile the {graph.kind} graph: {type(error).__name__}: {first_line(error)}") from error
     assumed = [guard.expr for guard in env.guards] if env else []

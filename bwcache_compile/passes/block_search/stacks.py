@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from bwcache_compile.ir.graph_text import format_value, op_name
+from bwcache_compile.ir.torch_compat import HigherOrderOperator
 
 _PRODUCTS = {
     **dict.fromkeys(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"), 1),
@@ -58,7 +59,7 @@ def streams(graph: Graph, rank: int) -> set[Node]:
 
 def products(nodes: Iterable[Node]) -> int:
     """Count the matrix products among operators. A higher-order operator counts as two: it has a graph of its own."""
-    return sum(2 if isinstance(n.target, torch._ops.HigherOrderOperator) else _PRODUCTS.get(op_name(n), 0) for n in nodes)
+    return sum(2 if isinstance(n.target, HigherOrderOperator) else _PRODUCTS.get(op_name(n), 0) for n in nodes)
 
 
 def attends(unit: Unit) -> bool:

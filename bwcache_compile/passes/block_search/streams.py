@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.sizes import Shape, at_most, shape_of, size_of
+from bwcache_compile.ir.torch_compat import OpOverload
 
 aten = torch.ops.aten
 # Per token: row i of the result needs row i of the operands that have as many rows, and all of the others.
@@ -30,7 +31,7 @@ LAYOUT = {
 def operator_name(node: Node) -> str:
     """Return the name of an operator without its namespace and overload."""
     target = node.target
-    return target._schema.name.removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
+    return target._schema.name.removeprefix("aten::") if isinstance(target, OpOverload) else getattr(target, "__name__", "")
 
 
 Rows = tuple[int | SymInt, int | SymInt]

@@ -1,0 +1,86 @@
+"""Every private or experimental name of torch that the package uses, so that a new version of torch is looked at here alone.
+
+`tests/test_torch_compat.py` tries each of them on the installed version.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo.decorators import skip
+from torch._export.verifier import load_verifier
+from torch._guards import detect_fake_mode
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, is_concrete_int, statically_known_true
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
+from torch.utils._pytree import TreeSpec
+from torch.utils._sympy.printers import PythonPrinter
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "PythonPrinter",
+    "ShapeEnv",
+    "TreeSpec",
+    "compile_package",
+    "detect_fake_mode",
+    "disable_current_modes",
+    "force_stride_order",
+    "function_homes",
+    "get_eval_frame_callback",
+    "is_any_autocast_enabled",
+    "is_concrete_int",
+    "load_package",
+    "load_verifier",
+    "make_fx",
+    "maybe_mark_dynamic",
+    "pytree",
+    "skip",
+    "statically_known_true",
+]
+
+
+def function_homes() -> tuple[Any, ...]:
+    """Return where PyTorch's own Python bindings of ATen operators are, in the order to look."""
+    return torch._C._VariableFunctions, torch._C._nn, Tensor
+
+
+def force_stride_order() -> OpOverload:
+    """Return Inductor's operator that returns its operand and holds it to given strides."""
+    import torch._inductor.inductor_prims
+
+    return torch.ops.prims.inductor_force_stride_order.default
+
+
+def compile_package(module: Any, values: Sequence[Any], path: Path) -> None:
+    """Compile a graph with AOTInductor for inputs like `values`, and write it as a package."""
+    from torch._inductor import aot_compile, config
+    from torch._inductor.package import package_aoti
+
+    options: dict[str, Any] = {"aot_inductor.package": True}
+    if hasattr(config.aot_inductor, "enable_line_tables"):
+        options["aot_inductor.enable_line_tables"] = False  # three times the size
+    files: Any = aot_compile(module, tuple(values), options=options)
+    package_aoti(path, [file for file in files if os.path.splitext(file)[1] != ".cpp"])
+
+
+def load_package(path: Path) -> tuple[Callable[..., Sequence[Tensor]], int]:
+    """Open what `compile_package` wrote; return it and how many inputs it takes."""
+    import torch._inductor
+
+    package: Any = torch._inductor.aoti_load_package(str(path))
+    return package, pytree.treespec_loads(package.loader.get_call_spec()[0]).num_leaves
