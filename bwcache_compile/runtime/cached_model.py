@@ -19,7 +19,7 @@ from bwcache_compile.ir.program import CachedProgram, CachePlan
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import ModelContext, check_values, state_for, time_inputs, warn_without_reuse
-from bwcache_compile.runtime.frames import call_directly, call_with_room, hidden, left_out
+from bwcache_compile.runtime.frames import call_directly, hidden, left_out
 from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
 from bwcache_compile.runtime.joint import synchronize_decisions
 from bwcache_compile.runtime.loaded import run_all
@@ -152,8 +152,8 @@ class CachedModel(ModelWrapper):
             # entering the mode once more, inside a pipeline's, would cost as much as a small operator
             with torch.no_grad() if torch.is_grad_enabled() else _NO_MODE:
                 # the graph is the only frame that an outer torch.compile compiles
-                run = call_directly if call.kind == "reuse" else call_with_room
-                returned = call.first if call.first is not None else run(call.fit.loaded.graph(call.kind), call.operands)
+                graph = call.fit.loaded.graph(call.kind)
+                returned = call.first if call.first is not None else call_directly(graph, call.operands)
             return self._finish(call, returned)
         finally:
             self._end(call)

@@ -1,24 +1,14 @@
-"""Room on Python's frame stack for a graph, which calls thousands of operators from one depth.
-
-CPython keeps frames in chunks. Where a chunk ends at just that depth, each call maps and unmaps the next one, and a step
-takes up to twice as long; whether it happens hangs on how deep the caller stands. Seen with 3.11; interpreters released
-since spring 2026 keep a spare chunk (https://github.com/python/cpython/issues/142183).
-"""
+"""Which frames an outer `torch.compile` compiles: the graphs alone, never the code that keeps contexts and state."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 
 from bwcache_compile.ir.torch_compat import get_eval_frame_callback, skip
-
-# 512 KiB of slots: too many for what is left of any chunk, so a chunk of 1 MiB begins, half of it empty.
-_SLOTS = 2**16
-
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -47,12 +37,3 @@ def hidden(function: _Function) -> _Function:
 def call_directly(graph: Callable[..., Any], operands: Sequence[Any]) -> Any:
     """Call a graph. A compiler leaves the frame out and takes the graph."""
     return graph(*operands)
-
-
-call_with_room: Callable[[Callable[..., Any], Sequence[Any]], Any] = left_out(
-    FunctionType(call_directly.__code__.replace(co_stacksize=_SLOTS), globals(), "call_with_room")
-)
-"""Call a graph from a frame that has 512 KiB of unbroken stack behind it. A compiler leaves the frame out and takes the graph.
-
-Making that room takes some 30 us, more than a graph of few operators could lose.
-"""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bwcache_compile.errors import StateError
-from bwcache_compile.runtime.frames import call_with_room
+from bwcache_compile.runtime.frames import call_directly
 from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.programs import Fit
 from bwcache_compile.runtime.state import CacheState, GuardedState
@@ -55,7 +55,7 @@ def check_inputs(loaded: LoadedProgram, flat: Sequence[Any]) -> None:
 def host_step(loaded: LoadedProgram, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> tuple[Any, CacheState]:
     """Run the graph that the state asks for."""
     with torch.no_grad():
-        returned = call_with_room(loaded.graph(loaded.kind(state)), loaded.operands(flat, state, parameters))
+        returned = call_directly(loaded.graph(loaded.kind(state)), loaded.operands(flat, state, parameters))
     outputs, following, _ = loaded.split(returned, state)
     return outputs, following
 
