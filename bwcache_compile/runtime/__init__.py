@@ -2,7 +2,7 @@
 
 from bwcache_compile.report import ContextReport, Report, StepRecord
 from bwcache_compile.runtime.cached_model import CachedModel
-from bwcache_compile.runtime.programs import Toolchain
 from bwcache_compile.runtime.state import CacheState, GuardedState
+from bwcache_compile.runtime.trial import Toolchain
 
 __all__ = ["CacheState", "CachedModel", "ContextReport", "GuardedState", "Report", "StepRecord", "Toolchain"]

@@ -24,9 +24,10 @@ from bwcache_compile.runtime.functional import check_inputs, check_state, first_
 from bwcache_compile.runtime.joint import synchronize_decisions
 from bwcache_compile.runtime.loaded import run_all
 from bwcache_compile.runtime.numbers import NumberInputs
-from bwcache_compile.runtime.programs import Fit, ProgramCache, Toolchain
+from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
 from bwcache_compile.runtime.signature import CallKey, Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState, GuardedState
+from bwcache_compile.runtime.trial import Toolchain
 from bwcache_compile.runtime.wrapper import ModelWrapper
 from bwcache_compile.stepping import Advance, StepInfo
 
@@ -52,7 +53,7 @@ class _Call:
 
     context: ModelContext
     advance: Advance
-    fit: Fit
+    fit: ProgramMatch
     state: CacheState
     events: list[str]
     renumbered: bool
@@ -104,10 +105,10 @@ class CachedModel(ModelWrapper):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         key: CallKey | None = None,
-        held: Fit | None = None,
+        held: ProgramMatch | None = None,
         num_steps: int | None = None,
         reuses: bool = False,
-    ) -> Fit:
+    ) -> ProgramMatch:
         if self._closed:
             raise StateError("this cached model was closed; transform the model again.")
         key = key or call_key(*leaves_of(args, kwargs))
@@ -168,7 +169,7 @@ class CachedModel(ModelWrapper):
         except BaseException:
             context.lock.release()
             raise
-        self._programs.enter()
+        self._programs.gate.enter()
         return call
 
     def _prepared(self, context: ModelContext, info: StepInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
@@ -237,7 +238,7 @@ class CachedModel(ModelWrapper):
 
     @hidden
     def _end(self, call: _Call) -> None:
-        self._programs.leave()
+        self._programs.gate.leave()
         call.context.lock.release()
 
     # -- the functional form -------------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ class CachedModel(ModelWrapper):
         check_state(fit, state)
         if parameters is None:
             parameters = fit.loaded.parameters(self.cache_config, self.cache_config.steps)
-        with self._programs.running():
+        with self._programs.gate.running():
             if isinstance(state, GuardedState):
                 return guarded_step(fit.loaded, flat, state, parameters)
             return host_step(fit.loaded, flat, state, parameters)
@@ -369,7 +370,7 @@ class CachedModel(ModelWrapper):
         fit = self._fit(args, kwargs)
         num_steps = self.cache_config.steps or 2
         parameters = fit.loaded.parameters(self.cache_config, num_steps)
-        with self._programs.running():
+        with self._programs.gate.running():
             run_all(fit.loaded, pytree.tree_leaves((args, kwargs)), fit.loaded.fresh(fit.sizes), parameters)
 
     def report(self) -> Report:

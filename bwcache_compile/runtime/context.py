@@ -11,7 +11,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import Context
 from bwcache_compile.errors import StateError, warn
 from bwcache_compile.policies import POLICIES
-from bwcache_compile.runtime.programs import Fit
+from bwcache_compile.runtime.programs import ProgramMatch
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.size_expressions import evaluated
@@ -35,7 +35,7 @@ class ModelContext(Context):
         """Start before the first call."""
         super().__init__(info, created)
         self.state: CacheState | None = None
-        self.fit: Fit | None = None
+        self.fit: ProgramMatch | None = None
         self.key: CallKey | None = None
         self.version = (-1, -1)
         self.renumbered = False
@@ -58,7 +58,7 @@ def time_inputs(flat: list[Any]) -> Mapping[Hashable, TimeInput]:
     return {i: input_of(leaf, dtype) for i, leaf, dtype in named if may_be_time(leaf.shape, dtype)}
 
 
-def check_values(context: ModelContext, fit: Fit, num_steps: int | None) -> None:
+def check_values(context: ModelContext, fit: ProgramMatch, num_steps: int | None) -> None:
     """Refuse values that are built into a program and change in the middle of a run.
 
     Raises:
@@ -78,7 +78,7 @@ def check_values(context: ModelContext, fit: Fit, num_steps: int | None) -> None
         )
 
 
-def _interchangeable(one: Fit, other: Fit) -> bool:
+def _interchangeable(one: ProgramMatch, other: ProgramMatch) -> bool:
     """Whether what one program cached means the same to another, such as one for another dtype of the time, or of open sizes."""
     if one.loaded is other.loaded:
         return True
@@ -90,7 +90,7 @@ def _interchangeable(one: Fit, other: Fit) -> bool:
     return kept[0] == kept[1]
 
 
-def state_for(context: ModelContext, advance: Advance, fit: Fit) -> tuple[CacheState, list[str]]:
+def state_for(context: ModelContext, advance: Advance, fit: ProgramMatch) -> tuple[CacheState, list[str]]:
     """Return the state that a call runs on, and what a report says of it.
 
     The cache is used only if the same model made it in the same generation.

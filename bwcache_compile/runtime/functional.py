@@ -12,12 +12,12 @@ from torch import Tensor
 from bwcache_compile.errors import StateError
 from bwcache_compile.runtime.frames import call_directly
 from bwcache_compile.runtime.loaded import LoadedProgram
-from bwcache_compile.runtime.programs import Fit
+from bwcache_compile.runtime.programs import ProgramMatch
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.size_expressions import evaluated
 
 
-def first_state(fit: Fit) -> CacheState | GuardedState:
+def first_state(fit: ProgramMatch) -> CacheState | GuardedState:
     """Return the state before the first step."""
     state = fit.loaded.fresh(fit.sizes)
     if fit.loaded.guarded:
@@ -25,7 +25,7 @@ def first_state(fit: Fit) -> CacheState | GuardedState:
     return dataclasses.replace(state, version=fit.version)
 
 
-def check_state(fit: Fit, state: CacheState | GuardedState) -> None:
+def check_state(fit: ProgramMatch, state: CacheState | GuardedState) -> None:
     """Refuse a state that another program made, or the same one at other sizes or with other weights.
 
     Raises:

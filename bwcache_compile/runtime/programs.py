@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -21,8 +18,10 @@ from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.ir.sizes import VaryingSizes
 from bwcache_compile.runtime import notes
+from bwcache_compile.runtime.gate import CaptureGate
 from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.signature import CallKey, generation_kind
+from bwcache_compile.runtime.trial import Request, Toolchain, Trial
 from bwcache_compile.runtime.watch import ModelWatch
 
 MAX_PROGRAMS = 8
@@ -30,26 +29,8 @@ MAX_PROGRAMS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Toolchain:
-    """How a model becomes a program; handed in, so that running needs no compiler.
-
-    Attributes:
-        capture: Model, positional and keyword arguments, which sizes stay open, whether values that sizes depend on are built
-            in, what the model returns, and how to run what is made of a capture, to a captured program.
-        build: A captured program, which it consumes, and settings to a cached one.
-        explain: The same to the diff of each pass.
-        guard: Who decides at each step of what `build` makes: "host" or "graph".
-    """
-
-    capture: Callable[..., CachedProgram]
-    build: Callable[[CachedProgram, CacheConfig], CachedProgram]
-    explain: Callable[[CachedProgram, CacheConfig], dict[str, GraphDiff]]
-    guard: str = "host"
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """What a call is run with: a cache serves the next call only if that one's fit is the same.
+class ProgramMatch:
+    """What a call is run with: a cache serves the next call only if that one's match is the same.
 
     Attributes:
         loaded: The program.
@@ -80,57 +61,6 @@ def _is_flat(model: nn.Module) -> bool:
     return all(node.op != "call_module" or node.target == "_guards_fn" for node in model.graph.nodes)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """A call that needs a program: what it looks like, the model's outputs for it, and the settings in force."""
-
-    key: CallKey
-    reference: Reference
-    config: CacheConfig
-    num_steps: int | None
-
-    def first_step(self, loaded: LoadedProgram) -> list[Any]:
-        """Run a program on this call, on a fresh state at step 0, and return all that its graph returns."""
-        state = loaded.fresh(loaded.symbols(self.key) or {})
-        try:
-            parameters = loaded.parameters(self.config, self.num_steps)
-        except ConfigError:  # the number of steps is not known yet; outputs do not depend on it
-            parameters = loaded.parameters(self.config, 2)
-        with torch.no_grad():
-            return list(loaded.eager[loaded.kind(state)](*loaded.operands(self.reference.inputs(), state, parameters)))
-
-
-class _Trial:
-    """Makes a program of a capture and runs it, so that what is checked is what will run."""
-
-    def __init__(self, make: Callable[[CachedProgram], LoadedProgram], request: _Request) -> None:
-        self._make, self._request = make, request
-        self.loaded: LoadedProgram | None = None
-        self.first: list[Any] | None = None
-        self.error: NoBlocksFoundError | UnsupportedGraphError | None = None
-
-    def run(self, captured: CachedProgram) -> list[Any]:
-        """Return the model's outputs as the finished graph returns them, or the captured one if no program can be made of it."""
-        self.loaded = self.first = self.error = None
-        try:
-            self.loaded = self._make(captured)
-        except (NoBlocksFoundError, UnsupportedGraphError) as error:
-            self.error = error  # which may be due to a wrong capture
-            return list(captured.fresh().compute(*self._request.reference.inputs()))
-        self.first = self._request.first_step(self.loaded)
-        return self.first[: self.loaded.program.signature.out_spec.num_leaves]
-
-    def result(self, captured: CachedProgram) -> tuple[LoadedProgram, list[Any] | None]:
-        """Return the program, and what its graph returned if it was checked.
-
-        Raises:
-            NoBlocksFoundError, UnsupportedGraphError: No program can be made of the capture.
-        """
-        if self.error is not None:
-            raise self.error
-        return self.loaded or self._make(captured), self.first
-
-
 class ProgramCache:
     """Chooses the program of a call, capturing the model where there is none. Threads take turns in here.
 
@@ -141,6 +71,8 @@ class ProgramCache:
     def __init__(self, model: nn.Module, toolchain: Toolchain, dynamic_shapes: Any = None, verify: Verify = "bitwise") -> None:
         """Capture nothing yet."""
         self._model, self._toolchain, self._shapes, self._verify = model, toolchain, dynamic_shapes, verify
+        self.gate = CaptureGate()
+        self._lock = self.gate.lock
         self.watch = ModelWatch(model)
         self._loaded: OrderedDict[CallKey, LoadedProgram] = OrderedDict()
         self._alive: weakref.WeakSet[LoadedProgram] = weakref.WeakSet()
@@ -148,10 +80,6 @@ class ProgramCache:
         self._fixed: dict[Hashable, str] = {}
         self._structure = self.watch.structure
         self._compile_options: dict[str, Any] | None = None
-        self._lock = threading.RLock()
-        self._idle = threading.Condition(self._lock)
-        self._running: dict[int, int] = {}
-        self._waiting = 0
         self._ran = False
         self.captured = 0
 
@@ -164,10 +92,10 @@ class ProgramCache:
         kwargs: dict[str, Any],
         key: CallKey,
         config: CacheConfig,
-        held: Fit | None = None,
+        held: ProgramMatch | None = None,
         num_steps: int | None = None,
         reuses: bool = False,
-    ) -> Fit:
+    ) -> ProgramMatch:
         """Return the program for a call, capturing the model if there is none yet.
 
         Args:
@@ -193,7 +121,7 @@ class ProgramCache:
             if held is not None and self._serves(held, key, args, kwargs):
                 loaded, sizes = held.loaded, held.sizes
             else:
-                request = _Request(key, Reference(self._model, args, kwargs, self._verify), config, num_steps)
+                request = Request(key, Reference(self._model, args, kwargs, self._verify), config, num_steps)
                 loaded, first = self._find(request) or self._captured(request)
                 held, sizes = None, loaded.symbols(key) or {}
             if self._last is not loaded and loaded.key in self._loaded:
@@ -204,9 +132,9 @@ class ProgramCache:
             version = (self.watch.structure, self.watch.weights)
             if held is not None and held.version == version:
                 return held
-            return Fit(loaded, key._replace(values=loaded.key.values), sizes, version, self.watch.changed, first)
+            return ProgramMatch(loaded, key._replace(values=loaded.key.values), sizes, version, self.watch.changed, first)
 
-    def _serves(self, held: Fit, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _serves(self, held: ProgramMatch, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether what a context ran with last is right for its next call."""
         alike = held.version[0] == self._structure and held.key.sizes == key.sizes and held.key.kind == key.kind
         return alike and held.loaded.reads(self._model, args, kwargs)
@@ -219,7 +147,7 @@ class ProgramCache:
             self._fixed.clear()
             self._structure = self.watch.structure
 
-    def _find(self, request: _Request) -> tuple[LoadedProgram, list[Any] | None] | None:
+    def _find(self, request: Request) -> tuple[LoadedProgram, list[Any] | None] | None:
         """Return a kept program that is right for a call; one of open sizes is checked once at each size that it serves.
 
         Returns:
@@ -239,7 +167,7 @@ class ProgramCache:
             self._fixed[key.kind] = f"the graph of open sizes computes something else than the model at {key.sizes}: {wrong}"
         return None
 
-    def _difference(self, loaded: LoadedProgram, request: _Request) -> tuple[str | None, list[Any]]:
+    def _difference(self, loaded: LoadedProgram, request: Request) -> tuple[str | None, list[Any]]:
         """Say how a program's outputs differ from the model's at a size that it has not served yet, and return them."""
         request.reference.outputs()
         self.watch.absorb(self._live())  # the model ran
@@ -253,18 +181,12 @@ class ProgramCache:
         """Return the addresses of the tensors that programs hold."""
         return frozenset().union(*(loaded.addresses for loaded in self._alive))
 
-    def _captured(self, request: _Request) -> tuple[LoadedProgram, list[Any] | None]:
-        """Capture the model while no program runs: tracing puts hooks on every module of the process."""
-        mine = self._running.get(threading.get_ident(), 0)
-        self._waiting += 1
-        try:
-            self._idle.wait_for(lambda: sum(self._running.values()) == mine)
-        finally:
-            self._waiting -= 1
-            self._idle.notify_all()
+    def _captured(self, request: Request) -> tuple[LoadedProgram, list[Any] | None]:
+        """Capture the model while no program runs, unless another thread did so meanwhile."""
+        self.gate.wait_until_idle()
         return self._find(request) or self._capture(request)
 
-    def _capture(self, request: _Request) -> tuple[LoadedProgram, list[Any] | None]:
+    def _capture(self, request: Request) -> tuple[LoadedProgram, list[Any] | None]:
         key = request.key
         alike = [other for other in self._loaded if other.kind == key.kind and other.sizes != key.sizes]
         varying = VaryingSizes(tuple(other.sizes for other in alike)) if alike else None
@@ -305,8 +227,8 @@ class ProgramCache:
             )
         return loaded, first
 
-    def _make(self, request: _Request, shapes: Any) -> tuple[LoadedProgram, list[Any] | None]:
-        reference, trial = request.reference, _Trial(lambda captured: self._built(captured, request), request)
+    def _make(self, request: Request, shapes: Any) -> tuple[LoadedProgram, list[Any] | None]:
+        reference, trial = request.reference, Trial(lambda captured: self._built(captured, request), request)
 
         def capture(reading: bool) -> CachedProgram:
             return self._toolchain.capture(
@@ -325,7 +247,7 @@ class ProgramCache:
                 raise error from None
             return trial.result(captured)
 
-    def _built(self, captured: CachedProgram, request: _Request) -> LoadedProgram:
+    def _built(self, captured: CachedProgram, request: Request) -> LoadedProgram:
         program = self._toolchain.build(captured, request.config)
         signature, plan, key = program.signature, program.planned(), request.key
         others = [other.sizes for other in self._loaded if other.kind == key.kind]
@@ -383,33 +305,6 @@ class ProgramCache:
             self._compile_options = options
             for loaded in self._alive:
                 loaded.compile(options)
-
-    def enter(self) -> None:
-        """Keep captures out until `leave`: a program runs. One that waits already goes first, unless this thread runs another."""
-        thread = threading.get_ident()
-        with self._lock:
-            if self._waiting and thread not in self._running:
-                self._idle.wait_for(lambda: not self._waiting)
-            self._running[thread] = self._running.get(thread, 0) + 1
-
-    def leave(self) -> None:
-        """Let captures in again once no program runs."""
-        thread = threading.get_ident()
-        with self._lock:
-            self._running[thread] -= 1
-            if not self._running[thread]:
-                del self._running[thread]
-            if self._waiting:
-                self._idle.notify_all()
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Keep captures out meanwhile."""
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
 
     def touch(self) -> None:
         """Take the weights for changed: something was called that may write to them where nothing counts it."""

@@ -167,27 +167,27 @@ def test_a_capture_goes_before_runs_that_begin_after_it() -> None:
     model = OneStream().eval()
     cached = bw.transform(model, STATIC)
     call(cached, model, 0, 0)
-    programs, order = cached._programs, []
+    gate, order = cached._programs.gate, []
 
     def capture() -> None:
         call(cached, model, 1, 0)  # of another batch size
         order.append("captured")
 
     def later() -> None:
-        programs.enter()
+        gate.enter()
         order.append("ran")
-        programs.leave()
+        gate.leave()
 
-    programs.enter()
+    gate.enter()
     threads = [threading.Thread(target=capture), threading.Thread(target=later)]
     threads[0].start()
-    while not programs._waiting:
+    while not gate._waiting:
         time.sleep(0.001)
     threads[1].start()
-    programs.enter()  # a thread that runs already is not kept waiting
-    programs.leave()
-    programs.leave()
+    gate.enter()  # a thread that runs already is not kept waiting
+    gate.leave()
+    gate.leave()
     for thread in threads:
         thread.join(60)
     assert sorted(order) == ["captured", "ran"]
-    assert not programs._running
+    assert not gate._running

@@ -1,0 +1,86 @@
+"""How a call gets a program: the compiler handed in, the call that asks, and the run that proves a capture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
+from bwcache_compile.ir.compare import Reference
+from bwcache_compile.ir.graph_text import GraphDiff
+from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.runtime.loaded import LoadedProgram
+from bwcache_compile.runtime.signature import CallKey
+
+
+@dataclasses.dataclass(frozen=True)
+class Toolchain:
+    """How a model becomes a program; handed in, so that running needs no compiler.
+
+    Attributes:
+        capture: Model, positional and keyword arguments, which sizes stay open, whether values that sizes depend on are built
+            in, what the model returns, and how to run what is made of a capture, to a captured program.
+        build: A captured program, which it consumes, and settings to a cached one.
+        explain: The same to the diff of each pass.
+        guard: Who decides at each step of what `build` makes: "host" or "graph".
+    """
+
+    capture: Callable[..., CachedProgram]
+    build: Callable[[CachedProgram, CacheConfig], CachedProgram]
+    explain: Callable[[CachedProgram, CacheConfig], dict[str, GraphDiff]]
+    guard: str = "host"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A call that needs a program: what it looks like, the model's outputs for it, and the settings in force."""
+
+    key: CallKey
+    reference: Reference
+    config: CacheConfig
+    num_steps: int | None
+
+    def first_step(self, loaded: LoadedProgram) -> list[Any]:
+        """Run a program on this call, on a fresh state at step 0, and return all that its graph returns."""
+        state = loaded.fresh(loaded.symbols(self.key) or {})
+        try:
+            parameters = loaded.parameters(self.config, self.num_steps)
+        except ConfigError:  # the number of steps is not known yet; outputs do not depend on it
+            parameters = loaded.parameters(self.config, 2)
+        with torch.no_grad():
+            return list(loaded.eager[loaded.kind(state)](*loaded.operands(self.reference.inputs(), state, parameters)))
+
+
+class Trial:
+    """Makes a program of a capture and runs it, so that what is checked is what will run."""
+
+    def __init__(self, make: Callable[[CachedProgram], LoadedProgram], request: Request) -> None:
+        self._make, self._request = make, request
+        self.loaded: LoadedProgram | None = None
+        self.first: list[Any] | None = None
+        self.error: NoBlocksFoundError | UnsupportedGraphError | None = None
+
+    def run(self, captured: CachedProgram) -> list[Any]:
+        """Return the model's outputs as the finished graph returns them, or the captured one if no program can be made of it."""
+        self.loaded = self.first = self.error = None
+        try:
+            self.loaded = self._make(captured)
+        except (NoBlocksFoundError, UnsupportedGraphError) as error:
+            self.error = error  # which may be due to a wrong capture
+            return list(captured.fresh().compute(*self._request.reference.inputs()))
+        self.first = self._request.first_step(self.loaded)
+        return self.first[: self.loaded.program.signature.out_spec.num_leaves]
+
+    def result(self, captured: CachedProgram) -> tuple[LoadedProgram, list[Any] | None]:
+        """Return the program, and what its graph returned if it was checked.
+
+        Raises:
+            NoBlocksFoundError, UnsupportedGraphError: No program can be made of the capture.
+        """
+        if self.error is not None:
+            raise self.error
+        return self.loaded or self._make(captured), self.first
