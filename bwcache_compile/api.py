@@ -32,7 +32,7 @@ def _names(blocks: Sequence[str] | None) -> tuple[str, ...]:
     if blocks is None:
         return ()
     if isinstance(blocks, str) or not blocks or not all(isinstance(name, str) for name in blocks):
-        raise ConfigError(f'blocks is {blocks!r}; it must be a list of module paths, such as ["transformer_blocks"].')
+        raise ConfigError(f'blocks must be a list of module paths, such as ["transformer_blocks"], got {blocks!r}.')
     return tuple(blocks)
 
 
@@ -91,18 +91,18 @@ def transform(
         CaptureError, NoBlocksFoundError, UnsupportedGraphError: With examples, what the first call would raise.
     """
     if isinstance(model, CachedModel):
-        raise StateError("this model is transformed already; use it as it is, or transform the original again with other settings.")
+        raise StateError("this model is already transformed. Use it as it is, or transform the original model again with other settings.")
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"transform takes a torch.nn.Module, not a {type(model).__name__}.")
+        raise ConfigError(f"transform expects a torch.nn.Module, got {type(model).__name__}.")
     if hasattr(model, "_orig_mod"):
-        raise ConfigError("this model is compiled already: transform the original first, then call torch.compile on the result.")
+        raise ConfigError("this model is already compiled. Call transform on the original model, then torch.compile on the result.")
     refuse_hooks(model)
     config = config or CacheConfig()
     if guard not in get_args(Guard):
-        raise ConfigError(f"guard is {guard!r}; choose one of {', '.join(map(repr, get_args(Guard)))}.")
+        raise ConfigError(f"guard must be one of {', '.join(map(repr, get_args(Guard)))}, got {guard!r}.")
     config.check_guard(guard)
     if verify not in get_args(Verify):
-        raise ConfigError(f"verify is {verify!r}; choose one of {', '.join(map(repr, get_args(Verify)))}.")
+        raise ConfigError(f"verify must be one of {', '.join(map(repr, get_args(Verify)))}, got {verify!r}.")
     cached = CachedModel(model, config, _toolchain(blocks, guard), dynamic_shapes, verify)
     if example_args is not None or example_kwargs is not None:
         cached.prepare(example_args or (), example_kwargs or {})
@@ -148,21 +148,21 @@ def _one_program(cached: CachedModel, signature: tuple[tuple[Any, ...], dict[str
             case (tuple() | list() as args, dict() as kwargs):
                 cached.prepare(tuple(args), kwargs)
             case _:
-                raise ConfigError("signature is no pair of a tuple and a dict; pass (args, kwargs), as in a call.")
+                raise ConfigError("signature must be a pair (args, kwargs) of a tuple and a dict.")
         program = cached.program
     else:
         held = cached.cached_programs
         if not held:
             raise ExportError(
-                "there is no program to export: nothing is captured yet, or the model was changed or closed since.\n"
-                "  Call the model once, or pass signature=(args, kwargs), a call like those to come."
+                "there is no program to export: the model has not been captured yet, or it was changed or closed since.\n"
+                "  Call the model once, or pass signature=(args, kwargs) with the arguments of a typical call."
             )
         if len(held) > 1:
             shapes = ["; ".join(f"{name} {shape}" for name, shape in _shapes(program)) for program in held]
             raise ExportError(
-                f"this model holds {len(held)} programs, and a bundle holds one:\n  "
+                f"the model has {len(held)} captured programs, but a bundle holds one:\n  "
                 + "\n  ".join(shapes)
-                + "\n  Pass signature=(args, kwargs), a call like those to come; or transform with dynamic_shapes."
+                + "\n  Pass signature=(args, kwargs) to choose one, or transform with dynamic_shapes so that one program serves all sizes."
             )
         program = held[0]
     if program.reuse is None and cached.cache_config.granularity == "stack":
@@ -208,11 +208,11 @@ def export(
         ConfigError: `format` or `opset` is not supported, or `cached` or `signature` is something else.
     """
     if not isinstance(cached, CachedModel):
-        raise ConfigError(f"export takes what transform returned, not a {type(cached).__name__}. Transform the model; compile it later.")
+        raise ConfigError(f"export expects the result of transform, got {type(cached).__name__}.")
     if format not in FORMATS:
-        raise ConfigError(f"format is {format!r}; choose one of {', '.join(FORMATS)}.")
+        raise ConfigError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
     if guarded and format != "onnx":
-        raise ConfigError(f'guarded=True writes one more ONNX graph; format is {format!r}. Leave it out, or choose format="onnx".')
+        raise ConfigError(f'guarded=True requires format="onnx", got {format!r}.')
     program, config = _one_program(cached, signature), cached.cache_config
     with torch.autocast(program.planned().device.type, enabled=False):  # what is around this call is no part of the program
         if format != "onnx":

@@ -41,7 +41,7 @@ def _as_mask(given: Any) -> tuple[int, ...]:
     except (TypeError, ValueError):
         same = False
     if not same:
-        raise ConfigError(f"steps_mask is {given!r}; it must hold a 0 or a 1 for each step.")
+        raise ConfigError(f"steps_mask must hold a 0 or a 1 for each step, got {given!r}.")
     return mask
 
 
@@ -152,16 +152,21 @@ class CacheConfig:
         if self.granularity == "block" and not way.adds_to_input:
             adding = " or ".join(repr(name) for name, other in REUSES.items() if other.adds_to_input)
             raise ConfigError(
-                f"granularity='block' needs reuse={adding}, not {self.reuse!r}: a held output would hide what earlier blocks changed."
+                f"granularity='block' requires reuse={adding}, got {self.reuse!r}: a reused output would discard what earlier"
+                " blocks changed."
             )
         if self.granularity == "block" and self.decide == "joint":
-            raise ConfigError("granularity='block' has as many decisions as blocks; decide='joint' shares one. Choose one of the two.")
+            raise ConfigError(
+                "granularity='block' decides for each block and decide='joint' once for all contexts; they cannot be combined."
+            )
         if clash := {slot.name for slot in policy.slots} & set(way.slot_names):
             raise ConfigError(f"policy={self.policy!r} and reuse={self.reuse!r} both have a slot {min(clash)!r}; rename one.")
         if self.decide == "joint" and policy.measures and [slot.name for slot in policy.slots] != ["trigger"]:
-            raise ConfigError(f"decide='joint' shares one slot `trigger`, which policy={self.policy!r} lacks; use decide='separate'.")
+            raise ConfigError(
+                f"decide='joint' requires a policy with a slot `trigger`, and policy={self.policy!r} has none. Use decide='separate'."
+            )
         if self.granularity == "block" and self.indicator_blocks != "all":
-            raise ConfigError(f"granularity='block' measures every block; indicator_blocks is {self.indicator_blocks!r}, not \"all\".")
+            raise ConfigError(f"granularity='block' requires indicator_blocks=\"all\", got {self.indicator_blocks!r}.")
 
     def _check_numbers(self) -> None:
         if not (isinstance(self.threshold, (int, float)) and self.threshold >= 0):
@@ -175,7 +180,7 @@ class CacheConfig:
         if not (isinstance(self.tail, (int, float)) and not isinstance(self.tail, bool) and 0 <= self.tail <= 1):
             raise ConfigError(f"tail is {self.tail!r}; it must be in [0, 1].")
         if self.tail_ratio()[1] > _FINEST:
-            raise ConfigError(f"tail is {self.tail!r}; its exact ratio does not fit 64 bits; give fewer digits.")
+            raise ConfigError(f"tail is {self.tail!r}; its exact fraction does not fit in 64 bits. Use fewer digits.")
         for name, least in (("warmup_steps", 0), ("compute_first", 0), ("compute_last", 0), ("calls_per_step", 1)):
             value = getattr(self, name)
             if not (_is_int(value) and value >= least):
@@ -187,7 +192,7 @@ class CacheConfig:
         for name in ("reuse_interval", "warmup_steps", "num_steps"):
             value = getattr(self, name)
             if _is_int(value) and value > _MOST_STEPS:
-                raise ConfigError(f"{name} is {value}; graphs count steps up to {_MOST_STEPS}.")
+                raise ConfigError(f"{name} is {value}; it must be at most {_MOST_STEPS}.")
         if self.num_steps is not None and not (_is_int(self.num_steps) and self.num_steps >= 1):
             raise ConfigError(f"num_steps is {self.num_steps!r}; it must be an int >= 1.")
 
@@ -219,19 +224,20 @@ class CacheConfig:
         """
         names = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(set(changes) - names):
-            raise ConfigError(f"{', '.join(unknown)} is no setting of CacheConfig.\n  What may change: {_may_change()}.")
+            raise ConfigError(f"unknown CacheConfig settings: {', '.join(unknown)}.\n  Can be changed: {_may_change()}.")
         new = dataclasses.replace(self, **changes)
         old_graphs, new_graphs = self.graph_settings, new.graph_settings
         shaping = [name for name, value in vars(old_graphs).items() if value != getattr(new_graphs, name)]
         if shaping == ["mask_steps"]:
             raise ConfigError(
-                f"steps_mask has {new_graphs.mask_steps} entries, and the graphs take {old_graphs.mask_steps}: the length of a mask shapes"
-                " them. Transform the model again with the new mask, or export it again."
+                f"steps_mask has {new_graphs.mask_steps} entries, but the graphs were built for {old_graphs.mask_steps}."
+                " Transform the model again with the new mask, or export it again."
             )
         if shaping:
             raise ConfigError(
-                f"{', '.join(name for name in shaping if name != 'mask_steps')} shapes the graphs; transform the model again, or export"
-                f" it again.\n  What may change: {_may_change()}."
+                f"the graphs depend on {', '.join(name for name in shaping if name != 'mask_steps')}, so it cannot be changed"
+                " now. Transform"
+                f" the model again, or export it again.\n  Can be changed: {_may_change()}."
             )
         return new
 
@@ -242,9 +248,9 @@ class CacheConfig:
             ConfigError: They do not.
         """
         if self.granularity == "block" and guard == "host":
-            raise ConfigError("granularity='block' decides for each block on its own, inside the graph: pass guard='graph'.")
+            raise ConfigError("granularity='block' requires guard='graph': each block is guarded inside the graph.")
         if self.decide == "joint" and guard == "graph":
-            raise ConfigError("decide='joint' is for guard='host': a graph that decides by itself sees one context.")
+            raise ConfigError("decide='joint' requires guard='host': a guard inside the graph sees one context only.")
 
     @property
     def steps(self) -> int | None:
@@ -306,7 +312,7 @@ class CacheConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or set(values) - known:
             extra = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
-            raise ConfigError(f"{path} holds {extra}, which are no settings of CacheConfig.")
+            raise ConfigError(f"{path} contains unknown CacheConfig settings: {extra}.")
         if values.get("steps_mask") is not None:
             values["steps_mask"] = tuple(values["steps_mask"])
         return cls(**values)

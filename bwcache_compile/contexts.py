@@ -126,8 +126,7 @@ class ContextTable(Generic[AnyContext]):
             self._contexts.move_to_end(info.key)
         if not context.lock.acquire(blocking=False):
             raise StateError(
-                f"the context {info.key!r} is in use by another thread. Give each stream of calls its own:"
-                " `with cached.cache_context(name):`."
+                f"context {info.key!r} is in use by another thread. Give each thread its own context: `with cached.cache_context(name):`."
             )
         return context
 

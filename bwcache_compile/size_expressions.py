@@ -70,7 +70,7 @@ def _power(base: Any, power: Any) -> Any:
         raise SizeError(f"{base}**{power} is out of range")
     value = base**power
     if isinstance(value, complex):
-        raise SizeError(f"{base}**{power} is no real number")
+        raise SizeError(f"{base}**{power} is not a real number")
     return value
 
 
@@ -113,7 +113,7 @@ def _evaluator(node: ast.AST) -> _Evaluator:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and node.args and not node.keywords:
         function, operands = _FUNCTIONS[node.func.id], list(map(_evaluator, node.args))
         return lambda symbols: function(*(operand(symbols) for operand in operands))
-    raise SizeError(f"{type(node).__name__} is no arithmetic on sizes")
+    raise SizeError(f"{type(node).__name__} is not supported in a size expression")
 
 
 @functools.lru_cache(_PARSED)

@@ -337,21 +337,23 @@ class Tracker:
             return "the first call", ""
         if num_steps is not None and given is None and following >= num_steps:
             went_on = verdict == "forward"
-            advice = f"the time went on after the last of {num_steps} steps: a new generation began. Set num_steps to the steps of a run"
-            return f"the {num_steps} steps of the generation before were through", advice if went_on else ""
+            advice = (
+                f"the timestep continued after the last of {num_steps} steps: a new generation began. Set num_steps to the number of steps"
+            )
+            return f"the {num_steps} steps of the previous generation were complete", advice if went_on else ""
         if given is not None and given < following:
             again = 0 < given == following - 1
-            advice = f"step {given} came again: a new generation began. Where a step takes several calls, give each a context of its own"
+            advice = f"step {given} was repeated: a new generation began. If a step makes several calls, give each its own context"
             return "the step index went back", advice if again else ""
         if signature != self.signature:
             why = "the inputs changed"
         elif verdict == "back" or (verdict == "repeated" and following == 1 and info.named):
-            why = "the time went back"
+            why = "the timestep went back"
         elif verdict == "repeated" and following == 1:
             raise StateError(
-                "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"
+                "two consecutive calls have the same timestep: the model is called more than once per step, and the calls would"
                 " overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set"
-                " CacheConfig(calls_per_step=2). If the first call was of a run that was broken off, call cached.reset()."
+                " CacheConfig(calls_per_step=2). If the first call belonged to an interrupted run, call cached.reset()."
             )
         else:
             return "", ""
@@ -361,7 +363,7 @@ class Tracker:
 def _doubt(verdict: Verdict, clock: Clock) -> str:
     """Return why a call may not be the next step of its generation; empty where there is no doubt."""
     if clock.doubt:
-        return "the time repeats in half precision, and calls without a context name cannot be told apart"
+        return "the timestep repeats in half precision, and calls without a context name cannot be told apart"
     if verdict == "unsure" and not clock.moved:
-        return "the time repeats in half precision, and a new run cannot be told from this one"
+        return "the timestep repeats in half precision, and a new run cannot be told from this one"
     return ""

@@ -28,9 +28,9 @@ GOLDEN: list[tuple[dict[str, Any], str]] = [
     ({"policy": "magic"}, "policy is 'magic'; choose one of 'schedule', 'static'."),
     ({"reuse": "blend"}, "reuse is 'blend'; choose one of 'output', 'residual', 'taylor'."),
     ({"policy": "static"}, "policy='static' needs steps_mask: one entry per step, 1 reuses and 0 computes."),
-    ({"policy": "static", "steps_mask": (0, 0.5)}, "steps_mask is (0, 0.5); it must hold a 0 or a 1 for each step."),
-    ({"policy": "static", "steps_mask": "011"}, "steps_mask is '011'; it must hold a 0 or a 1 for each step."),
-    ({"policy": "static", "steps_mask": 3}, "steps_mask is 3; it must hold a 0 or a 1 for each step."),
+    ({"policy": "static", "steps_mask": (0, 0.5)}, "steps_mask must hold a 0 or a 1 for each step, got (0, 0.5)."),
+    ({"policy": "static", "steps_mask": "011"}, "steps_mask must hold a 0 or a 1 for each step, got '011'."),
+    ({"policy": "static", "steps_mask": 3}, "steps_mask must hold a 0 or a 1 for each step, got 3."),
     (
         {"policy": "static", "steps_mask": (1, 0)},
         "steps_mask is (1, 0); entries are 0 or 1 and the first must be 0: nothing is cached yet.",
@@ -79,7 +79,7 @@ def test_saved_settings_come_back_with_their_types(config: bw.CacheConfig, tmp_p
 def test_a_tail_that_does_not_fit_64_bits_is_refused() -> None:
     config = bw.CacheConfig(tail=0.061380248414350747)
     config.policy_values(150)
-    message = "tail is 0.061380248414350747; its exact ratio times 151 steps does not fit 64 bits; give fewer digits."
+    message = "tail is 0.061380248414350747; its exact fraction times 151 steps does not fit in 64 bits. Use fewer digits."
     with pytest.raises(bw.ConfigError, match=f"^{re.escape(message)}$"):
         config.policy_values(151)
 
@@ -98,7 +98,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(bw.ConfigError, match=r"config\.json is not JSON"):
         bw.CacheConfig.load(path)
     path.write_text('{"treshold": 0.1}')
-    with pytest.raises(bw.ConfigError, match=r"holds \['treshold'\], which are no settings of CacheConfig"):
+    with pytest.raises(bw.ConfigError, match=r"contains unknown CacheConfig settings: \['treshold'\]"):
         bw.CacheConfig.load(path)
 
 
@@ -110,7 +110,7 @@ def test_paper_settings_measure_everything() -> None:
 
 MASK = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0))
 MAY_CHANGE = """
-  What may change: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold, warmup_steps."""
+  Can be changed: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold, warmup_steps."""
 
 
 @pytest.mark.parametrize(
@@ -119,20 +119,19 @@ MAY_CHANGE = """
         (
             bw.CacheConfig(),
             {"reuse": "residual", "threshold": 0.1},
-            f"reuse shapes the graphs; transform the model again, or export it again.{MAY_CHANGE}",
+            f"the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.{MAY_CHANGE}",
         ),
-        (bw.CacheConfig(), {"treshold": 0.1}, f"treshold is no setting of CacheConfig.{MAY_CHANGE}"),
+        (bw.CacheConfig(), {"treshold": 0.1}, f"unknown CacheConfig settings: treshold.{MAY_CHANGE}"),
         (bw.CacheConfig(), {"threshold": -1}, "threshold is -1; it must be >= 0 (0 never reuses)."),
         (
             MASK,
             {"steps_mask": (0, 1, 1, 0)},
-            "steps_mask has 4 entries, and the graphs take 3: the length of a mask shapes them."
-            " Transform the model again with the new mask, or export it again.",
+            "steps_mask has 4 entries, but the graphs were built for 3. Transform the model again with the new mask, or export it again.",
         ),
         (
             MASK,
             {"policy": "schedule", "steps_mask": None},
-            f"policy shapes the graphs; transform the model again, or export it again.{MAY_CHANGE}",
+            f"the graphs depend on policy, so it cannot be changed now. Transform the model again, or export it again.{MAY_CHANGE}",
         ),
     ],
     ids=["shapes the graphs", "unknown", "bad value", "length of the mask", "another policy"],
@@ -154,7 +153,7 @@ def test_what_the_graphs_take_as_input_may_change() -> None:
 def test_the_guard_must_fit_the_settings() -> None:
     bw.CacheConfig(decide="joint").check_guard("host")
     bw.CacheConfig(granularity="block", reuse="residual").check_guard("graph")
-    with pytest.raises(bw.ConfigError, match="decide='joint' is for guard='host'"):
+    with pytest.raises(bw.ConfigError, match="decide='joint' requires guard='host'"):
         bw.CacheConfig(decide="joint").check_guard("graph")
-    with pytest.raises(bw.ConfigError, match="granularity='block' decides for each block on its own"):
+    with pytest.raises(bw.ConfigError, match="granularity='block' requires guard='graph'"):
         bw.CacheConfig(granularity="block", reuse="residual").check_guard("host")

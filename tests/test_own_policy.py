@@ -196,16 +196,16 @@ def test_what_does_not_fit_is_named(model: OneStream) -> None:
             )
         ),
         """\
-there is a policy 'schedule' already, and graphs may have been made with it; choose another name.
+policy 'schedule' is already registered. Choose another name.
 policy is named 'two words'; choose a name that is a Python identifier.
-policy 'other': `decide` takes 'computed'; it may take step, change, interval, threshold.
-policy 'other' has a slot or parameter 'step'; names must be identifiers, differ, and not be one of ours.
-reuse 'other': shared slots and `keep_shared` go together; give both or none.
-reuse 'other': `reuse` takes 'output'; it may take source, kept_output, kept_seen, time, step.
+policy 'other': `decide` has an unknown argument 'computed'; allowed are step, change, interval, threshold.
+policy 'other': invalid slot or parameter name 'step'. Names must be unique Python identifiers and must not be reserved.
+reuse 'other': shared slots and `keep_shared` must be given together.
+reuse 'other': `reuse` has an unknown argument 'output'; allowed are source, kept_output, kept_seen, time, step.
 indicator 'other' must be a function of two lists of tensors, the features and their references.
 indicator is 'other'; choose one of 'l1', 'toy'.
-decide='joint' shares one slot `trigger`, which policy='toy' lacks; use decide='separate'.
+decide='joint' requires a policy with a slot `trigger`, and policy='toy' has none. Use decide='separate'.
 steps_mask is only read by policy='static'; remove it or choose that policy.
-reuse='toy_half': `<lambda>` returns f16[1, 6, 8], and must return f32[1, 6, 8].
-policy='toy_wide': `decide` returns i64[1], i64[2], and must return i64[1], i64[1].""",
+reuse='toy_half': `<lambda>` must return f32[1, 6, 8], got f16[1, 6, 8].
+policy='toy_wide': `decide` must return i64[1], i64[1], got i64[1], i64[2].""",
     )

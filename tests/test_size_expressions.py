@@ -43,7 +43,7 @@ def test_what_is_printed_is_evaluated(expression: Any, text: str | None) -> None
 
 def test_a_size_that_the_language_lacks_is_refused() -> None:
     for expression in (sym.OpaqueUnaryFn_cos(sym.ToFloat(A)), sym.Where(A > 2, A, B)):
-        with pytest.raises(bw.CaptureError, match=r"^the size .* cannot be kept open: "):
+        with pytest.raises(bw.CaptureError, match=r"^the size .* cannot be dynamic: "):
             print_expression(expression)
 
 

@@ -14,7 +14,7 @@ _DEEPEST = 50
 
 def _misput(form: Any, names: Collection[str], depth: int = 0) -> str | None:
     """Say what `put_together` could not put together of tensors with these names."""
-    shown = f"the outputs are put together as {repr(form)[:60]}"
+    shown = f"invalid output structure {repr(form)[:60]}"
     if not isinstance(form, dict) or len(form) != 1 or depth > _DEEPEST:
         return shown
     ((kind, inside),) = form.items()
@@ -33,17 +33,17 @@ def disagreement(manifest: Manifest) -> str | None:
     for group, entries in (("inputs", manifest.inputs), ("outputs", outputs.items), ("slots", manifest.slots)):
         names = [entry.name for entry in entries]
         if len(set(names)) < len(names):
-            return f"{group} names {next(name for name in names if names.count(name) > 1)} twice"
+            return f"duplicate name {next(name for name in names if names.count(name) > 1)} in {group}"
     wrong = _misput(outputs.form, [item.name for item in outputs.items])
     if wrong is not None or not outputs.items:
         return wrong or "there are no outputs"
     known = {entry.name: entry.dtype for entry in manifest.inputs}
     for entry in manifest.values:
         if known.get(entry.input, "bfloat16") == "bfloat16":  # numpy reads none
-            return f"values are built in for {entry.input}, which is no input, or of bfloat16"
+            return f"values lists {entry.input}, which is not an input or has dtype bfloat16"
     for symbol in manifest.symbols:
         if symbol.input not in known or symbol.dimension < 0 or symbol.factor < 1:
-            return f"the symbol {symbol.name} is read from {symbol.input}, dimension {symbol.dimension}, in {symbol.factor}s"
+            return f"invalid symbol {symbol.name}: input {symbol.input}, dimension {symbol.dimension}, factor {symbol.factor}"
     return None
 
 

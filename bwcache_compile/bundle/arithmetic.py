@@ -19,5 +19,5 @@ def arithmetic(size: int | str, symbols: Mapping[str, int]) -> int:
     except SizeError as error:
         raise BundleError(f"manifest.json: {error}") from error
     if not isinstance(value, int):
-        raise BundleError(f"manifest.json: the size {str(size)[:80]!r} is {value!r}, no whole number.")
+        raise BundleError(f"manifest.json: the size {str(size)[:80]!r} evaluates to {value!r}, expected an integer.")
     return value

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from bwcache_compile.bundle.arithmetic import arithmetic
 from bwcache_compile.bundle.manifest import Manifest, Size, TensorEntry
 from bwcache_compile.errors import StateError
+from bwcache_compile.size_expressions import names_in
 
 
 class Output(dict[str, Any]):
@@ -109,8 +111,19 @@ def _inside(given: Any, path: Sequence[int | str], argument: str) -> Any:
         for key in path:
             given = given[key]
     except (KeyError, IndexError, TypeError) as error:
-        raise StateError(f"{argument} holds nothing at {'.'.join(map(str, path))}.") from error
+        raise StateError(f"{argument} has no value at {'.'.join(map(str, path))}.") from error
     return given
+
+
+def constraint_violated(manifest: Manifest, condition: str, sizes: Mapping[str, int]) -> str:
+    """Say which condition on the sizes is violated, by inputs and dimensions (`x[1] >= 2`) where its symbols are sizes as they are."""
+    places = {symbol.name: symbol.place for symbol in manifest.symbols if (symbol.offset, symbol.factor) == (0, 1)}
+
+    def named(text: str) -> str:
+        return re.sub(r"[A-Za-z_]\w*", lambda match: places.get(match.group(), match.group()), text)
+
+    got = ", ".join(f"{named(name)} = {sizes[name]}" for name in sorted(names_in(condition) & sizes.keys()))
+    return f"shape constraint violated: {named(condition)}, got {got}."
 
 
 def _symbols(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
@@ -123,16 +136,16 @@ def _symbols(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict[str
     for symbol in manifest.symbols:
         shape = shapes.get(symbol.input, ())
         if symbol.dimension >= len(shape):
-            raise StateError(f"{symbol.input} has the shape {list(shape)}, too few dimensions.")
+            raise StateError(f"{symbol.input} must have at least {symbol.dimension + 1} dimensions, got shape {list(shape)}.")
         symbols[symbol.name] = (shape[symbol.dimension] - symbol.offset) // symbol.factor
     for entry in manifest.inputs:
         expected = [arithmetic(size, symbols) for size in entry.shape]
         if list(shapes[entry.name]) != expected:
             shown = ", ".join(map(str, entry.shape))
-            raise StateError(f"{entry.name} has the shape {list(shapes[entry.name])}, and the bundle takes [{shown}].")
+            raise StateError(f"{entry.name} must have shape [{shown}], got {list(shapes[entry.name])}.")
     for condition in manifest.conditions:
         if not arithmetic(condition, symbols):
-            raise StateError(f"the graphs hold where {condition}, and here {', '.join(f'{k} is {v}' for k, v in symbols.items())}.")
+            raise StateError(constraint_violated(manifest, condition, symbols))
     return symbols
 
 
@@ -151,25 +164,25 @@ def bound(manifest: Manifest, runner: Runner, args: tuple[Any, ...], kwargs: dic
     """
     names = manifest.arguments
     if len(args) > len(names):
-        raise StateError(f"{len(args)} positional arguments, and the model takes {', '.join(names)}.")
+        raise StateError(f"got {len(args)} positional arguments, but the model takes {len(names)}: {', '.join(names)}.")
     given = dict(zip(names, args, strict=False))
     twice = sorted(set(given) & set(kwargs))
     if twice:
-        raise StateError(f"{', '.join(twice)} is given twice, by position and by name.")
+        raise StateError(f"got {', '.join(twice)} twice, by position and by name.")
     given |= kwargs
     tensors = {entry.argument for entry in manifest.inputs}
     expected = tensors | {constant.argument for constant in manifest.constants}
     missing = sorted(tensors - set(given))
     if missing:
-        raise StateError(f"{', '.join(missing)} is missing; the bundle takes {', '.join(sorted(expected))}.")
+        raise StateError(f"missing inputs: {', '.join(missing)}. The bundle takes {', '.join(sorted(expected))}.")
     for constant in manifest.constants:
         if constant.argument in given:
             found = _inside(given[constant.argument], constant.path, constant.argument)
             if not _same_constant(found, constant.value):
-                raise StateError(f"{constant.argument} is {found!r}, and the bundle was made for {constant.value!r}.")
+                raise StateError(f"{constant.argument} is {found!r}, but the bundle was exported for {constant.value!r}.")
     unknown = sorted(name for name in set(given) - expected if not _holds_nothing(given[name]))
     if unknown:
-        raise StateError(f"{', '.join(unknown)} is not among what the bundle takes: {', '.join(sorted(expected))}.")
+        raise StateError(f"unexpected inputs: {', '.join(unknown)}. The bundle takes {', '.join(sorted(expected))}.")
     found = {e.name: _inside(given[e.argument], e.path, e.argument) for e in manifest.inputs}
     return flat_call(manifest, runner, found)
 
@@ -184,19 +197,19 @@ def flat_call(manifest: Manifest, runner: Runner, given: Mapping[str, Any]) -> C
     for entry in manifest.inputs:
         name = entry.name
         if name not in given:
-            raise StateError(f"{name} is missing; the bundle takes {', '.join(e.name for e in manifest.inputs)}.")
+            raise StateError(f"missing inputs: {name}. The bundle takes {', '.join(e.name for e in manifest.inputs)}.")
         value = runner.value(given[name], name, entry.dtype)
         dtype, shape = runner.kind(value)
         if dtype == PAIRS.get(entry.dtype) and shape[-1:] == (2,):
             dtype, shape = entry.dtype, shape[:-1]
         if dtype != entry.dtype:
-            raise StateError(f"{name} is {dtype}, and the bundle takes {entry.dtype}.")
+            raise StateError(f"{name} must have dtype {entry.dtype}, got {dtype}.")
         values[name], shapes[name] = value, shape
     symbols = _symbols(manifest, shapes)
     for built in manifest.values:  # waits for the device
         if runner.host(values[built.input]).reshape(-1).tolist() != list(built.value):
             raise StateError(
-                f"{built.input} has other values than those built into the bundle, since the model reads them in Python."
-                " Export a bundle for each of its values."
+                f"the values of {built.input} differ from those at export. The model reads them in Python, so they are constants of the"
+                " graphs. Export a bundle for each set of values."
             )
     return Call(values, shapes, symbols)

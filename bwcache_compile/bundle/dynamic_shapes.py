@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from bwcache_compile.bundle.arithmetic import arithmetic
-from bwcache_compile.bundle.call import graph_shape
+from bwcache_compile.bundle.call import constraint_violated, graph_shape
 from bwcache_compile.bundle.manifest import Manifest, Size
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.graph_io import cache_in
@@ -41,12 +41,12 @@ def symbol_ranges(manifest: Manifest, sizes: Mapping[str, Range]) -> dict[str, R
     places = {symbol.place: symbol for symbol in manifest.symbols}
     unknown = sorted(set(sizes) - set(places))
     if unknown:
-        raise ConfigError(f"{', '.join(unknown)} is no open size of this bundle; there are: {', '.join(places) or 'none'}.")
+        raise ConfigError(f"unknown dynamic sizes: {', '.join(unknown)}. This bundle has {', '.join(places) or 'none'}.")
     ranges: dict[str, Range] = {}
     for place, symbol in places.items():
         low, usual, high = sizes.get(place, (0, 0, 0))
         if place in sizes and not 0 < low <= usual <= high:
-            raise ConfigError(f"{place} is {sizes[place]}; give the smallest, the usual and the largest size.")
+            raise ConfigError(f"{place} must be (smallest, usual, largest), got {sizes[place]}.")
         name, offset, factor = symbol.name, symbol.offset, symbol.factor
         given = ((low - offset) // factor, (usual - offset) // factor, (high - offset) // factor)
         ranges[name] = given if place in sizes else _default(manifest, name, known)
@@ -54,7 +54,7 @@ def symbol_ranges(manifest: Manifest, sizes: Mapping[str, Range]) -> dict[str, R
         at = {name: sizes_of[i] for name, sizes_of in ranges.items()}
         broken = _holding(manifest, at)
         if broken:
-            raise ConfigError(f"the graphs hold where {broken}, and the {word} sizes are {', '.join(f'{k} = {v}' for k, v in at.items())}.")
+            raise ConfigError(f"{word} sizes: {constraint_violated(manifest, broken, at)}")
     return ranges
 
 

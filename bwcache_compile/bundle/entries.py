@@ -102,7 +102,7 @@ def _settings(table: dict[str, Any]) -> CacheConfig:
     try:
         return CacheConfig(**values)
     except (TypeError, ValueError, OverflowError) as error:  # a ConfigError is a ValueError
-        raise ValueError(f"the config does not fit this version: {error}") from error
+        raise ValueError(f"config: not valid in this version: {str(error).rstrip('.')}") from error
 
 
 def _written(value: Any) -> Any:

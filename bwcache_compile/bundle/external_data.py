@@ -28,7 +28,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
             return value, at
         shift += 7
         if shift > 63:
-            raise ValueError("a number is too long")
+            raise ValueError("number is too long")
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -44,13 +44,13 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
         elif kind == 2:
             length, at = _varint(data, at)
             if at + length > len(data):
-                raise ValueError("it ends in the middle of a field")
+                raise ValueError("truncated field")
             yield key >> 3, data[at : at + length]
             at += length
         else:
             raise ValueError(f"wire type {kind}")
     if at > len(data):
-        raise ValueError("it ends in the middle of a field")
+        raise ValueError("truncated field")
 
 
 def external_locations(data: bytes) -> set[str]:
@@ -76,5 +76,5 @@ def external_locations(data: bytes) -> set[str]:
     try:
         walk("model", memoryview(data), 0)
     except IndexError as error:
-        raise ValueError("it ends in the middle of a number") from error
+        raise ValueError("truncated number") from error
     return found

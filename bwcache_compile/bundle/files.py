@@ -58,18 +58,22 @@ def _read_manifest(folder: Path) -> Manifest:
     try:
         content = read_text(path.read_bytes())
     except FileNotFoundError as error:
-        raise BundleError(f"{path} does not exist: {folder} is no bundle.") from error
+        raise BundleError(f"{path} does not exist: {folder} is not a bundle.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}.") from error
+        raise BundleError(f"cannot read {path}: {error}.") from error
     if content.pop("format", None) != FORMAT:
-        raise BundleError(f"{path} does not describe a bundle.")
+        raise BundleError(f"{path} is not the manifest of a bundle.")
     version = content.pop("format_version", None)
     if type(version) is not int or version < 1:
-        raise BundleError(f"{path}: format_version is {version!r}, no version number.")
+        raise BundleError(f"{path}: format_version must be an integer, got {version!r}.")
     if version < VERSION:
-        raise BundleError(f"{path} is of format version {version}, and this bwcache-compile reads version {VERSION}. Export it again.")
+        raise BundleError(
+            f"{path} has format version {version}, but this version of bwcache-compile reads {VERSION}. Export the model again."
+        )
     if version > VERSION:
-        raise BundleError(f"{path} is of format version {version}, and this bwcache-compile reads up to {VERSION}. Upgrade it.")
+        raise BundleError(
+            f"{path} has format version {version}, but this version of bwcache-compile reads up to {VERSION}. Upgrade bwcache-compile."
+        )
     try:
         manifest = Manifest.from_json(content, "manifest")
     except ValueError as error:
@@ -78,7 +82,7 @@ def _read_manifest(folder: Path) -> Manifest:
     if wrong is not None:
         raise BundleError(f"{path}: {wrong}.")
     if manifest.graph_format not in FORMATS:
-        raise BundleError(f"{path}: graph_format is {manifest.graph_format!r}; known are {', '.join(FORMATS)}.")
+        raise BundleError(f"{path}: graph_format must be one of {', '.join(FORMATS)}, got {manifest.graph_format!r}.")
     return manifest
 
 
@@ -86,15 +90,15 @@ def _check_tensors(path: Path, manifest: Manifest) -> None:
     """Check the dtypes and shapes of inputs, outputs and slots."""
     for entry in (*manifest.inputs, *manifest.outputs.items, *manifest.slots):
         if entry.dtype not in DTYPES:
-            raise BundleError(f"{path}: {entry.name} has the dtype {entry.dtype!r}; known are {', '.join(DTYPES)}.")
+            raise BundleError(f"{path}: {entry.name} has unsupported dtype {entry.dtype!r}; supported are {', '.join(DTYPES)}.")
         if any(isinstance(size, int) and size < 0 for size in entry.shape):
-            raise BundleError(f"{path}: {entry.name} has the shape {list(entry.shape)}.")
+            raise BundleError(f"{path}: {entry.name} has an invalid shape {list(entry.shape)}.")
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
     if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
-        raise BundleError(f"{folder / MANIFEST} names {name!r}, which is outside the bundle.")
+        raise BundleError(f"{folder / MANIFEST} refers to {name!r}, which is outside the bundle.")
     try:
         there = path.is_file() and not path.is_symlink()
     except OSError:  # no name that the file system takes
@@ -103,24 +107,26 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
         raise BundleError(f"{path} is missing; the bundle is incomplete.")
     size = path.stat().st_size
     if size != entry.bytes:
-        raise BundleError(f"{path} has {size} bytes instead of {entry.bytes}; it is {'truncated' if size < entry.bytes else 'altered'}.")
+        raise BundleError(
+            f"{path} has {size} bytes, expected {entry.bytes}: the file is {'truncated' if size < entry.bytes else 'altered'}."
+        )
     if file_hash(path) != entry.sha256:
-        raise BundleError(f"{path} is not the file that was exported: its SHA-256 differs.")
+        raise BundleError(f"SHA-256 mismatch for {path}: the file was changed after export.")
 
 
 def _check_graphs(folder: Path, manifest: Manifest) -> None:
     path, files, graphs = folder / MANIFEST, manifest.files, manifest.graphs
     onnx = manifest.graph_format == "onnx"
     if not {"compute", "reuse"} <= set(graphs):
-        raise BundleError(f"{path} names no compute and reuse graph.")
+        raise BundleError(f"{path} does not list a compute and a reuse graph.")
     for kind, entry in graphs.items():
         if entry.file not in files:
-            raise BundleError(f"{path}: the {kind} graph is none of the bundle's files.")
+            raise BundleError(f"{path}: the file of the {kind} graph is not among the bundle's files.")
         if entry.weights is None and not onnx:
-            raise BundleError(f"{path} does not name the weights of the {kind} graph.")
+            raise BundleError(f"{path} does not list the weights of the {kind} graph.")
         lacking = unmade(manifest, kind)
         if lacking:
-            raise BundleError(f"{path}: the {kind} graph does not return {', '.join(lacking)}.")
+            raise BundleError(f"{path}: the {kind} graph lacks the outputs {', '.join(lacking)}.")
         if onnx:
             _check_locations(folder / entry.file, files)
     if not onnx:
@@ -132,22 +138,22 @@ def _check_locations(path: Path, files: Collection[str]) -> None:
     try:
         locations = external_locations(path.read_bytes())
     except ValueError as error:
-        raise BundleError(f"{path} is no ONNX model: {error}.") from error
+        raise BundleError(f"{path} is not an ONNX model: {error}.") from error
     for location in sorted(locations):
         if location not in files:
-            raise BundleError(f"{path} reads weights from {location!r}, which is none of the bundle's files.")
+            raise BundleError(f"{path} reads weights from {location!r}, which is not among the bundle's files.")
 
 
 def _check_layout(path: Path, manifest: Manifest) -> None:
     """Check what only torch's formats say: the device, the weights, and how tensors lie in memory."""
     if manifest.device is None:
-        raise BundleError(f"{path} names no device.")
+        raise BundleError(f"{path} has no device.")
     if manifest.weights is None or manifest.weights.file not in manifest.files:
-        raise BundleError(f"{path} does not say where the weights are.")
+        raise BundleError(f"{path} has no entry for the weights.")
     taken: list[PlacedEntry] = [*manifest.inputs, *manifest.slots]
     for entry in taken:
         if entry.order is None or sorted(entry.order) != list(range(len(entry.shape))):
-            raise BundleError(f"{path} does not say how {entry.name} lies in memory.")
+            raise BundleError(f"{path} has no memory layout for {entry.name}.")
 
 
 def open_bundle(directory: str | Path) -> Bundle:

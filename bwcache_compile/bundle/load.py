@@ -71,7 +71,7 @@ def load(
         ConfigError: An argument is not among the choices, does not fit the bundle, or the provider is not there.
     """
     if backend not in _BACKENDS.values():
-        raise ConfigError(f'backend is {backend!r}; choose "onnxruntime" or "torch".')
+        raise ConfigError(f'backend must be "onnxruntime" or "torch", got {backend!r}.')
     bundle = open_bundle(directory)
     graph_format = bundle.manifest.graph_format
     if _BACKENDS[graph_format] != backend:
@@ -80,11 +80,11 @@ def load(
         _need("onnxruntime", "ort")
         return ort_session(bundle, guarded=guarded, providers=providers, options=options, outputs=outputs or "numpy")
     if guarded or providers is not None or options is not None or outputs is not None:
-        raise ConfigError('guarded, providers, options and outputs are for backend="onnxruntime".')
+        raise ConfigError('guarded, providers, options and outputs require backend="onnxruntime".')
     if not allow_code:
         raise BundleError(
-            f'{directory} holds graphs of format "{graph_format}": {_WHY[graph_format]}. Pass allow_code=True if you trust'
-            ' whoever wrote it; bundles of format "onnx" hold no code.'
+            f'{directory} has format "{graph_format}": {_WHY[graph_format]}. Pass allow_code=True if you trust its author;'
+            ' bundles of format "onnx" contain no code.'
         )
     _need("torch", "torch")
     return torch_session(bundle)

@@ -31,11 +31,11 @@ def read_text(data: bytes) -> dict[str, Any]:
     text = data.decode("utf-8")
     content = json.loads(text)
     if not isinstance(content, dict):
-        raise ValueError(f"expected a table, got {repr(content)[:60]}")
+        raise ValueError(f"expected a JSON object, got {repr(content)[:60]}")
     recorded = content.pop(CHECKSUM, None)
     if not isinstance(recorded, str) or not recorded or text.count(f'"{recorded}"') != 1:
-        raise ValueError("it holds no checksum")
+        raise ValueError("the checksum is missing")
     empty = text.replace(f'"{recorded}"', '""')
     if hashlib.sha256(empty.encode()).hexdigest() != recorded or not empty.endswith(f'"{CHECKSUM}": ""\n}}\n'):
-        raise ValueError("it is not the manifest that was written: its checksum differs")
+        raise ValueError("checksum mismatch: the manifest was changed after export")
     return content

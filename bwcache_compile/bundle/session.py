@@ -88,7 +88,10 @@ class Session:
         held = self._contexts.get(context)
         if held is None or held.state is None:
             there = ", ".join(held.name for held in self._contexts.values() if held.state is not None)
-            raise StateError(f"the context {context!r} has no cache; a generation frees it at its last step. There are: {there or 'none'}.")
+            raise StateError(
+                f"context {context!r} has no cache: it was not called yet, or its generation has ended. Contexts with a cache:"
+                f" {there or 'none'}."
+            )
         return {name: self._runner.host(value) for name, value in held.state.slots.items()}
 
     def _step(self, call: Call) -> dict[str, Any]:
@@ -189,7 +192,7 @@ class Session:
         """
         config = self.cache_config.changed(**changes)
         if config.decide == "joint":
-            raise ConfigError("decide='joint' is for a model in torch: the contexts of a bundle's session decide separately.")
+            raise ConfigError("decide='joint' is not supported by a bundle's session, whose contexts decide separately.")
         self.cache_config = config
 
     def report(self) -> Report:

@@ -139,8 +139,8 @@ def _completed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     names = _arguments(model, args, kwargs)
     if set(shapes) - set(names):
         raise ConfigError(
-            f"dynamic_shapes names {', '.join(map(repr, sorted(set(shapes) - set(names))))}, which this call of {type(model).__name__}"
-            f" does not pass. It passes {', '.join(map(repr, names))}."
+            f"dynamic_shapes names {', '.join(map(repr, sorted(set(shapes) - set(names))))}, but this call of {type(model).__name__}"
+            f" passes only {', '.join(map(repr, names))}."
         )
     return {name: shapes.get(name) for name in names}
 
@@ -301,9 +301,9 @@ def capture(
         reference.check_repeatable()
         failures.append(f"{mode}: the captured graph computes something else than the model: {wrong}")
     raise CaptureError(
-        f"{name} could not be captured as one graph.\n  "
+        f"could not capture {name} as one graph.\n  "
         + "\n  ".join(failures)
         + "\n  Remove the data-dependent Python at that line (a branch on a tensor's values, .item(), .tolist(), .numpy()),"
-        " or try a size that the model was built for. If the difference is a rounding error, the model chooses kernels itself"
-        " (an attention back end that enters sdpa_kernel), which no graph keeps: choose them around the call instead."
+        " or try a size that the model was built for. If the outputs differ by a rounding error, the model selects kernels itself"
+        " (with sdpa_kernel, for example), which a graph cannot record: select them around the call instead."
     )

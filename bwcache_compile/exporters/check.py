@@ -61,10 +61,10 @@ def check_structure(plain: Mapping[str, PlainGraph], written: Mapping[str, Writt
     """
     compute, reuse = written["compute"], written["reuse"]
     if not compute.region:
-        raise ExportError("no operator of the compute graph is marked as the cached region's: the exporter lost the marks.")
+        raise ExportError("the exporter dropped the marks of the cached region: no operator of the compute graph carries one.")
     if reuse.region:
         node, origin = next(iter(reuse.region.items()))
-        raise ExportError(f"the reuse graph runs {node}, which came from {origin} of a cached block.")
+        raise ExportError(f"the reuse graph contains {node}, which belongs to {origin} of a cached block.")
     graph = plain["compute"].exported
     names = {spec.arg.name: str(spec.target) for spec in graph.graph_signature.input_specs if spec.target is not None}
     only_region = {
@@ -74,7 +74,7 @@ def check_structure(plain: Mapping[str, PlainGraph], written: Mapping[str, Writt
     }
     kept = sorted(only_region & reuse.weights)
     if kept:
-        raise ExportError(f"the reuse graph holds {kept[0]}, a weight that only the cached blocks read.")
+        raise ExportError(f"the reuse graph contains the weight {kept[0]}, which only the cached blocks read.")
     return {
         "region_operators": len(compute.region),
         "region_operators_in_reuse": 0,
@@ -193,7 +193,8 @@ class _Compared:
         self.worst = max(self.worst, error)
         if not error <= self.tolerance:
             raise ExportError(
-                f"{what} of the exported graphs differs from torch's by {error:.3g} of its largest value; {self.tolerance:g} is allowed."
+                f"{what} of the exported graphs differs from torch by {error:.3g}, relative to its largest value; the tolerance"
+                f" is {self.tolerance:g}."
             )
 
     def run(
@@ -269,7 +270,7 @@ def check_runs(
         try:
             session = opened()
         except BundleError as error:
-            raise ExportError(f"what was written does not open: {error}") from error
+            raise ExportError(f"the exported bundle does not open: {error}") from error
         decisions, indicators = compared.run(session, _forced(config, float("inf")), steps)
         finite = [value for value in indicators if value > 0 and value < float("inf")]
         if POLICIES[config.policy].at_threshold is not None and finite:

@@ -51,7 +51,7 @@ def _constant(value: Any, said: str, program: CachedProgram) -> Any:
         return _constant(value.value if isinstance(value.value, (int, float, str)) else value.name, said, program)
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise ExportError(f"{program.model_name} {said}; beside tensors a bundle holds None, text and finite numbers. Use one of these.")
+    raise ExportError(f"{program.model_name} {said}; a bundle supports tensors, None, strings and finite numbers.")
 
 
 def describe_values(program: CachedProgram) -> tuple[ValueEntry, ...]:
@@ -130,7 +130,8 @@ def _form(tree: Any, leaves: list[dict[str, Any]], program: CachedProgram) -> di
         return {"list" if isinstance(tree, list) else "tuple": [_form(value, leaves, program) for value in tree]}
     raise ExportError(
         f"{program.model_name} returns a {type(tree).__name__}"
-        f"{' whose keys are no text' if isinstance(tree, Mapping) else ''}; a bundle returns tuples, lists, and tables with names.\n"
+        f"{' with keys that are not strings' if isinstance(tree, Mapping) else ''}; a bundle supports tuples, lists and dicts"
+        " with string keys.\n"
         "  Wrap the model in a module that returns one of these."
     )
 
@@ -148,7 +149,7 @@ def describe_outputs(program: CachedProgram) -> OutputsEntry:
         node = named[name]
         value = node.meta["val"] if isinstance(node, Node) else node
         if not isinstance(value, Tensor):
-            leaves.append({"value": _constant(value, f"returns {'the open size ' * isinstance(value, torch.SymInt)}{value!r}", program)})
+            leaves.append({"value": _constant(value, f"returns {'the dynamic size ' * isinstance(value, torch.SymInt)}{value!r}", program)})
             continue
         items.append(TensorEntry(name=name, dtype=dtype_name(value.dtype), shape=shape_of(value)))
         leaves.append({"tensor": name})
@@ -188,7 +189,7 @@ def check_sizes(program: CachedProgram, conditions: Sequence[str], sizes: Iterab
                 "  If values decide it (`u0`), pass them as Python numbers, or cut the output outside; else export with fixed sizes."
             ) from error
         if text in conditions and not holds:
-            raise ExportError(f"{program.model_name} would be exported for sizes where {text}, which those at hand do not meet: {known}.")
+            raise ExportError(f"shape constraint violated: the exported graphs of {program.model_name} require {text}, got {known}.")
 
 
 def describe(

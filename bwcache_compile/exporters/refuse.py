@@ -17,12 +17,12 @@ from bwcache_compile.ir.program import CachedProgram
 def _refuse_settings(config: CacheConfig) -> None:
     if config.granularity == "block":
         raise ExportError(
-            "granularity='block' guards each block inside the graph, and a bundle has one guard, at the step.\n"
-            "  Transform with granularity='stack', which decides once a step for all blocks."
+            "granularity='block' cannot be exported: a bundle has one guard for all blocks.\n"
+            "  Transform with granularity='stack', which decides once per step for all blocks."
         )
     if config.decide == "joint":
         raise ExportError(
-            "decide='joint' is decided by the host between contexts, and a bundle's graphs see one context.\n"
+            "decide='joint' cannot be exported: the contexts of a bundle decide separately.\n"
             "  Use decide='separate', or call the model once with the contexts batched."
         )
 
@@ -36,7 +36,7 @@ def _refuse_writes(program: CachedProgram) -> None:
         kept = next(root for root in roots if root.op in ("placeholder", "get_attr"))
         what = f"its input {kept.name}" if kept.op == "placeholder" else f"its buffer {kept.target}"
         raise ExportError(
-            f"{program.model_name} writes to {what} while it runs (`{writer.name}`), and a bundle's graphs write to nothing.\n"
+            f"{program.model_name} writes to {what} in its forward (`{writer.name}`), which exported graphs cannot do.\n"
             "  Return the value as an output, or keep it outside the model."
         )
 
@@ -46,12 +46,13 @@ def _refuse_inputs(program: CachedProgram) -> None:
         value = node.meta.get("val")
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             raise ExportError(
-                f"the input {node.name} of {program.model_name} is a Python number whose value is open; a file's inputs are tensors.\n"
-                "  Transform with dynamic_shapes that leaves it out, so that its value is built in."
+                f"the input {node.name} of {program.model_name} is a Python number that dynamic_shapes makes dynamic; inputs of"
+                " a graph file"
+                " are tensors.\n  Leave it out of dynamic_shapes, so that its value is a constant."
             )
         if isinstance(value, Tensor) and dtype_name(value.dtype) not in DTYPES:
             raise ExportError(
-                f"the input {node.name} of {program.model_name} is {dtype_name(value.dtype)}, which bundles have not.\n"
+                f"the input {node.name} of {program.model_name} has dtype {dtype_name(value.dtype)}, which bundles do not support.\n"
                 f"  Convert it before the call, to one of {', '.join(DTYPES)}."
             )
 
@@ -61,9 +62,12 @@ def _refuse_results(program: CachedProgram) -> None:
     returned = {item.name: item.dtype for item in describe_outputs(program).items}
     for name, dtype in (returned | {slot.name: dtype_name(slot.dtype) for slot in program.planned().slots}).items():
         if dtype.startswith("complex"):
-            raise ExportError(f"the graphs return {name}, which is {dtype}; bundles return real numbers. Return real and imaginary parts.")
+            raise ExportError(f"the output {name} has dtype {dtype}, which bundles do not support. Return real and imaginary parts.")
         if dtype not in real:
-            raise ExportError(f"the graphs return {name}, which is {dtype}.\n  Convert it in the model, to one of {', '.join(real)}.")
+            raise ExportError(
+                f"the output {name} has dtype {dtype}, which bundles do not support.\n  Convert it in the model, to one of"
+                f" {', '.join(real)}."
+            )
 
 
 def refuse(program: CachedProgram, config: CacheConfig) -> None:

@@ -80,7 +80,7 @@ def _named_failures(target: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ExportError(f"{target} cannot be written: {error}.\n  Choose another directory, or make room there.") from error
+        raise ExportError(f"cannot write {target}: {error}.\n  Choose another directory, or free some space there.") from error
 
 
 def _refuse_others(target: Path) -> None:
@@ -97,12 +97,12 @@ def _refuse_others(target: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         files = set()
     if not files:
-        raise ExportError(f"{target} exists and is no bundle; it is not overwritten. Choose another directory.")
+        raise ExportError(f"{target} exists and is not a bundle; it is not overwritten. Choose another directory.")
     others = sorted(path.name for path in target.iterdir() if path.name not in files)
     if others:
         raise ExportError(
-            f"{target} holds {', '.join(others[:3])}, which is no part of the bundle there; it is not overwritten.\n"
-            "  Choose another directory, or take it away."
+            f"{target} contains {', '.join(others[:3])}, which does not belong to the bundle there; it is not overwritten.\n"
+            "  Choose another directory, or remove it."
         )
 
 

@@ -103,8 +103,8 @@ class Reference:
         if difference(self.outputs(), self._run()) is not None:
             return wrong
         warn(
-            f"{type(self.model).__name__} compiles functions of its own, whose kernels round differently: the captured graph is the model"
-            " with these uncompiled, bit for bit. torch.compile the cached model to have all of it compiled."
+            f"{type(self.model).__name__} calls torch.compile on functions of its own, and compiled kernels round differently. The captured"
+            " graph equals the model with torch.compile disabled, bit for bit. Call torch.compile on the cached model to compile it."
         )
         return None
 
@@ -117,10 +117,10 @@ class Reference:
         noise = difference(self.outputs(), self._run())
         if noise is not None:
             raise CaptureError(
-                f"{type(self.model).__name__} does not return the same twice for the same inputs: {noise}.\n"
-                "  A capture cannot be checked against it. Either its forward draws random numbers or its kernels are not deterministic:"
-                " take the randomness out, and call torch.use_deterministic_algorithms(True). Or it keeps state from call to call (a"
-                " counter of steps, a cache of its own, an attribute that it writes): switch that off, or pass what it counts as an input."
+                f"{type(self.model).__name__} is not deterministic: two calls with the same inputs differ ({noise}).\n"
+                "  A captured graph cannot be verified against it. If its forward draws random numbers or uses nondeterministic kernels,"
+                " remove the randomness and call torch.use_deterministic_algorithms(True). If it keeps state between calls (a step"
+                " counter, a cache of its own, an attribute that it writes), turn that off or pass the state as an input."
             )
 
 
@@ -129,7 +129,8 @@ def _check_outputs(name: str, expected: list[Any]) -> None:
     for leaf in expected:
         if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
             raise CaptureError(
-                f"{name} returns a {type(leaf).__name__}, and a graph returns tensors, numbers, strings and None. Return the tensors that"
+                f"{name} returns a {type(leaf).__name__}, but a graph can return only tensors, numbers, strings and None."
+                " Return the tensors that"
                 " it holds, or register its class: torch.export.register_dataclass for a dataclass, else"
                 " torch.utils._pytree.register_pytree_node."
             )

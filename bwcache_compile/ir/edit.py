@@ -267,7 +267,7 @@ def check_results(what: str, results: Sequence[Node], expected: Sequence[Tensor]
     got, wanted = [node.meta["val"] for node in results], list(expected)
     if [(value.dtype, hint_shape(value)) for value in got] != [(value.dtype, hint_shape(value)) for value in wanted]:
         shown = [", ".join(map(format_value, values)) for values in (got, wanted)]
-        raise ConfigError(f"{what} returns {shown[0]}, and must return {shown[1]}.")
+        raise ConfigError(f"{what} must return {shown[1]}, got {shown[0]}.")
 
 
 def _copied(node: Node) -> Node:

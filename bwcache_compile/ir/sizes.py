@@ -61,7 +61,7 @@ def print_expression(expression: Any) -> str:
         printed = _SizePrinter().doprint(expression)
         names_in(printed)
     except (NotImplementedError, AssertionError, SyntaxError, SizeError) as error:
-        raise CaptureError(f"the size {printed or expression!s} cannot be kept open: {first_line(error)}.") from error
+        raise CaptureError(f"the size {printed or expression!s} cannot be dynamic: {first_line(error)}.") from error
     return printed
 
 
@@ -215,7 +215,10 @@ def open_sizes(inputs: list[Any], ranges: dict[Any, Any]) -> OpenSizes | None:
         readings = [(at, i, size, _read_at(size.node.expr, wanted)) for at, i, size in places]
         solvable = sorted((r for r in readings if r[3] is not None), key=lambda r: r[3] != (1, 0))
         if not solvable:
-            raise CaptureError(f"the open size {wanted} is no input's own: {', '.join(sorted({str(size) for _, _, size in places}))}.")
+            raise CaptureError(
+                f"the dynamic size {wanted} is not the size of an input's dimension; those are"
+                f" {', '.join(sorted({str(size) for _, _, size in places}))}."
+            )
         at, i, size, reading = solvable[0]
         factor, offset = reading or (1, 0)
         symbols[wanted] = Symbol(str(wanted), at, i, (hint(size) - offset) // factor, factor, offset)
@@ -228,7 +231,7 @@ def open_sizes(inputs: list[Any], ranges: dict[Any, Any]) -> OpenSizes | None:
     conditions = dict.fromkeys(print_expression(c) for c in assumed if c is not sympy.true and c.free_symbols <= set(symbols))
     failing = [condition for condition in conditions if not evaluate(condition, known)]
     if failing:
-        raise CaptureError(f"the exporter assumed {failing[0]}, which does not hold for the sizes at hand: {known}.")
+        raise CaptureError(f"torch.export assumed the shape constraint {failing[0]}, which these inputs violate: {known}.")
     flat = tuple(
         shape_of(value) if isinstance(value, Tensor) else size_of(value) if type(value) is int or isinstance(value, SymInt) else None
         for value in inputs

@@ -55,7 +55,7 @@ def _chosen(name: str, candidates: list[Stack], program: CachedProgram) -> list[
         for stack in candidates
         if len(stack.units) > 1 and products(stack.units[0].nodes) > 1
     )
-    raise ConfigError(f"blocks={name!r} names nothing in {program.model_name}. Its candidates are\n{known}")
+    raise ConfigError(f"blocks={name!r} matches no module of {program.model_name}. Candidates:\n{known}")
 
 
 def _as_told(program: CachedProgram, names: Sequence[str]) -> BlockSearch:
@@ -76,20 +76,21 @@ def _as_told(program: CachedProgram, names: Sequence[str]) -> BlockSearch:
     shared = overlapping(units)
     if shared is not None:
         raise ConfigError(
-            f"blocks={list(names)}: `{shared[2].name}` belongs to {shared[0].name} and to {shared[1].name} of {program.model_name}."
-            " Blocks must not share operators; name the outer or the inner modules."
+            f"blocks={list(names)}: {shared[0].name} and {shared[1].name} of {program.model_name} share the operator `{shared[2].name}`."
+            " Blocks must not overlap; name either the outer or the inner modules."
         )
     for unit in units:
         if not live_outs(unit, found):
             raise ConfigError(
-                f"blocks={list(names)}: {unit.name} of {program.model_name} returns no floating value of rank 2 or more that is read later."
-                " Name modules that hand on the hidden state."
+                f"blocks={list(names)}: {unit.name} of {program.model_name} has no floating-point output of rank 2 or more that"
+                " is read later."
+                " Name modules that pass on the hidden state."
             )
     for unit, following in itertools.pairwise(units):
         if not follows(following, unit, flow):
             raise ConfigError(
                 f"blocks={list(names)}: {following.name} of {program.model_name} does not depend on {unit.name}, which runs before it."
-                " Name blocks that follow one another on one stream."
+                " Name consecutive blocks of one stream."
             )
     return dataclasses.replace(_search(units, owner, [], graph, found), chosen=True)
 

@@ -36,14 +36,15 @@ def _cached_blocks(program: CachedProgram, search: BlockSearch, config: CacheCon
         evidence = f"\n  Nearest candidates, each rejected:{evidence}" if nearest else "\n  No modules and no operators repeat."
         raise NoBlocksFoundError(
             f"no repeated transformer blocks in {program.model_name}.{evidence}\n"
-            "  A stack is cached if its modules are of one class or run the same operators, and each takes as many tokens from the one"
-            " before it.\n  Pass `blocks=[...]` with the paths of yours, or run `bwcache_compile.find_blocks(model, example_kwargs=...)` to"
+            "  A stack is cached if its modules have the same class or run the same operators, and each one takes the output of the"
+            " one before it, with the same number of tokens.\n  Pass `blocks=[...]` with the paths of yours, or run"
+            " `bwcache_compile.find_blocks(model, example_kwargs=...)` to"
             " see every candidate."
         )
     count, first, last = len(search.blocks), config.compute_first, config.compute_last
     if first + last >= count:
         raise ConfigError(
-            f"compute_first={first} and compute_last={last} leave none of the {count} blocks of {program.model_name} to cache."
+            f"compute_first={first} and compute_last={last} leave no block to cache: {program.model_name} has {count} blocks."
         )
     return search.blocks[first : count - last]
 
@@ -72,14 +73,15 @@ def _check_writes(flow: DataFlow, region: list[Node], outputs: list[Node], progr
             seen = root.op in ("placeholder", "get_attr") and bool(late >> flow.index[writer] & 1)
             if seen or (writer in inside and root not in inside):
                 raise UnsupportedGraphError(
-                    f"{program.model_name} cannot be cached: `{writer.name}` writes to `{root.name}`, which lives outside the"
-                    " blocks, what they have worked out. A reused step would skip that write. Return the value instead."
+                    f"{program.model_name} cannot be cached: `{writer.name}` inside the blocks writes to `{root.name}` outside of them."
+                    " A reused step would skip that write. Return the value instead."
                 )
             if writer not in inside and late >> flow.index[writer] & 1 and holders and (len(holders) > 1 or root not in inside):
                 raise UnsupportedGraphError(
-                    f"{program.model_name} cannot be cached: `{writer.name}` after the blocks writes in place to memory that"
-                    f" {' and '.join(f'`{node.name}`' for node in holders)} of the blocks share with"
-                    f" {'one another' if root in inside else f'`{root.name}` before them'}; kept outputs have memory of their own."
+                    f"{program.model_name} cannot be cached: `{writer.name}`, after the blocks, writes in place to memory that"
+                    " the block outputs"
+                    f" {' and '.join(f'`{node.name}`' for node in holders)} share with"
+                    f" {'one another' if root in inside else f'`{root.name}` before them'}. Cached outputs share no memory."
                     " Write to a copy instead."
                 )
 
@@ -93,7 +95,7 @@ def _check_sizes(values: Iterable[Node], program: CachedProgram) -> None:
                 f"{program.model_name} cannot be cached: `{node.name}` {format_value(node.meta['val'])}, which the blocks return,"
                 " has a size that depends on the values of a tensor (.item(), .tolist(), indexing by a mask)"
                 + (f"\n    at {at}\n " if at else ".")
-                + " Work sizes out from shapes instead, or pass the mask or the lengths as an input of at most two dimensions."
+                + " Compute sizes from shapes instead, or pass the mask or the lengths as an input of at most two dimensions."
             )
 
 
@@ -233,7 +235,7 @@ def _notes(
     notes = []
     if program.signature.sizes is not None:
         captured = ", ".join(f"{name} = {value}" for name, value in program.signature.captured_sizes.items())
-        notes.append(f"sizes are open; bytes are given for {captured}")
+        notes.append(f"sizes are dynamic; bytes are given for {captured}")
         if REUSES[config.reuse].needs_source:
             notes.append("which output continues which input was proved at these sizes")
     if REUSES[config.reuse].needs_time and time_input is None:

@@ -134,13 +134,15 @@ _TAKEN = {"reference", "reuse_until", "reuse_left", "change", "indicator", "step
 def _check_names(kind: str, names: Iterable[str]) -> None:
     names = list(names)
     if bad := [name for name in names if not name.isidentifier() or name in _TAKEN or names.count(name) > 1]:
-        raise ConfigError(f"{kind} has a slot or parameter {bad[0]!r}; names must be identifiers, differ, and not be one of ours.")
+        raise ConfigError(
+            f"{kind}: invalid slot or parameter name {bad[0]!r}. Names must be unique Python identifiers and must not be reserved."
+        )
 
 
 def _check_takes(kind: str, what: str, function: Callable[..., Any], known: Iterable[str]) -> None:
     known = list(known)
     if unknown := [name for name in takes(function) if name not in known]:
-        raise ConfigError(f"{kind}: `{what}` takes {unknown[0]!r}; it may take {', '.join(known)}.")
+        raise ConfigError(f"{kind}: `{what}` has an unknown argument {unknown[0]!r}; allowed are {', '.join(known)}.")
 
 
 def check_policy(name: str, policy: Policy) -> None:
@@ -169,7 +171,7 @@ def check_reuse(name: str, way: Reuse) -> None:
     if way.keep_shared is not None:
         _check_takes(kind, "keep_shared", way.keep_shared, [*kept_shared, *moment])
     if bool(shared) != (way.keep_shared is not None):
-        raise ConfigError(f"{kind}: shared slots and `keep_shared` go together; give both or none.")
+        raise ConfigError(f"{kind}: shared slots and `keep_shared` must be given together.")
 
 
 def check_indicator(name: str, change: Callable[..., Any]) -> None:

@@ -34,7 +34,7 @@ def _register(kind: str, known: dict[str, Kind], name: str, value: Kind, check: 
     if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError(f"{kind} is named {name!r}; choose a name that is a Python identifier.")
     if name in known and known[name] != value:
-        raise ConfigError(f"there is a {kind} {name!r} already, and graphs may have been made with it; choose another name.")
+        raise ConfigError(f"{kind} {name!r} is already registered. Choose another name.")
     check(name, value)
     known[name] = value
 

@@ -63,12 +63,12 @@ def schedule(
 def _values(config: CacheConfig, num_steps: int | None) -> dict[str, tuple[float | int, ...]]:
     if num_steps is None:
         raise ConfigError(
-            "num_steps is not known, and policy='schedule' places the protected tail by it. Set CacheConfig(num_steps=...),"
+            "policy='schedule' needs the number of steps. Set CacheConfig(num_steps=...),"
             " call cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
         )
     numerator, denominator = config.tail_ratio()
     if numerator * num_steps > _LARGEST:
-        raise ConfigError(f"tail is {config.tail!r}; its exact ratio times {num_steps} steps does not fit 64 bits; give fewer digits.")
+        raise ConfigError(f"tail is {config.tail!r}; its exact fraction times {num_steps} steps does not fit in 64 bits. Use fewer digits.")
     return {
         "threshold": (float(config.threshold),),
         "interval": (config.resolved_interval(num_steps),),

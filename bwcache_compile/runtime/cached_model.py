@@ -285,7 +285,7 @@ class CachedModel(ModelWrapper):
         if isinstance(state, GuardedState) and torch.compiler.is_compiling():
             if parameters is None:
                 raise ConfigError(
-                    "inside torch.compile, pass parameters=cached.policy_parameters(): settings are no constants of the graph."
+                    "inside torch.compile, pass parameters=cached.policy_parameters() to cached.step: settings are inputs of the graph."
                 )
             check_inputs(self._programs.only, flat)
             return guarded_step(self._programs.only, flat, state, parameters)
@@ -320,8 +320,8 @@ class CachedModel(ModelWrapper):
         if not self._bypassed:
             self._bypassed = True
             warn(
-                f"the block `with cache_context({info.context!r})` ended without a call of the cached model, so nothing in it was cached."
-                " Call what transform returned, or a method of it, instead of the original model."
+                f"the block `with cache_context({info.context!r})` ended without a call of the cached model, so nothing was cached."
+                " Call the result of transform instead of the original model."
             )
 
     def reset(self, num_steps: int | None = None) -> None:

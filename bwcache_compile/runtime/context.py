@@ -70,10 +70,11 @@ def check_values(context: ModelContext, fit: ProgramMatch, num_steps: int | None
     names = [fit.loaded.program.signature.inputs[i] for i, value in fit.key.values if old.get(i, value) != value]
     if names and context.key._replace(values=()) == fit.key._replace(values=()) and 0 < step < (num_steps or 0):
         raise StateError(
-            f"`{names[0]}` holds other values than at step {step - 1}, and the model reads such values in Python, which builds them"
-            " into its graph; nothing could be kept from one step to the next.\n"
+            f"the values of `{names[0]}` changed after step {step - 1}. The model reads them in Python, so they are constants"
+            " of the captured"
+            " graph, and nothing can be reused.\n"
             f"    at {fit.loaded.program.signature.read_at}\n"
-            "  Take that Python (a branch, .item(), .tolist()) out of the model's forward. If the run before was broken off, call"
+            "  Remove that Python (a branch, .item(), .tolist()) from the model's forward. If the previous run was interrupted, call"
             " cached.reset()."
         )
 

@@ -34,9 +34,9 @@ def check_state(fit: ProgramMatch, state: CacheState | GuardedState) -> None:
     loaded = fit.loaded
     given = [(tuple(t.shape), t.dtype) for t in state.slots]
     if given != [(evaluated(slot.shape, fit.sizes), slot.dtype) for slot in loaded.slots]:
-        raise StateError("this state belongs to inputs of other shapes or dtypes; start from init_state for these.")
+        raise StateError("this state was made for inputs of other shapes or dtypes. Create a new one with init_state.")
     if state.version not in (None, fit.version):
-        raise StateError("the model's weights or modules changed since this state was made; start from init_state.")
+        raise StateError("the model's weights or modules changed since this state was made. Create a new one with init_state.")
 
 
 def check_inputs(loaded: LoadedProgram, flat: Sequence[Any]) -> None:

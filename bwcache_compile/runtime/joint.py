@@ -63,7 +63,8 @@ def synchronize_decisions(context: ModelContext, contexts: Iterable[ModelContext
                 continue
             if not other.lock.acquire(blocking=False):
                 raise StateError(
-                    f"the contexts {context.name!r} and {other.name!r} decide together, and another thread is inside the second."
+                    f"contexts {context.name!r} and {other.name!r} share their decisions (decide='joint'), and another thread"
+                    " is running the second."
                     " Call the contexts of a step one after another, or give each video a group of its own:"
                     " `with cached.cache_context(name, group=...):`."
                 )

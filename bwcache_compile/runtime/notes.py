@@ -17,7 +17,10 @@ def built_in(signature: Signature) -> list[str]:
     """Say which values are built into a program."""
     path, dot, line = signature.read_at.partition(".py:")
     at = PurePath(path).name + dot + line  # notes go into manifests, which name no folders of this machine
-    return [f"the values of {name} are built in, others have programs of their own; read at {at}" for name in signature.read_names]
+    return [
+        f"the values of {name} are constants of the graph; other values are captured separately (read at {at})"
+        for name in signature.read_names
+    ]
 
 
 def fixed_sizes(signature: Signature, key: CallKey, others: Sequence[CallSizes], reason: str) -> list[str]:
@@ -30,7 +33,7 @@ def fixed_sizes(signature: Signature, key: CallKey, others: Sequence[CallSizes],
         reason: Why calls of that kind have fixed sizes; empty if they need not.
     """
     if signature.sizes is None:
-        return [f"each size has a program of its own: {reason}"] if reason else []
+        return [f"each size is captured separately: {reason}"] if reason else []
     notes = []
     for i, (name, described) in enumerate(zip(signature.inputs, signature.sizes.inputs, strict=True)):
         here = key.sizes[i]
@@ -38,9 +41,9 @@ def fixed_sizes(signature: Signature, key: CallKey, others: Sequence[CallSizes],
         if isinstance(described, tuple) and isinstance(here, tuple):
             for d, size in enumerate(described):
                 if isinstance(size, int) and any(isinstance(other, tuple) and other[d] != size for other in there):
-                    notes.append(f"dimension {d} of {name} is fixed at {size}: its other values have programs of their own")
+                    notes.append(f"dimension {d} of {name} is fixed at {size}: other values are captured separately")
         elif isinstance(described, int) and any(other != here for other in there):
-            notes.append(f"{name} is fixed at {here}: its other values have programs of their own")
+            notes.append(f"{name} is fixed at {here}: other values are captured separately")
     return notes
 
 
@@ -57,13 +60,13 @@ def suspicious(program: CachedProgram, forward: Forward) -> list[str]:
     unread = [node.name for node, value in values if isinstance(value, Tensor) and value.is_floating_point()]
     if unread:
         texts.append(
-            f"nothing in the graph of {name} reads {', '.join(map(repr, unread))}: what this input decides was decided when the model was"
-            " captured. If the model keeps what it makes of it in an attribute, each new value needs that attribute cleared."
+            f"the graph of {name} does not read the inputs {', '.join(map(repr, unread))}: their effect was fixed when the model was"
+            " captured. If the model stores a result of them in an attribute, clear that attribute for each new value."
         )
     if forward.kept and forward.counted:
         counted, kept = (", ".join(map(repr, names)) for names in (forward.counted, forward.kept))
         texts.append(
-            f"{name} counts its calls ({counted}) and keeps what it computed ({kept}):"
-            " a step cache of its own? A graph has its decision at capture built in. Switch the model's own cache off."
+            f"{name} counts its calls ({counted}) and stores what it computed ({kept}), like a step cache of its own. The captured graph"
+            " has that cache's decision at capture as a constant. Turn the model's own cache off."
         )
     return texts

@@ -57,9 +57,9 @@ class NumberInputs:
         if wrong is not None:
             self._places.discard(place)
             raise StateError(
-                f"`{name}` is a Python number that changes from call to call ({before}, then {now}). A graph has such numbers built in, so"
-                f" nothing could be kept from one step to the next. Change the model so that it takes a tensor there, such as"
-                f" torch.tensor({now}). With that it is not captured now: {wrong}\n  If each of these calls is a run of its own, call"
+                f"`{name}` is a Python number that changes between calls ({before}, then {now}). Python numbers are constants of a captured"
+                f" graph, so nothing can be reused. Change the model so that it accepts a tensor, such as torch.tensor({now}); capturing"
+                f" it with one failed: {wrong}\n  If each call belongs to a different run, call"
                 " cached.reset() between them."
             )
 

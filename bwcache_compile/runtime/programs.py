@@ -164,7 +164,7 @@ class ProgramCache:
                 loaded.checked.add(key.sizes)
                 return loaded, first
             loaded.refused.add(key.sizes)
-            self._fixed[key.kind] = f"the graph of open sizes computes something else than the model at {key.sizes}: {wrong}"
+            self._fixed[key.kind] = f"the graph with dynamic sizes differs from the model at {key.sizes}: {wrong}"
         return None
 
     def _difference(self, loaded: LoadedProgram, request: Request) -> tuple[str | None, list[Any]]:
@@ -222,8 +222,8 @@ class ProgramCache:
         if self.captured == 3 * MAX_PROGRAMS:
             changed = f" (last: {self.watch.changed})" if self.watch.changed else ""
             warn(
-                f"{self.captured} programs of {type(self._model).__name__} were captured; something in its inputs changes from call"
-                f" to call (a Python number that could be a tensor?), or in its modules{changed}, and each capture takes seconds."
+                f"{self.captured} programs of {type(self._model).__name__} have been captured, and each capture takes seconds. Something"
+                f" changes between calls: an input (a Python number that could be a tensor?), or the model's modules{changed}."
             )
         return loaded, first
 
@@ -285,7 +285,7 @@ class ProgramCache:
         """
         if len(self._loaded) != 1:
             raise StateError(
-                f"cached.step inside torch.compile needs a model that is captured for one signature, not {len(self._loaded)}:"
+                f"cached.step inside torch.compile requires exactly one captured signature, and the model has {len(self._loaded)}:"
                 " transform the model with guard='graph' and example_args / example_kwargs, and call it with inputs of those shapes."
             )
         if next(iter(self._loaded.values())).key.values:

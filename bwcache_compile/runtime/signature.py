@@ -133,7 +133,8 @@ def _leaf_kind(leaf: Any) -> Hashable:
     if leaf is None or isinstance(leaf, (bool, int, float, str, bytes, enum.Enum, torch.dtype, torch.device)):
         return (type(leaf), leaf)
     raise ConfigError(
-        f"an input is a {type(leaf).__name__}; a program is chosen by tensors, numbers, strings and None. Pass the tensors"
+        f"unsupported input type {type(leaf).__name__}: inputs are tensors, numbers, strings, None and containers of these."
+        " Pass the tensors"
         " that it holds, or register its class: torch.export.register_dataclass for a dataclass, else"
         " torch.utils._pytree.register_pytree_node."
     )
@@ -160,7 +161,7 @@ def call_key(leaves: Sequence[Any], structure: Hashable) -> CallKey:
         StateError: An input requires gradients.
     """
     if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-        raise StateError("an input requires gradients, and a reused step has none to give. Call the model under torch.no_grad().")
+        raise StateError("an input requires gradients, which a reused step cannot provide. Call the model under torch.no_grad().")
     autocast: tuple[Any, ...] = ()
     if is_any_autocast_enabled():
         devices = sorted({leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)})

@@ -41,8 +41,8 @@ def refuse_hooks(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ConfigError(
-                f"the parameter {name} of {kind} has no data here (device meta): an offload hook moves it in and out, and a"
-                " captured graph would hold on to copies. Place the whole model on one device first."
+                f"parameter {name} of {kind} is on the meta device: an offload hook moves its data in and out, and a captured"
+                " graph would keep copies of it. Place the whole model on one device first."
             )
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
@@ -51,9 +51,9 @@ def refuse_hooks(model: nn.Module) -> None:
         kinds = [type(h).__name__ for h in hooks if h is not None]
         if kinds:
             raise ConfigError(
-                f"{f'the module {name}' if name else 'the top module'} of {kind} has a hook around its forward ({', '.join(kinds)}):"
-                " offloading, casting and other caches work by such hooks, and a captured graph would leave them out or hold on"
-                " to copies of the weights. Remove the hook (for offloading: place the whole model on one device) first."
+                f"{f'module {name}' if name else 'the top module'} of {kind} has a hook on its forward ({', '.join(kinds)})."
+                " Offloading, casting and other caches use such hooks; a captured graph would skip them or keep copies of the"
+                " weights. Remove the hook first (for offloading: place the whole model on one device)."
             )
 
 

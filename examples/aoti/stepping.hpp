@@ -199,26 +199,26 @@ struct Tracker {
     const std::string steps = num_steps ? std::to_string(*num_steps) : "";
     if (!started) return {"the first call", ""};
     if (num_steps && !given && next_step >= *num_steps) {
-      const auto advice = "the time went on after the last of " + steps +
-                          " steps: a new generation began. Set num_steps to the steps of a run";
-      return {"the " + steps + " steps of the generation before were through", verdict == Verdict::forward ? advice : ""};
+      const auto advice = "the timestep continued after the last of " + steps +
+                          " steps: a new generation began. Set num_steps to the number of steps";
+      return {"the " + steps + " steps of the previous generation were complete", verdict == Verdict::forward ? advice : ""};
     }
     if (given && *given < next_step) {
       const bool again = 0 < *given && *given == next_step - 1;
       const auto advice = "step " + std::to_string(*given) +
-                          " came again: a new generation began. Where a step takes several calls, give each a context of its own";
+                          " was repeated: a new generation began. If a step makes several calls, give each its own context";
       return {"the step index went back", again ? advice : ""};
     }
     std::string why;
     if (now != signature) {
       why = "the inputs changed";
     } else if (verdict == Verdict::back || (verdict == Verdict::repeated && next_step == 1 && info.named)) {
-      why = "the time went back";
+      why = "the timestep went back";
     } else if (verdict == Verdict::repeated && next_step == 1) {
       throw std::runtime_error(
-          "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"
+          "two consecutive calls have the same timestep: the model is called more than once per step, and the calls would"
           " overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set"
-          " CacheConfig(calls_per_step=2). If the first call was of a run that was broken off, call cached.reset().");
+          " CacheConfig(calls_per_step=2). If the first call belonged to an interrupted run, call cached.reset().");
     } else {
       return {"", ""};
     }
@@ -234,9 +234,9 @@ struct Advance {
 };
 
 inline std::string doubt(Verdict verdict, const Clock& clock) {
-  if (clock.doubt) return "the time repeats in half precision, and calls without a context name cannot be told apart";
+  if (clock.doubt) return "the timestep repeats in half precision, and calls without a context name cannot be told apart";
   if (verdict == Verdict::unsure && !clock.moved)
-    return "the time repeats in half precision, and a new run cannot be told from this one";
+    return "the timestep repeats in half precision, and a new run cannot be told from this one";
   return "";
 }
 

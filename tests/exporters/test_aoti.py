@@ -46,7 +46,7 @@ max(1, (s13*s27) // 32) != 1
 max(1, (s13*s27) // 32) >= 2
 max(1, (s13*s27) // 32) == max(1, (s13*s27) // 32)
 8*max(1, (s13*s27) // 32) <= 4096
-the graphs hold where max(1, (s13*s27) // 32) != 1, and here s13 is 2, s27 is 6.""",
+shape constraint violated: max(1, (x[0]*x[1]) // 32) != 1, got x[0] = 2, x[1] = 6.""",
     )
 
 
@@ -115,4 +115,4 @@ def test_a_process_without_python(program: Path, case: str, tmp_path: Path) -> N
     session = opened(tmp_path / "bundle")
     for i, given in enumerate(inputs):
         assert (tmp_path / f"output.{i}").read_bytes() == raw(session(**given))
-    assert "##..#..#\nwarning: default: the time went back before step 5" in str(session.report())
+    assert "##..#..#\nwarning: default: the timestep went back before step 5" in str(session.report())

@@ -56,7 +56,7 @@ def test_a_call_keeps_its_form(tmp_path: Path) -> None:
                     assert got == want
         assert str(session.report()) == str(cached.report())
         cached.reset()
-        with pytest.raises(bw.StateError, match="mode is True, and the bundle was made for 1"):
+        with pytest.raises(bw.StateError, match="mode is True, but the bundle was exported for 1"):
             session(*args, **{**keywords, "mode": True})
 
 
@@ -84,7 +84,7 @@ def test_a_member_of_an_enum_is_held_by_its_value_or_its_name(tmp_path: Path, ta
         assert torch.equal(session(*model.example(), given), model(*model.example(), task))
         session.reset()
     other = next(member for member in Task if member is not task)
-    with pytest.raises(bw.StateError, match=rf"task is .*{other.name}.*, and the bundle was made for '{held}'"):
+    with pytest.raises(bw.StateError, match=rf"task is .*{other.name}.*, but the bundle was exported for '{held}'"):
         session(*model.example(), other)
 
 

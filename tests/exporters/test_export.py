@@ -165,20 +165,20 @@ def test_what_does_not_fit_is_refused(deployed: Exported) -> None:
     assert_expected_inline(
         "\n".join(messages),
         """\
-x has the shape [6, 4], and the bundle takes [s13, s27, 4].
-x is float64, and the bundle takes float32.
-t has the shape [3], and the bundle takes [s13].
-t is a str; pass a numpy array, an OrtValue or something with DLPack.
-t is missing; the bundle takes t, x.
-3 positional arguments, and the model takes x, t.""",
+x must have shape [s13, s27, 4], got [6, 4].
+x must have dtype float32, got float64.
+t must have shape [s13], got [3].
+t has unsupported type str; pass a numpy array, an OrtValue or an object with DLPack.
+missing inputs: t. The bundle takes t, x.
+got 3 positional arguments, but the model takes 2: x, t.""",
     )
     with pytest.raises(bw.ConfigError) as config:
         session.configure(reuse="residual")
     assert_expected_inline(
         str(config.value),
         """\
-reuse shapes the graphs; transform the model again, or export it again.
-  What may change: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold, warmup_steps.""",
+the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.
+  Can be changed: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold, warmup_steps.""",
     )
 
 
@@ -239,12 +239,12 @@ def test_a_reuse_graph_with_a_block_is_refused(deployed: Exported) -> None:
     program = deployed.cached.program
     plain = plain_graph(program, "compute")
     written = writer.onnx_graph(plain, 20, declared_shapes(deployed.manifest))
-    with pytest.raises(bw.ExportError, match=r"the reuse graph runs \S+, which came from \S+ of a cached block"):
+    with pytest.raises(bw.ExportError, match=r"the reuse graph contains \S+, which belongs to \S+ of a cached block"):
         check.check_structure({"compute": plain, "reuse": plain}, {"compute": written, "reuse": written})
     unmarked = dataclasses.replace(written, region={})
-    with pytest.raises(bw.ExportError, match="the exporter lost the marks"):
+    with pytest.raises(bw.ExportError, match="the exporter dropped the marks"):
         check.check_structure({"compute": plain, "reuse": plain}, {"compute": unmarked, "reuse": unmarked})
-    with pytest.raises(bw.ExportError, match="a weight that only the cached blocks read"):
+    with pytest.raises(bw.ExportError, match="which only the cached blocks read"):
         check.check_structure({"compute": plain, "reuse": plain}, {"compute": written, "reuse": unmarked})
 
 

@@ -92,12 +92,12 @@ def test_what_has_no_real_form_is_refused() -> None:
     assert_expected_inline(
         "\n".join(messages),
         """\
-tan runs aten.tan.default on complex numbers, which ONNX has not, and which have no real form here.
-  Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves.
-pad runs aten.pad.default on complex numbers, which ONNX has not, and which have no real form here.
-  Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves.
-copy runs aten.copy.default on complex numbers, which ONNX has not, and which have no real form here.
-  Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves.""",
+tan applies aten.tan.default to complex numbers, which ONNX does not support and which cannot be rewritten for real ones.
+  Write it with real and imaginary parts; products, sums and reshapes are rewritten automatically.
+pad applies aten.pad.default to complex numbers, which ONNX does not support and which cannot be rewritten for real ones.
+  Write it with real and imaginary parts; products, sums and reshapes are rewritten automatically.
+copy applies aten.copy.default to complex numbers, which ONNX does not support and which cannot be rewritten for real ones.
+  Write it with real and imaginary parts; products, sums and reshapes are rewritten automatically.""",
     )
 
 
@@ -156,7 +156,7 @@ def test_attention_and_complex_inputs(turning: bw.CachedModel, opset: int, tmp_p
     np.testing.assert_allclose(session(x, t, turns.numpy()), expected, rtol=1e-4, atol=1e-5)
     session.reset()
     np.testing.assert_allclose(session(x, t, turns), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(bw.StateError, match="turns is float32, and the bundle takes complex64"):
+    with pytest.raises(bw.StateError, match="turns must have dtype complex64, got float32"):
         session(x, t, x.numpy())
 
 

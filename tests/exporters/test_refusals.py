@@ -61,27 +61,27 @@ def test_settings(cached: bw.CachedModel, tmp_path: Path) -> None:
     assert_expected_inline(
         messages,
         """\
-ExportError: granularity='block' guards each block inside the graph, and a bundle has one guard, at the step.
-  Transform with granularity='stack', which decides once a step for all blocks.
-ExportError: decide='joint' is decided by the host between contexts, and a bundle's graphs see one context.
+ExportError: granularity='block' cannot be exported: a bundle has one guard for all blocks.
+  Transform with granularity='stack', which decides once per step for all blocks.
+ExportError: decide='joint' cannot be exported: the contexts of a bundle decide separately.
   Use decide='separate', or call the model once with the contexts batched.
-ExportError: there is no program to export: nothing is captured yet, or the model was changed or closed since.
-  Call the model once, or pass signature=(args, kwargs), a call like those to come.
-ExportError: there is no program to export: nothing is captured yet, or the model was changed or closed since.
-  Call the model once, or pass signature=(args, kwargs), a call like those to come.
-ExportError: this model holds 2 programs, and a bundle holds one:
+ExportError: there is no program to export: the model has not been captured yet, or it was changed or closed since.
+  Call the model once, or pass signature=(args, kwargs) with the arguments of a typical call.
+ExportError: there is no program to export: the model has not been captured yet, or it was changed or closed since.
+  Call the model once, or pass signature=(args, kwargs) with the arguments of a typical call.
+ExportError: the model has 2 captured programs, but a bundle holds one:
   x f32[1, 6, 4]; t f32[1]
   x f32[2, 6, 4]; t f32[2]
-  Pass signature=(args, kwargs), a call like those to come; or transform with dynamic_shapes.
-ConfigError: signature is no pair of a tuple and a dict; pass (args, kwargs), as in a call.
-ConfigError: export takes what transform returned, not a OneStream. Transform the model; compile it later.
-ConfigError: export takes what transform returned, not a OptimizedModule. Transform the model; compile it later.
-ConfigError: format is 'tf'; choose one of onnx, pt2, aoti.
-ConfigError: opset is 9; choose one from 18 to 24.
-ConfigError: opset is 20.0; choose one from 18 to 24.
-ConfigError: guarded=True writes one more ONNX graph; format is 'pt2'. Leave it out, or choose format="onnx".""",
+  Pass signature=(args, kwargs) to choose one, or transform with dynamic_shapes so that one program serves all sizes.
+ConfigError: signature must be a pair (args, kwargs) of a tuple and a dict.
+ConfigError: export expects the result of transform, got OneStream.
+ConfigError: export expects the result of transform, got OptimizedModule.
+ConfigError: format must be one of 'onnx', 'pt2', 'aoti', got 'tf'.
+ConfigError: opset must be from 18 to 24, got 9.
+ConfigError: opset must be from 18 to 24, got 20.0.
+ConfigError: guarded=True requires format="onnx", got 'pt2'.""",
     )
-    with pytest.raises(bw.ConfigError, match=r"the parameter patch\.weight of OneStream has no data here \(device meta\)"):
+    with pytest.raises(bw.ConfigError, match=r"parameter patch\.weight of OneStream is on the meta device"):
         bw.export(changed.to("meta"), tmp_path / "bundle")  # type: ignore[arg-type]
 
 
@@ -142,21 +142,21 @@ def test_what_a_graph_neither_takes_nor_returns(tmp_path: Path) -> None:
     assert_expected_inline(
         messages,
         """\
-ExportError: the input rows of Numbered is a Python number whose value is open; a file's inputs are tensors.
-  Transform with dynamic_shapes that leaves it out, so that its value is built in.
-ExportError: the input rows of Numbered is a Python number whose value is open; a file's inputs are tensors.
-  Transform with dynamic_shapes that leaves it out, so that its value is built in.
-ExportError: Numbered takes inf as rows; beside tensors a bundle holds None, text and finite numbers. Use one of these.
-ExportError: the input rows of Numbered is uint16, which bundles have not.
+ExportError: the input rows of Numbered is a Python number that dynamic_shapes makes dynamic; inputs of a graph file are tensors.
+  Leave it out of dynamic_shapes, so that its value is a constant.
+ExportError: the input rows of Numbered is a Python number that dynamic_shapes makes dynamic; inputs of a graph file are tensors.
+  Leave it out of dynamic_shapes, so that its value is a constant.
+ExportError: Numbered takes inf as rows; a bundle supports tensors, None, strings and finite numbers.
+ExportError: the input rows of Numbered has dtype uint16, which bundles do not support.
   Convert it before the call, to one of float32, float16, bfloat16, float64, int64, int32, int16, int8, uint8, bool, complex64.
-ExportError: Counting writes to its buffer calls while it runs (`copy__default`), and a bundle's graphs write to nothing.
+ExportError: Counting writes to its buffer calls in its forward (`copy__default`), which exported graphs cannot do.
   Return the value as an output, or keep it outside the model.
-ExportError: Counting writes to its input x while it runs (`copy__default`), and a bundle's graphs write to nothing.
+ExportError: Counting writes to its input x in its forward (`copy__default`), which exported graphs cannot do.
   Return the value as an output, or keep it outside the model.
-ExportError: the graphs return output, which is complex64; bundles return real numbers. Return real and imaginary parts.
-ExportError: the graphs return output_1, which is uint16.
+ExportError: the output output has dtype complex64, which bundles do not support. Return real and imaginary parts.
+ExportError: the output output_1 has dtype uint16, which bundles do not support.
   Convert it in the model, to one of float32, float16, bfloat16, float64, int64, int32, int16, int8, uint8, bool.
-ExportError: Returning returns the open size s27; beside tensors a bundle holds None, text and finite numbers. Use one of these.
-ExportError: Returning returns a dict whose keys are no text; a bundle returns tuples, lists, and tables with names.
+ExportError: Returning returns the dynamic size s27; a bundle supports tensors, None, strings and finite numbers.
+ExportError: Returning returns a dict with keys that are not strings; a bundle supports tuples, lists and dicts with string keys.
   Wrap the model in a module that returns one of these.""",
     )

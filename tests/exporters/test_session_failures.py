@@ -71,18 +71,18 @@ def test_what_both_refuse(bundles: Path, format: str) -> None:
         """\
 StateError: step_index 8 is outside the 8 steps of a generation (0 .. 7).
 StateError: step_index -1 is outside the 8 steps of a generation (0 .. 7).
-StateError: t is missing; the bundle takes t, x.
-StateError: 3 positional arguments, and the model takes x, t.
-StateError: x is given twice, by position and by name.
-StateError: mask is not among what the bundle takes: t, x.
-StateError: x has the shape [1, 5, 4], and the bundle takes [1, 6, 4].
-StateError: x is float64, and the bundle takes float32.
-StateError: t is a str; pass ... or something with DLPack.
-StateError: t is missing; the bundle takes x, t.
-StateError: the context 'uncond' has no cache; a generation frees it at its last step. There are: none.
-ConfigError: reuse shapes the graphs; transform the model again, or export it again.
-  What may change: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold, warmup_steps.
-ConfigError: decide='joint' is for a model in torch: the contexts of a bundle's session decide separately.""",
+StateError: missing inputs: t. The bundle takes t, x.
+StateError: got 3 positional arguments, but the model takes 2: x, t.
+StateError: got x twice, by position and by name.
+StateError: unexpected inputs: mask. The bundle takes t, x.
+StateError: x must have shape [1, 6, 4], got [1, 5, 4].
+StateError: x must have dtype float32, got float64.
+StateError: t has unsupported type str; pass ... or an object with DLPack.
+StateError: missing inputs: t. The bundle takes x, t.
+StateError: context 'uncond' has no cache: it was not called yet, or its generation has ended. Contexts with a cache: none.
+ConfigError: the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.
+  Can be changed: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold, warmup_steps.
+ConfigError: decide='joint' is not supported by a bundle's session, whose contexts decide separately.""",
     )
 
 
@@ -101,7 +101,7 @@ def test_a_failure_inside_onnxruntime(bundles: Path, tmp_path: Path) -> None:
         fails(bundle),
         """\
 BundleError:
-  compute.onnx fails in ONNX Runtime:
+  ONNX Runtime failed to run compute.onnx:
   Error in execution:
   Got invalid dimensions for input:
   x for the following indices""",
@@ -114,7 +114,7 @@ def test_a_failure_inside_torch(bundles: Path, tmp_path: Path) -> None:
         fails(bundle, **OPEN["pt2"]),
         """\
 BundleError:
-  compute.pt2 fails in torch:
+  torch failed to run compute.pt2:
   RuntimeError:
   mat1 and mat2 shapes cannot be multiplied (6x5 and 4x8)""",
     )
@@ -127,7 +127,7 @@ def test_a_cache_that_cannot_be_made(bundles: Path, format: str, size: int | str
     first, *others = session.manifest.slots
     session.manifest = dataclasses.replace(session.manifest, slots=(dataclasses.replace(first, shape=(size,)), *others))
     found = reasons(session, lambda s: s(*arrays()))
-    assert found.startswith(f"BundleError: no float32 tensor of shape ({size},) for the slot output_0: ")
+    assert found.startswith(f"BundleError: cannot allocate the cache slot output_0 (float32, shape ({size},)): ")
 
 
 @pytest.mark.parametrize("format", OPEN)

@@ -66,7 +66,7 @@ def test_a_request_after_one_that_was_broken_off(timed: Deployed, kind: str, bro
         call(session, "first", step, timed.dtype)
     for step in range(8):
         assert torch.equal(call(session, "second", step, timed.dtype), whole[step]), "the first video is in the second"
-    assert session.report().warnings == (f"default: the time went back before step {broken_off}: a new generation began",)
+    assert session.report().warnings == (f"default: the timestep went back before step {broken_off}: a new generation began",)
 
 
 @pytest.mark.parametrize("kind", ["pair", "guarded", "pt2"])
@@ -77,7 +77,7 @@ def test_two_calls_at_one_time_are_refused(timed: Deployed, kind: str) -> None:
         fresh = timed.session(kind)
         assert torch.equal(call(session, "second", 0, timed.dtype), call(fresh, "second", 0, timed.dtype))
     else:
-        with pytest.raises(bw.StateError, match=r"^two calls in a row have the same timestep"):
+        with pytest.raises(bw.StateError, match=r"^two consecutive calls have the same timestep"):
             call(session, "second", 0, timed.dtype)
 
 
@@ -88,6 +88,6 @@ def test_a_generation_frees_its_cache_at_its_last_step(timed: Deployed, kind: st
         call(session, "first", step, timed.dtype)
     assert session.state("default")
     call(session, "first", 7, timed.dtype)
-    with pytest.raises(bw.StateError, match=r"^the context 'default' has no cache; a generation frees it at its last step"):
+    with pytest.raises(bw.StateError, match=r"^context 'default' has no cache: it was not called yet, or its generation has ended"):
         session.state("default")
     assert session.report().contexts["default"].state_bytes > 0

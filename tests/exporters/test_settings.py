@@ -37,6 +37,6 @@ def test_a_bundle_holds_the_settings_in_force(tmp_path: Path, format: str) -> No
 def test_a_later_joint_decision_is_refused(tmp_path: Path) -> None:
     cached = tuned()
     cached.configure(decide="joint")
-    with pytest.raises(bw.ExportError, match="decide='joint' is decided by the host"):
+    with pytest.raises(bw.ExportError, match="decide='joint' cannot be exported"):
         bw.export(cached, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()

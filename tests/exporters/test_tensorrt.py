@@ -138,10 +138,10 @@ def test_engines_that_do_not_fit_are_refused(trt: Double, deployed: Exported, tm
     assert_expected_inline(
         shown,
         """\
-compute.engine was built for x [2, 2, 4] to [4, 8, 4], t [2] to [4], and here is x [2, 9, 4], t [2]. Build it with another profile.
-ENGINES holds version-compatible engines, which carry code. Pass allow_code=True if you trust them.
-ENGINES holds no guarded engines that can be read: KeyError('guarded').
-ENGINES/reuse.engine is not the engine that was built: its SHA-256 differs.""",
+compute.engine was built for x [2, 2, 4] to [4, 8, 4], t [2] to [4], got x [2, 9, 4], t [2]. Build it with another optimization profile.
+ENGINES contains version-compatible engines, which carry code. Pass allow_code=True if you trust their author.
+cannot read the engines guarded in ENGINES: KeyError('guarded').
+SHA-256 mismatch for ENGINES/reuse.engine: the engine was changed after it was built.""",
     )
 
 
@@ -168,9 +168,9 @@ asked for
   cache_in.reference_0: ((1, 32), (4, 32), (20, 32))
   cache_in.reference_1: ((1, 32), (4, 32), (20, 32))
   cache_in.reference_2: ((1, 32), (4, 32), (20, 32))
-y[0] is no open size of this bundle; there are: x[0], x[1].
-x[1] is (8, 4, 16); give the smallest, the usual and the largest size.
-the graphs hold where s13 >= 2, and the smallest sizes are s13 = 1, s27 = 3.""",
+unknown dynamic sizes: y[0]. This bundle has x[0], x[1].
+x[1] must be (smallest, usual, largest), got (8, 4, 16).
+smallest sizes: shape constraint violated: x[0] >= 2, got x[0] = 1.""",
     )
 
 
@@ -225,7 +225,7 @@ trtexec --onnx=reuse.onnx --saveEngine="$out/reuse.engine" --timingCacheFile="$o
 def test_a_bundle_of_torch_is_refused(tmp_path: Path) -> None:
     model = OneStream().eval()
     bw.export(bw.transform(model, bw.CacheConfig(num_steps=8), example_args=model.example()), tmp_path / "bundle", format="pt2")
-    with pytest.raises(bw.BundleError, match='holds graphs of format "pt2"; engines are built from a bundle of format "onnx"'):
+    with pytest.raises(bw.BundleError, match='has format "pt2"; engines are built from a bundle of format "onnx"'):
         tensorrt.prepare(tmp_path / "bundle")
 
 

@@ -38,7 +38,7 @@ def test_what_tensorrt_refuses_is_said(trt: Double, deployed: Exported, tmp_path
     assert_expected_inline(
         str(refusal.value),
         """\
-TensorRT does not take compute.onnx:
+TensorRT cannot parse compute.onnx:
   MatMul blocks.0.up/node_MatMul_3: no such layer""",
     )
     trt.check()

@@ -53,12 +53,12 @@ def test_code_is_asked_for(bundle: Path) -> None:
     assert_expected_inline(
         shown,
         """\
-.../bundle holds graphs of format "pt2": torch.export.load unpickles what a file says is pickled, which can run any
-code. Pass allow_code=True if you trust whoever wrote it; bundles of format "onnx" hold no code.
-.../bundle holds graphs of format "aoti": a package holds machine code, which runs when it is opened. Pass
-allow_code=True if you trust whoever wrote it; bundles of format "onnx" hold no code.
+.../bundle has format "pt2": torch.export.load unpickles what a file says is pickled, which can run any code. Pass
+allow_code=True if you trust its author; bundles of format "onnx" contain no code.
+.../bundle has format "aoti": a package holds machine code, which runs when it is opened. Pass allow_code=True if you
+trust its author; bundles of format "onnx" contain no code.
 .../bundle holds graphs of format "aoti"; pass backend="torch".
-guarded, providers, options and outputs are for backend="onnxruntime".""",
+guarded, providers, options and outputs require backend="onnxruntime".""",
     )
 
 
@@ -89,7 +89,7 @@ def test_a_planted_pickle_runs_where_code_is_allowed_and_only_there(bundle: Path
     edit(bundle, lambda manifest: None, "compute.pt2")
     assert "unpickles" in refusal(bundle, backend="torch")
     assert not mark.exists()
-    assert "compute.pt2 does not open in torch" in refusal(bundle, **TORCH)
+    assert "torch cannot open .../bundle/compute.pt2" in refusal(bundle, **TORCH)
     assert mark.exists()
 
 
@@ -97,9 +97,9 @@ def test_files(bundle: Path) -> None:
     program = bundle / "reuse.pt2"
     data = program.read_bytes()
     program.write_bytes(data[:-1])
-    assert refusal(bundle, **TORCH) == f".../bundle/reuse.pt2 has {len(data) - 1} bytes instead of {len(data)}; it is truncated."
+    assert refusal(bundle, **TORCH) == f".../bundle/reuse.pt2 has {len(data) - 1} bytes, expected {len(data)}: the file is truncated."
     edit(bundle, lambda manifest: None, "reuse.pt2")
-    assert refusal(bundle, **TORCH).startswith(".../bundle/reuse.pt2 does not open in torch (written with torch 2.")
+    assert refusal(bundle, **TORCH).startswith("torch cannot open .../bundle/reuse.pt2 (written with torch 2.")
     program.unlink()
     assert refusal(bundle, **TORCH) == ".../bundle/reuse.pt2 is missing; the bundle is incomplete."
 
@@ -109,23 +109,24 @@ def _tensor(manifest: dict[str, Any], **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda m: m.update(graph_format="tf"), "graph_format is 'tf'; known are onnx, pt2, aoti."),
-    (lambda m: m.pop("device"), "manifest.json names no device."),
-    (lambda m: m.update(device="abacus:0"), "was exported for abacus:0, which is not here: "),
-    (lambda m: m.update(device="meta"), "was exported for meta, which is not here: "),
-    (lambda m: m.pop("weights"), "manifest.json does not say where the weights are."),
-    (lambda m: m["weights"].update(file="../weights.bin"), "manifest.json does not say where the weights are."),
-    (lambda m: m["weights"]["tensors"].pop("head.bias"), "compute.pt2 reads head.bias, which is none of the bundle's weights."),
-    (lambda m: _tensor(m, offset=10**9), "the weight head.weight does not fit weights.bin: it would lie at 1000000000 .. 1000000128 of "),
-    (lambda m: _tensor(m, offset=-4), "does not fit weights.bin: it would lie at -4 .. 124 of "),
-    (lambda m: _tensor(m, offset=2), "does not fit weights.bin: "),
-    (lambda m: _tensor(m, dtype="nn"), "does not fit weights.bin: "),
-    (lambda m: _tensor(m, order=[0, 0]), "does not fit weights.bin: "),
-    (lambda m: _tensor(m, shape=[-4, -8]), "does not fit weights.bin: "),
-    (lambda m: m["graphs"]["reuse"].pop("weights"), "does not name the weights of the reuse graph."),
-    (lambda m: m["graphs"]["reuse"]["inputs"].pop(), "reuse.pt2 has 6 inputs, and the manifest says 5."),
-    (lambda m: m["slots"][0].update(order=[0, 0, 1]), "does not say how output_0 lies in memory."),
-    (lambda m: m["inputs"][0].pop("order"), "does not say how x lies in memory."),
+    (lambda m: m.update(graph_format="tf"), "graph_format must be one of onnx, pt2, aoti, got 'tf'."),
+    (lambda m: m.pop("device"), "manifest.json has no device."),
+    (lambda m: m.update(device="abacus:0"), "was exported for device abacus:0, which is not available: "),
+    (lambda m: m.update(device="meta"), "was exported for device meta, which is not available: "),
+    (lambda m: m.pop("weights"), "manifest.json has no entry for the weights."),
+    (lambda m: m["weights"].update(file="../weights.bin"), "manifest.json has no entry for the weights."),
+    (lambda m: m["weights"]["tensors"].pop("head.bias"), "compute.pt2 reads the weight head.bias, which is not in "
+                                                         "the bundle."),
+    (lambda m: _tensor(m, offset=10**9), "invalid entry for the weight head.weight in weights.bin: bytes 1000000000 to 1000000128 are outside"),
+    (lambda m: _tensor(m, offset=-4), "in weights.bin: bytes -4 to 124 are outside"),
+    (lambda m: _tensor(m, offset=2), "invalid entry for the weight head.weight in weights.bin: "),
+    (lambda m: _tensor(m, dtype="nn"), "invalid entry for the weight head.weight in weights.bin: "),
+    (lambda m: _tensor(m, order=[0, 0]), "invalid entry for the weight head.weight in weights.bin: "),
+    (lambda m: _tensor(m, shape=[-4, -8]), "invalid entry for the weight head.weight in weights.bin: "),
+    (lambda m: m["graphs"]["reuse"].pop("weights"), "does not list the weights of the reuse graph."),
+    (lambda m: m["graphs"]["reuse"]["inputs"].pop(), "reuse.pt2 has 6 inputs, but the manifest lists 5."),
+    (lambda m: m["slots"][0].update(order=[0, 0, 1]), "has no memory layout for output_0."),
+    (lambda m: m["inputs"][0].pop("order"), "has no memory layout for x."),
 ])  # fmt: skip
 def test_manifests(bundle: Path, change: Edit, message: str) -> None:
     edit(bundle, change)
@@ -147,5 +148,5 @@ def test_a_failed_export_leaves_what_was_there(cached: bw.CachedModel, bundle: P
 
 
 def test_guarded_is_onnx(cached: bw.CachedModel, tmp_path: Path) -> None:
-    with pytest.raises(bw.ConfigError, match="guarded=True writes one more ONNX graph; format is 'pt2'"):
+    with pytest.raises(bw.ConfigError, match='guarded=True requires format="onnx"'):
         bw.export(cached, tmp_path / "bundle", format="pt2", guarded=True)

@@ -278,8 +278,8 @@ def test_what_cannot_be_written(deployed: Exported, folder: Path, tmp_path: Path
         "\n".join(messages),
         """\
 REPOSITORY/video exists; it is not overwritten. Choose another name, or remove it.
-x[2] is no open size of this bundle; there are: x[0], x[1].
-the graphs hold where s13 >= 2, and the smallest sizes are s13 = 1, s27 = 6.
+unknown dynamic sizes: x[2]. This bundle has x[0], x[1].
+smallest sizes: shape constraint violated: x[0] >= 2, got x[0] = 1.
 the values of t are built into the graphs, and a server compares none. Run the bundle by bw.load.""",
     )
     assert list(tmp_path.iterdir()) == [reading.parent]

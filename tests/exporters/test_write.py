@@ -58,14 +58,14 @@ def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
     assert_expected_inline(
         refused(tmp_path, *places),
         """\
-.../file exists and is no bundle; it is not overwritten. Choose another directory.
-.../file/bundle cannot be written: [Errno 17] File exists: '.../file'.
-  Choose another directory, or make room there.
-.../letters exists and is no bundle; it is not overwritten. Choose another directory.
-.../app exists and is no bundle; it is not overwritten. Choose another directory.
-.../damaged exists and is no bundle; it is not overwritten. Choose another directory.
-.../mixed holds letter, which is no part of the bundle there; it is not overwritten.
-  Choose another directory, or take it away.""",
+.../file exists and is not a bundle; it is not overwritten. Choose another directory.
+cannot write .../file/bundle: [Errno 17] File exists: '.../file'.
+  Choose another directory, or free some space there.
+.../letters exists and is not a bundle; it is not overwritten. Choose another directory.
+.../app exists and is not a bundle; it is not overwritten. Choose another directory.
+.../damaged exists and is not a bundle; it is not overwritten. Choose another directory.
+.../mixed contains letter, which does not belong to the bundle there; it is not overwritten.
+  Choose another directory, or remove it.""",
     )
 
 
@@ -77,8 +77,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     assert_expected_inline(
         refused(tmp_path, tmp_path / "bundle"),
         """\
-.../bundle cannot be written: [Errno 13] Permission denied: '...'.
-  Choose another directory, or make room there.""",
+cannot write .../bundle: [Errno 13] Permission denied: '...'.
+  Choose another directory, or free some space there.""",
     )
 
 
@@ -93,10 +93,10 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert_expected_inline(
         refused(tmp_path, tmp_path / "bundle"),
         """\
-.../bundle cannot be written: [Errno 28] No space left on device.
-  Choose another directory, or make room there.""",
+cannot write .../bundle: [Errno 28] No space left on device.
+  Choose another directory, or free some space there.""",
     )
-    with pytest.raises(bw.ExportError, match=r"bundle cannot be written: .*No space left"):
+    with pytest.raises(bw.ExportError, match=r"cannot write .*bundle: .*No space left"):
         add(tmp_path / "bundle")
     assert content(tmp_path) == before
 

@@ -45,7 +45,7 @@ def test_a_name_of_nothing() -> None:
     assert_expected_inline(
         refused(TwoStream(), "transformer_blocks"),
         """\
-blocks='transformer_blocks' names nothing in TwoStream. Its candidates are
+blocks='transformer_blocks' matches no module of TwoStream. Candidates:
     double_blocks (2 modules)
     single_blocks (2 modules)
     repeat0 (2 modules)
@@ -57,8 +57,8 @@ def test_blocks_within_one_another() -> None:
     assert_expected_inline(
         refused(OneStream(), "blocks", "blocks.1.up"),
         """\
-blocks=['blocks', 'blocks.1.up']: `linear_4` belongs to blocks.1.up and to blocks.1 of OneStream. Blocks must not share
-operators; name the outer or the inner modules.""",
+blocks=['blocks', 'blocks.1.up']: blocks.1.up and blocks.1 of OneStream share the operator `linear_4`. Blocks must not
+overlap; name either the outer or the inner modules.""",
     )
 
 
@@ -72,8 +72,8 @@ def test_blocks_side_by_side() -> None:
     assert_expected_inline(
         refused(SideBySide(depth=2), "blocks"),
         """\
-blocks=['blocks']: blocks.1 of SideBySide does not depend on blocks.0, which runs before it. Name blocks that follow one
-another on one stream.""",
+blocks=['blocks']: blocks.1 of SideBySide does not depend on blocks.0, which runs before it. Name consecutive blocks of
+one stream.""",
     )
 
 
@@ -95,8 +95,8 @@ def test_a_module_that_hands_on_no_stream() -> None:
     assert_expected_inline(
         refused(Averaging(), "means"),
         """\
-blocks=['means']: means.0 of Averaging returns no floating value of rank 2 or more that is read later. Name modules that
-hand on the hidden state.""",
+blocks=['means']: means.0 of Averaging has no floating-point output of rank 2 or more that is read later. Name modules
+that pass on the hidden state.""",
     )
 
 
@@ -115,7 +115,7 @@ def test_transform_caches_what_is_named() -> None:
 def test_what_is_no_list_of_names(blocks: object) -> None:
     with pytest.raises(ConfigError) as caught:
         bw.find_blocks(OneStream(), blocks=blocks)  # type: ignore[arg-type]
-    assert str(caught.value) == f'blocks is {blocks!r}; it must be a list of module paths, such as ["transformer_blocks"].'
+    assert str(caught.value) == f'blocks must be a list of module paths, such as ["transformer_blocks"], got {blocks!r}.'
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_modules_side_by_side_are_refused() -> None:
 
 
 def test_growing_streams_are_refused() -> None:
-    reason = "blocks.1 returns another size (`add_1` f32[1, 12, 8]) than blocks.0 (`add` f32[1, 6, 8])"
+    reason = "blocks.1 has another output size (`add_1` f32[1, 12, 8]) than blocks.0 (`add` f32[1, 6, 8])"
     assert search(Growing(depth=3)) == BlockSearch((), (Rejection("blocks", 3, reason),))
 
 
@@ -120,7 +120,7 @@ def test_a_lone_projection_is_no_block_but_may_run_between_blocks() -> None:
         str(search(Mixed())),
         """\
 blocks.0 .. blocks.2: 2 x Block
-not cached: blocks (1 modules): blocks.1 multiplies fewer than two matrices (`linear_4` f32[1, 6, 8])""",
+not cached: blocks (1 modules): blocks.1 has fewer than two matrix products (`linear_4` f32[1, 6, 8])""",
     )
 
 
@@ -237,6 +237,6 @@ def test_candidates_that_are_passed_over_are_named_where_nothing_is_found() -> N
     assert_expected_inline(
         "\n".join(f"{r.stack} ({r.count}): {r.reason}" for r in search(NothingRepeats()).rejections),
         """\
-mixers (2): mixers.0 multiplies fewer than two matrices (`linear_4` f32[1, 6, 8])
-trunk (1): trunk is a lone module, and of no class that is repeated elsewhere""",
+mixers (2): mixers.0 has fewer than two matrix products (`linear_4` f32[1, 6, 8])
+trunk (1): trunk is a single module whose class is not repeated elsewhere""",
     )

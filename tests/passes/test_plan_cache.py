@@ -127,9 +127,9 @@ def test_no_blocks() -> None:
         """\
 no repeated transformer blocks in Growing.
   Nearest candidates, each rejected:
-    blocks (3 modules): blocks.1 returns another size (`add_1` f32[1, 12, 8]) than blocks.0 (`add` f32[1, 6, 8]).
-  A stack is cached if its modules are of one class or run the same operators, and each takes as many tokens from the
-one before it.
+    blocks (3 modules): blocks.1 has another output size (`add_1` f32[1, 12, 8]) than blocks.0 (`add` f32[1, 6, 8]).
+  A stack is cached if its modules have the same class or run the same operators, and each one takes the output of the
+one before it, with the same number of tokens.
   Pass `blocks=[...]` with the paths of yours, or run `bwcache_compile.find_blocks(model, example_kwargs=...)` to see
 every candidate.""",
     )
@@ -139,8 +139,8 @@ def test_a_block_that_writes_to_a_buffer() -> None:
     assert_expected_inline(
         refused(BufferWriter(), UnsupportedGraphError),
         """\
-BufferWriter cannot be cached: `copy__default` writes to `blocks_0_calls`, which lives outside the blocks, what they
-have worked out. A reused step would skip that write. Return the value instead.""",
+BufferWriter cannot be cached: `copy__default` inside the blocks writes to `blocks_0_calls` outside of them. A reused
+step would skip that write. Return the value instead.""",
     )
 
 
@@ -151,7 +151,7 @@ def test_a_block_that_writes_to_its_input() -> None:
 
 def test_nothing_left_to_cache() -> None:
     message = refused(OneStream(depth=3), ConfigError, compute_first=1, compute_last=2)
-    assert message == "compute_first=1 and compute_last=2 leave none of the 3 blocks of OneStream to cache."
+    assert message == "compute_first=1 and compute_last=2 leave no block to cache: OneStream has 3 blocks."
 
 
 def test_residual_of_a_post_norm() -> None:
@@ -250,7 +250,8 @@ def test_a_size_that_depends_on_values() -> None:
     assert place is not None
     assert place.group(1) == __file__
     assert message.replace(place.group(), "at ...: ") == (
-        "Counted cannot be cached: `add` f32[1, u1, 8], which the blocks return, has a size that depends on the values of a tensor"
-        ' (.item(), .tolist(), indexing by a mask) at ...: "return super().forward(x[:, : (4 * t).long().tolist()[0]], t)"'
-        " Work sizes out from shapes instead, or pass the mask or the lengths as an input of at most two dimensions."
+        "Counted cannot be cached: `add` f32[1, u1, 8], which the blocks return, has a size that depends on the "
+        'values of a tensor (.item(), .tolist(), indexing by a mask) at ...: "return super().forward(x[:, : (4 * '
+        't).long().tolist()[0]], t)" Compute sizes from shapes instead, or pass the mask or the lengths as an input '
+        "of at most two dimensions."
     )

@@ -97,7 +97,7 @@ def test_a_small_share_is_warned_of_once_per_program() -> None:
         """\
 a reused step of Decoded still runs 73% of the work (multiply-adds of matrix products, convolutions and attention)
 outside the cached blocks:
-  decoder (2 modules, 71% of the work) is not cached: decoder.1 returns another size (`add_3` f32[1, 12, 4]) than
+  decoder (2 modules, 71% of the work) is not cached: decoder.1 has another output size (`add_3` f32[1, 12, 4]) than
 decoder.0 (`add_2` f32[1, 6, 4])
   head (3% of the work) is not cached: it is no stack of repeated blocks
   Pass blocks=["<path of a stack>", ...] to choose what is cached; `print(cached.plan)` lists every stack that is not.""",

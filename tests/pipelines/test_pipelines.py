@@ -108,8 +108,8 @@ def test_a_run_that_was_broken_off_leaves_nothing_behind() -> None:
     assert torch.equal(case.run(pipe, 32, 6), whole)
     assert patterns(cached) == {"cond": PATTERN, "uncond": PATTERN}
     assert cached.report().warnings == (
-        "cond: the time went back before step 2: a new generation began",
-        "uncond: the time went back before step 2: a new generation began",
+        "cond: the timestep went back before step 2: a new generation began",
+        "uncond: the timestep went back before step 2: a new generation began",
     )
 
 

@@ -37,7 +37,7 @@ def test_two_calls_a_step_are_refused_until_they_are_told_apart() -> None:
     case = UNNAMED["kandinsky5"]
     pipe = case.pipeline(case.model())
     cached = pipe.transformer = bw.transform(pipe.transformer, CONFIG)
-    with pytest.raises(bw.StateError, match=r"^two calls in a row have the same timestep: .*calls_per_step=2"):
+    with pytest.raises(bw.StateError, match=r"^two consecutive calls have the same timestep: .*calls_per_step=2"):
         case.run(pipe, case.widths[0], 6)
     cached.reset()
     once = case.run(pipe, case.widths[0], 6, guidance_scale=1.0)

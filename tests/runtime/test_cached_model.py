@@ -80,7 +80,7 @@ def test_changed_settings_take_effect_without_a_capture(model: OneStream) -> Non
     generation(cached, model, steps=6)
     assert pattern(cached) == "##...#"
     assert cached.program is program
-    with pytest.raises(bw.ConfigError, match="reuse shapes the graphs; transform the model again"):
+    with pytest.raises(bw.ConfigError, match="reuse the graphs depend on; transform the model again"):
         cached.configure(reuse="residual")
 
 
@@ -114,7 +114,7 @@ def test_the_functional_step_leaves_its_state_alone(model: OneStream) -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, state.slots, strict=True))
         state = after
     assert cached.report().contexts == {}
-    with pytest.raises(bw.StateError, match="this state belongs to inputs of other shapes or dtypes"):
+    with pytest.raises(bw.StateError, match="this state was made for inputs of other shapes or dtypes"):
         cached.step(model.example(batch=2), {}, state)
 
 

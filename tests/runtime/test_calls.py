@@ -116,6 +116,6 @@ def test_a_number_that_no_tensor_can_be_passed_for_is_refused() -> None:
             run(cached, x, 0.7)
         lines = str(caught.value).splitlines()
         assert lines[0].startswith(
-            "`t` is a Python number that changes from call to call (0.8, then 0.7). A graph has such numbers built in"
+            "`t` is a Python number that changes between calls (0.8, then 0.7). Python numbers are constants of a captured graph"
         )
-        assert lines[-1] == "  If each of these calls is a run of its own, call cached.reset() between them."
+        assert lines[-1] == "  If each call belongs to a different run, call cached.reset() between them."

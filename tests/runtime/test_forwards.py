@@ -132,7 +132,7 @@ def test_nothing_is_compared_where_so_asked(forwards: Callable[[], int]) -> None
 def test_copies_verify_as_the_original_does() -> None:
     cached = copy.copy(bw.transform(Wrong().eval(), OFF, verify=False))
     run(cached, *inputs(6))
-    with pytest.raises(bw.ConfigError, match="verify is 'exact'; choose one of 'bitwise', 'close', False"):
+    with pytest.raises(bw.ConfigError, match="verify must be one of 'bitwise', 'close', False, got 'exact'"):
         bw.transform(Counted(), verify="exact")  # type: ignore[arg-type]
 
 

@@ -70,8 +70,8 @@ def test_missing_num_steps_fails_at_the_first_call(model: OneStream) -> None:
     with pytest.raises(bw.ConfigError) as caught:
         run(bw.transform(model), *model.example())
     assert str(caught.value) == (
-        "num_steps is not known, and policy='schedule' places the protected tail by it. Set CacheConfig(num_steps=...),"
-        " call cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
+        "policy='schedule' needs the number of steps. Set CacheConfig(num_steps=...), call "
+        "cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
     )
 
 
@@ -92,9 +92,9 @@ def test_two_calls_a_step_are_noticed(model: OneStream) -> None:
     with pytest.raises(bw.StateError) as caught:
         run(cached, x + 1, t)
     assert str(caught.value) == (
-        "two calls in a row have the same timestep: the model is called more than once a step, and the calls would"
-        " overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set CacheConfig(calls_per_step=2)."
-        " If the first call was of a run that was broken off, call cached.reset()."
+        "two consecutive calls have the same timestep: the model is called more than once per step, and the calls "
+        "would overwrite one another's cache. Wrap each in `with cached.cache_context(name):`, or set "
+        "CacheConfig(calls_per_step=2). If the first call belonged to an interrupted run, call cached.reset()."
     )
 
 
@@ -116,7 +116,7 @@ def test_two_prompts_a_step_are_noticed(dtype: torch.dtype) -> None:
     cached = bw.transform(model, STATIC)
     (pooled, mask), (other, other_mask) = prompts()
     run(cached, *model.example(), pooled.to(dtype), mask)
-    with pytest.raises(bw.StateError, match=r"^two calls in a row have the same timestep"):
+    with pytest.raises(bw.StateError, match=r"^two consecutive calls have the same timestep"):
         run(cached, *model.example(), other.to(dtype), other_mask)
 
 
@@ -166,7 +166,7 @@ def test_a_run_that_was_broken_off_is_noticed_by_its_time(model: OneStream, name
     generation(cached, model, steps=2, name=name)
     assert all(torch.equal(a, b) for a, b in zip(whole, generation(cached, model, name=name), strict=True))
     assert pattern(cached) == "#..#.#"
-    assert cached.report().warnings == ("default: the time went back before step 2: a new generation began",)
+    assert cached.report().warnings == ("default: the timestep went back before step 2: a new generation began",)
 
 
 def test_time_may_rise(model: OneStream) -> None:
@@ -217,7 +217,7 @@ def test_a_time_against_the_run_is_proof_in_any_dtype(dtype: torch.dtype, name: 
     for step in range(broken_off):
         call(step, 0)
     assert all(torch.equal(call(step, 3), whole[step]) for step in range(6)), "the first video is in the second"
-    assert cached.report().warnings == (f"{name or 'default'}: the time went back before step {broken_off}: a new generation began",)
+    assert cached.report().warnings == (f"{name or 'default'}: the timestep went back before step {broken_off}: a new generation began",)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -316,9 +316,9 @@ def test_more_steps_than_num_steps_are_said(model: OneStream) -> None:
     for step in range(3):
         run(cached, *model.example(step=step))
     assert cached.report().warnings == (
-        "default: the time went on after the last of 2 steps: a new generation began. Set num_steps to the steps of a run",
+        "default: the timestep continued after the last of 2 steps: a new generation began. Set num_steps to the number of steps",
     )
-    assert cached.report().contexts["default"].began == "the 2 steps of the generation before were through"
+    assert cached.report().contexts["default"].began == "the 2 steps of the previous generation were complete"
 
 
 def test_a_context_that_joins_another_run_late_drops_what_it_held(model: OneStream) -> None:
@@ -338,7 +338,7 @@ def test_a_context_that_joins_another_run_late_drops_what_it_held(model: OneStre
     x, t = model.example(step=3)
     assert torch.equal(call("uncond", 3, 5), run(model, x + 5, t)), "the first video is in the second"
     assert cached.report().warnings == (
-        "cond: the time went back before step 3: a new generation began",
+        "cond: the timestep went back before step 3: a new generation began",
         "uncond: another context of the group began a new run before step 3: the cache was cleared",
     )
 
@@ -407,5 +407,5 @@ def test_two_calls_of_one_step_in_one_context_are_reported(model: OneStream) -> 
         with cached.cache_context("both", step_index=step):
             run(cached, *model.example(step=step))
     assert cached.report().warnings == (
-        "both: step 1 came again: a new generation began. Where a step takes several calls, give each a context of its own",
+        "both: step 1 was repeated: a new generation began. If a step makes several calls, give each its own context",
     )

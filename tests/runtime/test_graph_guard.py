@@ -172,14 +172,15 @@ def test_refusals() -> None:
     assert_expected_inline(
         "\n".join(texts),
         """\
-guard is 'device'; choose one of 'host', 'graph'.
-granularity='block' decides for each block on its own, inside the graph: pass guard='graph'.
-granularity='block' needs reuse='residual', not 'output': a held output would hide what earlier blocks changed.
-decide='joint' is for guard='host': a graph that decides by itself sees one context.
-decide='joint' is for guard='host': a graph that decides by itself sees one context.
-granularity='block' measures every block; indicator_blocks is 2, not "all".
-ConfigError('inside torch.compile, pass parameters=cached.policy_parameters(): settings are no constants of the graph.')
+guard must be one of 'host', 'graph', got 'device'.
+granularity='block' requires guard='graph': each block is guarded inside the graph.
+granularity='block' requires reuse='residual', got 'output': a reused output would discard what earlier blocks changed.
+decide='joint' requires guard='host': a guard inside the graph sees one context only.
+decide='joint' requires guard='host': a guard inside the graph sees one context only.
+granularity='block' requires indicator_blocks="all", got 2.
+ConfigError('inside torch.compile, pass parameters=cached.policy_parameters() to cached.step: settings are inputs of the
+graph.')
 StateError('x is torch.float32[s33, 6, 4], but the program was captured for torch.float32[1, 6, 4].')
-StateError("cached.step inside torch.compile needs a model that is captured for one signature, not 2: transform the
+StateError("cached.step inside torch.compile requires exactly one captured signature, and the model has 2: transform the
 model with guard='graph' and example_args / example_kwargs, and call it with inputs of those shapes.")""",
     )

@@ -106,12 +106,15 @@ def test_contexts_that_decide_together_are_called_in_turn() -> None:
     with other.lock, cached.cache_context("cond"), torch.no_grad(), pytest.raises(bw.StateError) as caught:
         cached(*inputs(model, "cond", 1))
     assert str(caught.value) == (
-        "the contexts 'cond' and 'uncond' decide together, and another thread is inside the second. Call the contexts of a step one"
-        " after another, or give each video a group of its own: `with cached.cache_context(name, group=...):`."
+        "contexts 'cond' and 'uncond' share their decisions (decide='joint'), and another thread is running the "
+        "second. Call the contexts of a step one after another, or give each video a group of its own: `with "
+        "cached.cache_context(name, group=...):`."
     )
 
 
 def test_blocks_cannot_decide_jointly() -> None:
     with pytest.raises(bw.ConfigError) as caught:
         bw.CacheConfig(granularity="block", reuse="residual", decide="joint")
-    assert str(caught.value) == ("granularity='block' has as many decisions as blocks; decide='joint' shares one. Choose one of the two.")
+    assert str(caught.value) == (
+        "granularity='block' decides for each block and decide='joint' once for all contexts; they cannot be combined."
+    )

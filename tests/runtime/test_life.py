@@ -97,12 +97,12 @@ def test_diffusers_attention_back_end_is_part_of_the_signature(wan: nn.Module) -
     with attention_backend("_native_math"), pytest.raises(bw.CaptureError) as caught:
         sample(cached, 2)
     assert re.sub(r"\d\.\d+e-\d+", "N", str(caught.value)) == (
-        "WanTransformer3DModel could not be captured as one graph.\n"
-        "  non-strict: the captured graph computes something else than the model: output 0 differs by up to N\n"
-        "  strict: the captured graph computes something else than the model: output 0 differs by up to N\n"
-        "  Remove the data-dependent Python at that line (a branch on a tensor's values, .item(), .tolist(), .numpy()), or try a size"
-        " that the model was built for. If the difference is a rounding error, the model chooses kernels itself (an attention back end"
-        " that enters sdpa_kernel), which no graph keeps: choose them around the call instead."
+        "could not capture WanTransformer3DModel as one graph.\n  non-strict: the captured graph computes something "
+        "else than the model: output 0 differs by up to N\n  strict: the captured graph computes something else than "
+        "the model: output 0 differs by up to N\n  Remove the data-dependent Python at that line (a branch on a "
+        "tensor's values, .item(), .tolist(), .numpy()), or try a size that the model was built for. If the outputs "
+        "differ by a rounding error, the model selects kernels itself (with sdpa_kernel, for example), which a "
+        "graph cannot record: select them around the call instead."
     )
     assert torch.equal(sample(cached, 2), sample(wan, 2)), "back to the default, nothing is lost"
     assert cached.report().captures == 1
@@ -287,7 +287,7 @@ def test_an_empty_registry_of_hooks_is_no_change() -> None:
     assert cached.report().captures == 1
     assert cached.report().contexts["default"].reused == 2
     cached.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    with pytest.raises(bw.ConfigError, match="has a hook around its forward"):
+    with pytest.raises(bw.ConfigError, match="has a hook on its forward"):
         sample(cached, 3)
 
 
@@ -312,8 +312,8 @@ def test_programs_are_bounded_and_thrashing_is_said(monkeypatch: pytest.MonkeyPa
             cached.reset()
     assert (len(cached._programs), cached.report().captures) == (2, 3)
     message = (
-        "6 programs of Scaled were captured; something in its inputs changes from call to call (a Python number that could be a"
-        " tensor?), or in its modules, and each capture takes seconds."
+        "6 programs of Scaled have been captured, and each capture takes seconds. Something changes between calls: "
+        "an input (a Python number that could be a tensor?), or the model's modules."
     )
     for scale in (4.0, 5.0):
         run(cached, *model.example(), scale)

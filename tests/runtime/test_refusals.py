@@ -57,23 +57,23 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
     "transformed": (
         lambda m: bw.transform(bw.transform(m)),
         bw.StateError,
-        "this model is transformed already; use it as it is, or transform the original again with other settings.",
+        "this model is already transformed. Use it as it is, or transform the original model again with other settings.",
     ),
     "compiled": (
         lambda m: bw.transform(torch.compile(m)),
         bw.ConfigError,
-        "this model is compiled already: transform the original first, then call torch.compile on the result.",
+        "this model is already compiled. Call transform on the original model, then torch.compile on the result.",
     ),
     "no module": (
         lambda m: bw.transform(len),  # type: ignore[arg-type]
         bw.ConfigError,
-        "transform takes a torch.nn.Module, not a builtin_function_or_method.",
+        "transform expects a torch.nn.Module, got builtin_function_or_method.",
     ),
     "meta": (
         lambda m: bw.transform(OneStream().to("meta")),
         bw.ConfigError,
-        "the parameter patch.weight of OneStream has no data here (device meta): an offload hook moves it in and out, and a captured"
-        " graph would hold on to copies. Place the whole model on one device first.",
+        "parameter patch.weight of OneStream is on the meta device: an offload hook moves its data in and out, and "
+        "a captured graph would keep copies of it. Place the whole model on one device first.",
     ),
     "training": (
         lambda m: run(bw.transform(m.train(), STATIC), *m.example()),
@@ -98,32 +98,34 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
     "input": (
         lambda m: run(bw.transform(m, STATIC), m.example(), object()),
         bw.ConfigError,
-        "an input is a object; a program is chosen by tensors, numbers, strings and None. Pass the tensors that it holds, or register"
-        " its class: torch.export.register_dataclass for a dataclass, else torch.utils._pytree.register_pytree_node.",
+        "unsupported input type object: inputs are tensors, numbers, strings, None and containers of these. Pass "
+        "the tensors that it holds, or register its class: torch.export.register_dataclass for a dataclass, else "
+        "torch.utils._pytree.register_pytree_node.",
     ),
     "output": (
         lambda m: run(bw.transform(Wrapping().eval(), STATIC), *m.example()),
         bw.CaptureError,
-        "Wrapping returns a Prediction, and a graph returns tensors, numbers, strings and None. Return the tensors that it holds, or"
-        " register its class: torch.export.register_dataclass for a dataclass, else torch.utils._pytree.register_pytree_node.",
+        "Wrapping returns a Prediction, but a graph can return only tensors, numbers, strings and None. Return the "
+        "tensors that it holds, or register its class: torch.export.register_dataclass for a dataclass, else "
+        "torch.utils._pytree.register_pytree_node.",
     ),
     "gradients": (
         lambda m: bw.transform(m, STATIC)(m.example()[0].requires_grad_(), m.example()[1]),
         bw.StateError,
-        "an input requires gradients, and a reused step has none to give. Call the model under torch.no_grad().",
+        "an input requires gradients, which a reused step cannot provide. Call the model under torch.no_grad().",
     ),
     "no block left": (
         lambda m: bw.transform(m, bw.CacheConfig(num_steps=4, compute_first=2, compute_last=1), example_args=m.example()),
         bw.ConfigError,
-        "compute_first=2 and compute_last=1 leave none of the 3 blocks of OneStream to cache.",
+        "compute_first=2 and compute_last=1 leave no block to cache: OneStream has 3 blocks.",
     ),
-    "state": (_other_state, bw.StateError, "this state belongs to inputs of other shapes or dtypes; start from init_state for these."),
+    "state": (_other_state, bw.StateError, "this state was made for inputs of other shapes or dtypes. Create a new one with init_state."),
     "configure": (
         _shaping_setting,
         bw.ConfigError,
-        "reuse shapes the graphs; transform the model again, or export it again.\n"
-        "  What may change: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold,"
-        " warmup_steps.",
+        "the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.\n  "
+        "Can be changed: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same "
+        "length), tail, threshold, warmup_steps.",
     ),
 }
 
@@ -188,11 +190,10 @@ def test_hooks_are_refused_at_any_time(hook: Callable[[Any], str], early: bool) 
         with pytest.raises(bw.ConfigError) as caught, torch.no_grad():
             cached(**ZOO["wan"].inputs(0))
     where, rest = str(caught.value).split(" of WanTransformer3DModel ")
-    assert where in ("the top module", "the module blocks.0", "the module blocks.0.attn1.to_q")
+    assert where in ("the top module", "module blocks.0", "module blocks.0.attn1.to_q")
     assert rest == (
-        f"has a hook around its forward ({name}): offloading, casting and other caches work by such hooks, and a captured graph"
-        " would leave them out or hold on to copies of the weights. Remove the hook (for offloading: place the whole model on one"
-        " device) first."
+        f"has a hook on its forward ({name}). Offloading, casting and other caches use such hooks; a captured graph would skip them"
+        " or keep copies of the weights. Remove the hook first (for offloading: place the whole model on one device)."
     )
 
 
@@ -208,8 +209,8 @@ def test_weights_that_are_kept_elsewhere_are_refused(early: bool) -> None:
     with pytest.raises(bw.ConfigError) as caught:
         run(cached or bw.transform(model, STATIC), **ZOO["wan"].inputs(0))
     assert re.sub("parameter [^ ]*", "parameter P", str(caught.value)) == (
-        "the parameter P of WanTransformer3DModel has no data here (device meta): an offload hook moves it in and out, and a captured"
-        " graph would hold on to copies. Place the whole model on one device first."
+        "parameter P of WanTransformer3DModel is on the meta device: an offload hook moves its data in and out, and "
+        "a captured graph would keep copies of it. Place the whole model on one device first."
     )
     remove_hook_from_submodules(cached or model)  # which puts the weights back
     assert torch.equal(run(cached or bw.transform(model, STATIC), **ZOO["wan"].inputs(0)).sample, whole)
@@ -224,7 +225,7 @@ def test_a_hook_added_between_two_steps_is_refused_until_it_is_gone() -> None:
     run(cached, *model.example())
     cpu_offload_with_hook(cached, execution_device="cpu")
     for _ in range(2):
-        with pytest.raises(bw.ConfigError, match=r"^the top module of OneStream has a hook around its forward \(CpuOffload\)"):
+        with pytest.raises(bw.ConfigError, match=r"^the top module of OneStream has a hook on its forward \(CpuOffload\)"):
             run(cached, *model.example(step=1))
     remove_hook_from_module(cached)
     assert not torch.equal(run(cached, *model.example(step=1)), run(model, *model.example(step=1)))

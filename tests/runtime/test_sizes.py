@@ -56,7 +56,7 @@ def test_the_second_signature_opens_the_sizes() -> None:
     shapes = {slot.name: slot.shape for slot in cached.plan.slots}
     assert shapes["output_0"] == ("s13", "s12 + s27", 8), "text and video joined"
     assert shapes["reference_0"] == shapes["reference_3"] == ("max(1, (s13*s27) // 32)", 8), "of the video alone"
-    assert "note: sizes are open; bytes are given for s12 = 5, s13 = 2, s27 = 6" in str(cached.plan)
+    assert "note: sizes are dynamic; bytes are given for s12 = 5, s13 = 2, s27 = 6" in str(cached.plan)
 
 
 def test_a_size_that_cannot_be_opened_has_programs_of_its_own() -> None:
@@ -67,8 +67,8 @@ def test_a_size_that_cannot_be_opened_has_programs_of_its_own() -> None:
         check(cached, model, *two(*sizes))
         assert counts(cached) == expected, sizes
     assert cached.plan.notes[-2:] == (
-        "dimension 0 of text is fixed at 1: its other values have programs of their own",
-        "dimension 0 of t is fixed at 1: its other values have programs of their own",
+        "dimension 0 of text is fixed at 1: other values are captured separately",
+        "dimension 0 of t is fixed at 1: other values are captured separately",
     )
 
 
@@ -108,7 +108,7 @@ def test_a_state_of_another_size_is_refused() -> None:
     _, state = cached.step(one(2, 6), {}, state)
     other = cached.init_state(one(3, 7))
     assert [tuple(slot.shape) for slot in other.slots] == [(3, 7, 8)]
-    with pytest.raises(bw.StateError, match="this state belongs to inputs of other shapes or dtypes"):
+    with pytest.raises(bw.StateError, match="this state was made for inputs of other shapes or dtypes"):
         cached.step(one(3, 7), {}, state)
 
 
@@ -125,7 +125,7 @@ def test_a_size_that_python_counts_has_a_program_for_each_value() -> None:
     for tokens in (3, 4, 5):
         check(cached, model, *one(2, tokens))
     assert counts(cached) == (3, 3)
-    assert cached.plan.notes[-1] == "dimension 1 of x is fixed at 5: its other values have programs of their own"
+    assert cached.plan.notes[-1] == "dimension 1 of x is fixed at 5: other values are captured separately"
     check(cached, model, *one(3, 4))
     assert counts(cached) == (3, 3), "the batch is open all the same"
 
@@ -146,7 +146,7 @@ def test_programs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_takes_no_open_sizes_is_captured_for_each() -> None:
     def fixed(model: nn.Module, args: Any, kwargs: Any, shapes: Any, reading: bool, **_: Any) -> CachedProgram:
         if shapes is not None:
-            raise bw.CaptureError("OneStream could not be captured as one graph.\n  non-strict: no size may be open")
+            raise bw.CaptureError("could not capture OneStream as one graph.\n  non-strict: no size may be open")
         return capture(model, args, kwargs)
 
     model = OneStream().eval()
@@ -155,7 +155,7 @@ def test_a_model_that_takes_no_open_sizes_is_captured_for_each() -> None:
         check(cached, model, *one(2, tokens))
     assert counts(cached) == (3, 3)
     assert cached.plan.notes[-1] == (
-        "each size has a program of its own: OneStream could not be captured as one graph. non-strict: no size may be open"
+        "each size is captured separately: could not capture OneStream as one graph. non-strict: no size may be open"
     )
     asked = bw.CachedModel(model, OFF, Toolchain(capture=fixed, build=passes.build, explain=passes.explain), "auto")
     with pytest.raises(bw.CaptureError, match="no size may be open"):
@@ -178,7 +178,7 @@ def test_a_graph_that_is_wrong_at_another_size_is_not_used_there() -> None:
     assert counts(cached) == (3, 3)
     check(cached, model, *one(2, 7))
     assert cached.plan.notes[-1] == (
-        "each size has a program of its own: the graph of open sizes computes something else than the model at ((2, 7, 4), (2,)):"
+        "each size is captured separately: the graph with dynamic sizes differs from the model at ((2, 7, 4), (2,)):"
         " output 0 differs by up to 1"
     )
 
@@ -190,12 +190,12 @@ def test_chosen_sizes() -> None:
     for count in (6, 4, 16):
         check(cached, model, *one(2, count))
     assert counts(cached) == (1, 1)
-    assert "sizes are open; bytes are given for" in str(cached.plan)
+    assert "sizes are dynamic; bytes are given for" in str(cached.plan)
     check(cached, model, *one(2, 17))
     assert counts(cached) == (2, 2), "past the range that was asked for"
     with pytest.raises(bw.ConfigError) as caught:
         bw.transform(model, OFF, example_args=one(2, 6), dynamic_shapes={"frames": {1: tokens}})
-    assert str(caught.value) == "dynamic_shapes names 'frames', which this call of OneStream does not pass. It passes 'x', 't'."
+    assert str(caught.value) == "dynamic_shapes names 'frames', but this call of OneStream passes only 'x', 't'."
 
 
 def test_an_open_int() -> None:

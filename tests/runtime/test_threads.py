@@ -111,7 +111,7 @@ def test_one_context_entered_twice_at_once_raises() -> None:
         tried.set()
         running.result()
     assert str(caught.value) == (
-        "the context 'stream 0' is in use by another thread. Give each stream of calls its own: `with cached.cache_context(name):`."
+        "context 'stream 0' is in use by another thread. Give each thread its own context: `with cached.cache_context(name):`."
     )
     call(cached, model, 0, 2)
     assert str(cached.report()) == "stream 0: 1 computed, 2 reused  #.."

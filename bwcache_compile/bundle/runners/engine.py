@@ -44,7 +44,9 @@ class TensorRTRunner(TorchTensors):
         runtime = trt.Runtime(logger)
         if record["version_compatible"]:
             if not allow_code:
-                raise BundleError(f"{folder} holds version-compatible engines, which carry code. Pass allow_code=True if you trust them.")
+                raise BundleError(
+                    f"{folder} contains version-compatible engines, which carry code. Pass allow_code=True if you trust their author."
+                )
             runtime.engine_host_code_allowed = True
         self._alive = [logger, runtime]  # engines refer to both
         self._engines: dict[str, Any] = {}
@@ -67,12 +69,12 @@ class TensorRTRunner(TorchTensors):
         logger, runtime = self._alive
         engine = runtime.deserialize_cuda_engine((folder / f"{kind}.engine").read_bytes())
         if engine is None:
-            raise BundleError(f"{folder / f'{kind}.engine'} does not open in TensorRT {trt.__version__}; build it again there.")
+            raise BundleError(f"TensorRT {trt.__version__} cannot open {folder / f'{kind}.engine'}. Build it again with this version.")
         if stripped:
             refitter = trt.Refitter(engine, logger)
             parser = trt.OnnxParserRefitter(refitter, logger)
             if not parser.refit_from_file(str(bundle.graph_file(kind))) or not refitter.refit_cuda_engine():
-                raise BundleError(f"{bundle.graph_file(kind)} does not hold the weights that {kind}.engine lacks.")
+                raise BundleError(f"{bundle.graph_file(kind)} does not contain the weights that {kind}.engine needs.")
         self._reads[kind] = self._check(trt, kind, engine)
         return engine
 
@@ -87,11 +89,11 @@ class TensorRTRunner(TorchTensors):
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         outputs = [name for name in names if name not in inputs]
         if not set(inputs) <= set(entry.inputs) or set(outputs) != set(entry.outputs):
-            raise BundleError(f"{kind}.engine has the inputs {inputs} and outputs {outputs}, and the manifest says otherwise.")
+            raise BundleError(f"{kind}.engine has inputs {inputs} and outputs {outputs}, which differ from the manifest.")
         for name in names:
             found = engine.get_tensor_dtype(name).name
             if _DTYPES.get(found, found.lower()) != self._dtype(name):
-                raise BundleError(f"{kind}.engine has {name} as {found}, and the manifest says {self._dtype(name)}.")
+                raise BundleError(f"{kind}.engine has dtype {found} for {name}, but the manifest lists {self._dtype(name)}.")
         return inputs
 
     def _dtype(self, name: str) -> str:
@@ -132,7 +134,7 @@ class TensorRTRunner(TorchTensors):
             users = [name for name in self._profiles[kind][0] if not name.startswith(cache_in(""))]
             found = ", ".join(f"{name} {list(inputs[name].shape)}" for name in users)
             taken = "; or ".join(", ".join(f"{name} {p[name][0]} to {p[name][2]}" for name in users) for p in self._profiles[kind])
-            raise StateError(f"{kind}.engine was built for {taken}, and here is {found}. Build it with another profile.")
+            raise StateError(f"{kind}.engine was built for {taken}, got {found}. Build it with another optimization profile.")
         if context.active_optimization_profile != chosen:
             context.set_optimization_profile_async(chosen, stream)
 
@@ -149,7 +151,7 @@ class TensorRTRunner(TorchTensors):
             self._choose(context, graph, inputs, stream)
             for name in self._reads[graph]:
                 if not context.set_input_shape(name, tuple(inputs[name].shape)):
-                    raise BundleError(f"{graph}.engine does not take {name} as {list(inputs[name].shape)}.")
+                    raise BundleError(f"{graph}.engine does not accept {name} with shape {list(inputs[name].shape)}.")
                 context.set_tensor_address(name, inputs[name].data_ptr())
             for name in self._manifest.graphs[graph].outputs:
                 value = buffers.get(name)
@@ -159,5 +161,5 @@ class TensorRTRunner(TorchTensors):
                 context.set_tensor_address(name, value.data_ptr())
                 returned[name] = value
             if not context.execute_async_v3(stream):
-                raise BundleError(f"{graph}.engine fails in TensorRT; its log says why.")
+                raise BundleError(f"TensorRT failed to run {graph}.engine; see its log.")
         return returned

@@ -51,12 +51,12 @@ class OrtRunner:
         import onnxruntime as ort
 
         if outputs not in ("numpy", "ortvalue"):
-            raise ConfigError(f'outputs is {outputs!r}; choose "numpy" or "ortvalue".')
+            raise ConfigError(f'outputs must be "numpy" or "ortvalue", got {outputs!r}.')
         self._manifest, self._outputs = bundle.manifest, outputs
         providers = list(providers or ["CPUExecutionProvider"])
         first = providers[0] if isinstance(providers[0], str) else providers[0][0]
         if first not in ort.get_available_providers():
-            raise ConfigError(f"{first} is not in this onnxruntime; it has {', '.join(ort.get_available_providers())}.")
+            raise ConfigError(f"{first} is not available in this onnxruntime; available are {', '.join(ort.get_available_providers())}.")
         self._device = _device(providers, ort.get_available_providers())
         self._sessions = {}
         for kind in kinds:
@@ -64,11 +64,13 @@ class OrtRunner:
             try:
                 self._sessions[kind] = ort.InferenceSession(str(path), options, providers=providers)
             except Exception as error:  # onnxruntime's errors have no common class of their own
-                raise BundleError(f"{path} does not run on {first}: {first_line(error)}{self._advice(first)}") from error
+                raise BundleError(f"{first} cannot run {path}: {first_line(error)}{self._advice(first)}") from error
             self._check(kind)
         half = [item.name for item in self._manifest.outputs.items if item.dtype == "bfloat16"]
         if half and outputs == "numpy":
-            raise ConfigError(f'{half[0]} is bfloat16, which numpy has not; pass outputs="ortvalue", which has DLPack.')
+            raise ConfigError(
+                f'{half[0]} has dtype bfloat16, which numpy does not support; pass outputs="ortvalue", which supports DLPack.'
+            )
 
     def _advice(self, provider: str) -> str:
         dtypes = [entry.dtype for entry in (*self._manifest.inputs, *self._manifest.slots)]
@@ -83,7 +85,7 @@ class OrtRunner:
         for what, values, said in (("inputs", session.get_inputs(), entry.inputs), ("outputs", session.get_outputs(), entry.outputs)):
             found = [value.name for value in values]
             if found != list(said):
-                raise BundleError(f"{entry.file} has the {what} {found}, and the manifest says {list(said)}.")
+                raise BundleError(f"{entry.file} has {what} {found}, but the manifest lists {list(said)}.")
         known: dict[str, TensorEntry] = {entry.name: entry for entry in self._manifest.inputs}
         known |= {cache_in(slot.name): slot for slot in self._manifest.slots}
         for value in session.get_inputs():
@@ -91,10 +93,10 @@ class OrtRunner:
                 continue
             dtype, shape = known[value.name].dtype, graph_shape(known[value.name])
             if _dtype(value.type) != PAIRS.get(dtype, dtype):
-                raise BundleError(f"{entry.file} takes {value.name} as {_dtype(value.type)}, and the manifest says {dtype}.")
+                raise BundleError(f"{entry.file} has dtype {_dtype(value.type)} for {value.name}, but the manifest lists {dtype}.")
             fixed = [(a, b) for a, b in zip(value.shape, shape, strict=False) if isinstance(a, int) or isinstance(b, int)]
             if len(value.shape) != len(shape) or any(a != b for a, b in fixed):
-                raise BundleError(f"{entry.file} takes {value.name} of shape {value.shape}, and the manifest says {shape}.")
+                raise BundleError(f"{entry.file} has shape {value.shape} for {value.name}, but the manifest lists {shape}.")
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as an OrtValue; arrays that lie on the same device are not copied."""
@@ -112,8 +114,8 @@ class OrtRunner:
             if hasattr(given, "__dlpack__"):
                 return ort.OrtValue.from_dlpack(given.contiguous() if hasattr(given, "contiguous") else given)
         except Exception as error:  # numpy's, onnxruntime's, or those of whatever was passed
-            raise StateError(f"{name} cannot be read as {dtype}: {first_line(error)}") from error
-        raise StateError(f"{name} is a {type(given).__name__}; pass a numpy array, an OrtValue or something with DLPack.")
+            raise StateError(f"cannot convert {name} to {dtype}: {first_line(error)}") from error
+        raise StateError(f"{name} has unsupported type {type(given).__name__}; pass a numpy array, an OrtValue or an object with DLPack.")
 
     def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
         """Return the dtype and the shape of an OrtValue."""
@@ -130,7 +132,7 @@ class OrtRunner:
                 return value
             return ort.OrtValue.ortvalue_from_numpy(np.full(shape, fill, dtype=dtype), *self._device)
         except Exception as error:  # numpy's or onnxruntime's: no memory, or no such number
-            raise BundleError(f"no {dtype} tensor of shape {shape} for the slot {slot}: {first_line(error)}") from error
+            raise BundleError(f"cannot allocate the cache slot {slot} ({dtype}, shape {shape}): {first_line(error)}") from error
 
     def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
         """Return a new OrtValue on the host: onnxruntime copies what a graph reads elsewhere."""
@@ -149,7 +151,9 @@ class OrtRunner:
             StateError: It is bfloat16.
         """
         if self.kind(value)[0] == "bfloat16":
-            raise StateError("a slot of this bundle is bfloat16, which numpy has not, so its state cannot be copied to the host.")
+            raise StateError(
+                "a cache slot of this bundle has dtype bfloat16, which numpy does not support, so its state cannot be copied to the host."
+            )
         return value.numpy()
 
     def numbers(self, value: Any) -> Sequence[float]:
@@ -166,8 +170,8 @@ class OrtRunner:
             array = (upper.astype(np.uint32) << 16).view(np.float32)
         else:
             raise StateError(
-                "the time is a bfloat16 value on a device, which numpy cannot read, so a run that starts over would not be noticed."
-                " Pass it on the host, or say which step it is: `with session.cache_context(name, step_index=...):`."
+                "the timestep is a bfloat16 value on a device, which numpy cannot read, so a restarted run would go unnoticed."
+                " Pass it on the host, or give the step index: `with session.cache_context(name, step_index=...):`."
             )
         numbers: list[float] = array.reshape(-1).tolist()
         return numbers
@@ -196,6 +200,6 @@ class OrtRunner:
             binding.synchronize_inputs()  # another library may still be writing them, on a stream of its own
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no common class of their own
-            raise BundleError(f"{names.file} fails in ONNX Runtime: {first_line(error)}") from error
+            raise BundleError(f"ONNX Runtime failed to run {names.file}: {first_line(error)}") from error
         # a buffer's own OrtValue keeps its memory alive; the one that the binding returns does not
         return {**dict(zip(names.outputs, binding.get_outputs(), strict=True)), **buffers}

@@ -44,9 +44,9 @@ class TorchTensors:
             elif not isinstance(given, Tensor) and hasattr(given, "__dlpack__"):
                 given = torch.from_dlpack(given)
         except Exception as error:  # torch's, or those of whatever was passed
-            raise StateError(f"{name} cannot be read as {dtype}: {first_line(error)}") from error
+            raise StateError(f"cannot convert {name} to {dtype}: {first_line(error)}") from error
         if not isinstance(given, Tensor):
-            raise StateError(f"{name} is a {type(given).__name__}; pass a tensor, a numpy array or something with DLPack.")
+            raise StateError(f"{name} has unsupported type {type(given).__name__}; pass a tensor, a numpy array or an object with DLPack.")
         return given.detach().to(self._device)
 
     def kind(self, value: Any) -> tuple[str, tuple[int, ...]]:
@@ -58,7 +58,7 @@ class TorchTensors:
         try:
             return torch.full(shape, fill, dtype=getattr(torch, dtype), device=self._device)
         except (RuntimeError, TypeError) as error:  # no memory, or no such shape
-            raise BundleError(f"no {dtype} tensor of shape {shape} for the slot {slot}: {first_line(error)}") from error
+            raise BundleError(f"cannot allocate the cache slot {slot} ({dtype}, shape {shape}): {first_line(error)}") from error
 
     def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
         """Return a new tensor on the device; a single number is filled in there, so that nobody waits for a copy."""
@@ -99,7 +99,9 @@ class TorchRunner(TorchTensors):
             self._device = torch.device(manifest.device)
             torch.zeros(1, device=self._device).cpu()
         except (RuntimeError, AssertionError) as error:
-            raise BundleError(f"{bundle.folder} was exported for {manifest.device}, which is not here: {first_line(error)}") from error
+            raise BundleError(
+                f"{bundle.folder} was exported for device {manifest.device}, which is not available: {first_line(error)}"
+            ) from error
         described, plain = manifest.weights.tensors, manifest.graph_format == "pt2"
         mapped = read_weights(bundle.folder / manifest.weights.file, described)
         weights = {name: tensor.to(self._device).detach() for name, tensor in mapped.items()}  # no views: see the next line
@@ -110,17 +112,17 @@ class TorchRunner(TorchTensors):
             path, read = bundle.graph_file(kind), entry.weights or ()
             missing = [name for name in read if name not in weights]
             if missing:
-                raise BundleError(f"{path} reads {missing[0]}, which is none of the bundle's weights.")
+                raise BundleError(f"{path} reads the weight {missing[0]}, which is not in the bundle.")
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     graph, inputs = _OPEN[manifest.graph_format](path)
             except Exception as error:  # what it unpickles or runs may raise anything
                 versions = f"written with torch {manifest.torch}, this is {torch.__version__}"
-                raise BundleError(f"{path} does not open in torch ({versions}): {type(error).__name__}: {first_line(error)}") from error
+                raise BundleError(f"torch cannot open {path} ({versions}): {type(error).__name__}: {first_line(error)}") from error
             expected = len(read) + len(entry.inputs)
             if inputs != expected:
-                raise BundleError(f"{path} has {inputs} inputs, and the manifest says {expected}.")
+                raise BundleError(f"{path} has {inputs} inputs, but the manifest lists {expected}.")
             self._graphs[kind] = graph, [weights[name] for name in read]
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
@@ -147,4 +149,4 @@ class TorchRunner(TorchTensors):
                 returned = run(*weights, *(inputs[name] for name in entry.inputs))
             return dict(zip(entry.outputs, returned, strict=True))
         except Exception as error:  # operators raise what they like
-            raise BundleError(f"{entry.file} fails in torch: {type(error).__name__}: {first_line(error)}") from error
+            raise BundleError(f"torch failed to run {entry.file}: {type(error).__name__}: {first_line(error)}") from error

@@ -18,7 +18,7 @@ def _read(data: Tensor, entry: WeightEntry) -> Tensor:
     dense = [shape[dimension] for dimension in order]
     end = entry.offset + math.prod(shape) * dtype.itemsize
     if sorted(order) != list(range(len(shape))) or not 0 <= entry.offset <= end <= data.numel():
-        raise ValueError(f"it would lie at {entry.offset} .. {end} of {data.numel()} bytes")
+        raise ValueError(f"bytes {entry.offset} to {end} are outside the file's {data.numel()} bytes")
     flat = data[entry.offset : end].view(dtype) if end > entry.offset else torch.empty(0, dtype=dtype)
     return flat.view(dense).permute([order.index(dimension) for dimension in range(len(shape))])
 
@@ -35,5 +35,5 @@ def read_weights(path: Path, described: Mapping[str, WeightEntry]) -> dict[str, 
         try:
             tensors[name] = _read(data, entry)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise BundleError(f"{path.parent / 'manifest.json'}: the weight {name} does not fit {path.name}: {error}.") from error
+            raise BundleError(f"{path.parent / 'manifest.json'}: invalid entry for the weight {name} in {path.name}: {error}.") from error
     return tensors

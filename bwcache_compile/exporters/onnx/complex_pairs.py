@@ -168,8 +168,9 @@ def complex_as_pairs(exported: ExportedProgram) -> ExportedProgram:
                 except NotImplementedError as error:
                     written = node.meta.get("custom", {}).get("bwcache_node", node.name)
                     raise ExportError(
-                        f"{written} runs {node.target} on complex numbers, which ONNX has not, and which have no real form here.\n"
-                        "  Write it with real and imaginary parts; products, sums and moves are rewritten so by themselves."
+                        f"{written} applies {node.target} to complex numbers, which ONNX does not support and which cannot be"
+                        " rewritten for real ones.\n"
+                        "  Write it with real and imaginary parts; products, sums and reshapes are rewritten automatically."
                     ) from error
             if node in ranks:
                 ranks[new] = ranks[node]

@@ -62,7 +62,7 @@ def export_onnx(
     """
     _need_onnx()
     if type(opset) is not int or opset not in writer.OPSETS:
-        raise ConfigError(f"opset is {opset!r}; choose one from {writer.OPSETS.start} to {writer.OPSETS.stop - 1}.")
+        raise ConfigError(f"opset must be from {writer.OPSETS.start} to {writer.OPSETS.stop - 1}, got {opset!r}.")
     refuse(program, config)
     manifest = describe(program, config, parameters, graph_format="onnx", opset=opset)
     shapes = declared_shapes(manifest)

@@ -111,7 +111,7 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: Mapping[str, Sequence[int 
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = f"{type(cause).__name__}: {first_line(cause)}"
-        raise ExportError(f"torch.onnx does not take the {plain.kind} graph at opset {opset}: {reason}\n  {OTHERWISE}") from error
+        raise ExportError(f"torch.onnx cannot export the {plain.kind} graph at opset {opset}: {reason}\n  {OTHERWISE}") from error
     rewrites.without_bool_where(model.graph)
     between_casts(model, lambda node: not admits_dtypes(node, opset))
     region, unmarked = _find_region(model, _origins(program))
@@ -147,7 +147,7 @@ def save(graph: OnnxGraph, path: Path, weights: WeightFile) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"onnx.checker objects to the {graph.kind} graph: {first_line(error)}\n  {OTHERWISE}") from error
+        raise ExportError(f"onnx.checker rejected the {graph.kind} graph: {first_line(error)}\n  {OTHERWISE}") from error
 
 
 def guarded_graph(folder: Path, io: GraphIO, measured: int) -> OnnxGraph:

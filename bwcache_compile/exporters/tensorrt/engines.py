@@ -48,7 +48,7 @@ def _opened(directory: str | Path) -> Bundle:
     bundle = open_bundle(directory)
     graph_format = bundle.manifest.graph_format
     if graph_format != "onnx":
-        raise BundleError(f'{directory} holds graphs of format "{graph_format}"; engines are built from a bundle of format "onnx".')
+        raise BundleError(f'{directory} has format "{graph_format}"; engines are built from a bundle of format "onnx".')
     return bundle
 
 
@@ -122,7 +122,7 @@ def _parsed(trt: Any, builder: Any, logger: Any, path: Path) -> Any:
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         lines = "".join(f"\n  {error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
-        raise ExportError(f"TensorRT does not take {path.name}:{lines}")
+        raise ExportError(f"TensorRT cannot parse {path.name}:{lines}")
     return network, parser
 
 
@@ -195,10 +195,10 @@ def build(
                 for name, (low, usual, high) in choice.items():
                     ends.set_shape(name, low, usual, high)
                 if config.add_optimization_profile(ends) < 0:
-                    raise ExportError(f"TensorRT does not take the profile {choice} for {source.name}.")
+                    raise ExportError(f"TensorRT rejected the optimization profile {choice} for {source.name}.")
             plan = builder.build_serialized_network(network, config)
             if plan is None:
-                raise ExportError(f"TensorRT built no engine of {source.name}; its log says why.")
+                raise ExportError(f"TensorRT failed to build an engine from {source.name}; see its log.")
             del parser  # it holds the weights that the network refers to, until here
             written.write_bytes(plan)
             with replaced_together(target) as at_once:  # good for the next build, whatever becomes of this one
@@ -224,11 +224,11 @@ def _record(bundle: Bundle, folder: Path, kinds: Sequence[str]) -> dict[str, Any
         for kind in kinds:
             path, entry = folder / f"{kind}.engine", record["engines"][kind]
             if file_hash(path) != entry["sha256"]:
-                raise BundleError(f"{path} is not the engine that was built: its SHA-256 differs.")
+                raise BundleError(f"SHA-256 mismatch for {path}: the engine was changed after it was built.")
             if bundle.manifest.files[bundle.graph_file(kind).name].sha256 != entry["graph_sha256"]:
                 raise BundleError(f"{path} was built from another {kind} graph than the one in {bundle.folder}. Build it again.")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{folder} holds no {', '.join(kinds)} engines that can be read: {error!r}.") from error
+        raise BundleError(f"cannot read the engines {', '.join(kinds)} in {folder}: {error!r}.") from error
     return record
 
 

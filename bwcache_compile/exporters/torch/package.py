@@ -104,7 +104,7 @@ def save(graph: TorchGraph, path: Path) -> TorchGraph:
             torch.export.save(graph.exported, path)
             return dataclasses.replace(graph, exported=torch.export.load(path))
     except Exception as error:  # the serializer's errors have no common class
-        raise ExportError(f"torch.export does not write the {graph.kind} graph: {type(error).__name__}: {first_line(error)}") from error
+        raise ExportError(f"torch.export cannot save the {graph.kind} graph: {type(error).__name__}: {first_line(error)}") from error
 
 
 def compile_package(graph: TorchGraph, path: Path) -> list[str]:
@@ -120,6 +120,6 @@ def compile_package(graph: TorchGraph, path: Path) -> list[str]:
             module: Any = graph.exported.module(check_guards=False)
             torch_compat.compile_package(module, values, path)
     except Exception as error:  # the compiler's errors have no common class
-        raise ExportError(f"AOTInductor does not compile the {graph.kind} graph: {type(error).__name__}: {first_line(error)}") from error
+        raise ExportError(f"AOTInductor cannot compile the {graph.kind} graph: {type(error).__name__}: {first_line(error)}") from error
     assumed = [guard.expr for guard in env.guards] if env else []
     return [print_expression(expression) for expression in assumed if expression.free_symbols <= set(ranges)]

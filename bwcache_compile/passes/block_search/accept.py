@@ -30,9 +30,9 @@ def _shown(nodes: Iterable[Node]) -> str:
 def _no_block(unit: Unit, streams: set[Node]) -> str | None:
     if products(unit.nodes) < 2:
         own = _shown(node for node in unit.nodes if products([node]))
-        return f"{unit.name} multiplies fewer than two matrices ({own or 'none'})"
+        return f"{unit.name} has fewer than two matrix products ({own or 'none'})"
     if not live_outs(unit, streams):
-        return f"{unit.name} returns no floating value of rank 3 or more ({_shown(live_outs(unit, set(unit.nodes))) or 'nothing'})"
+        return f"{unit.name} has no floating-point output of rank 3 or more ({_shown(live_outs(unit, set(unit.nodes))) or 'nothing'})"
     return None
 
 
@@ -109,7 +109,7 @@ def _judge(stack: Stack, flow: DataFlow, streams: set[Node]) -> tuple[list[Stack
     odd = next((unit for unit in units if unit not in alike), None)
     if odd is not None and reason is None:
         usual = f"{alike[0].name} ({_shown(live_outs(alike[0], streams))})"
-        reason = f"{odd.name} returns another size ({_shown(live_outs(odd, streams))}) than {usual}"
+        reason = f"{odd.name} has another output size ({_shown(live_outs(odd, streams))}) than {usual}"
     if len(_kin(alike)) < 2:  # a stack that holds blocks may hold others of their size: a last block often differs
         return [], reason or f"{alike[1].name} differs from {alike[0].name} {difference(alike[0], alike[1])}"
     alike = [whole(unit, flow) for unit in alike]
@@ -162,7 +162,7 @@ def _named(graph: Graph, flow: DataFlow, streams: set[Node]) -> tuple[list[Stack
         if len(stack.units) == 1 or _within(stack, accepted):
             continue
         if _is_staged(stack, candidates):
-            passed_over.append(_rejected(stack, len(stack.units), "its modules are stages, and their own stacks are looked at"))
+            passed_over.append(_rejected(stack, len(stack.units), "its modules are stages; the stacks inside them are considered instead"))
             continue
         if not any(products(unit.nodes) > 1 for unit in stack.units):
             if any(products(unit.nodes) and (len(unit.nodes) > 1 or unit.name[-1:].isdigit()) for unit in stack.units):
@@ -181,7 +181,7 @@ def _named(graph: Graph, flow: DataFlow, streams: set[Node]) -> tuple[list[Stack
         if _alone(stack, accepted, streams) and overlapping([unit for s in [*accepted, single] for unit in s.units]) is None:
             accepted.append(single)
         elif products(stack.units[0].nodes) > 1:
-            alone = f"{stack.name} is a lone module, and of no class that is repeated elsewhere"
+            alone = f"{stack.name} is a single module whose class is not repeated elsewhere"
             passed_over.append(_rejected(stack, 1, _no_block(stack.units[0], streams) or alone))
     if not accepted:
         outer = [r for r in passed_over if not any(r.nodes < other.nodes for other in [*rejections, *passed_over])]

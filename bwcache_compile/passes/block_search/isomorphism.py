@@ -43,12 +43,12 @@ def difference(unit: Unit, other: Unit) -> str | None:
             return f"at node `{theirs.name}`: it runs {op_name(theirs)}, expected {op_name(mine)}"
         left, right = _operands(mine), _operands(theirs)
         if [x is None for x in left] != [x is None for x in right]:
-            return f"at node `{theirs.name}`: other operands are constants"
+            return f"at node `{theirs.name}`: different operands are constants"
         for want, got in zip(left, right, strict=True):
             if want is None or got is None:
                 continue
             if places.get(want) != other_places.get(got):
-                return f"at node `{theirs.name}`: operand `{got.name}` comes from another place"
+                return f"at node `{theirs.name}`: operand `{got.name}` has another origin"
             a, b = want.meta.get("val"), got.meta.get("val")
             if want not in places and isinstance(a, Tensor) and isinstance(b, Tensor) and (shape_of(a), a.dtype) != (shape_of(b), b.dtype):
                 return f"at node `{theirs.name}`: {_describe(got)}, expected {format_value(a)}"
