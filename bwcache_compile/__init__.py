@@ -24,25 +24,36 @@ from bwcache_compile.errors import (
 if TYPE_CHECKING:
     from bwcache_compile.api import export, find_blocks, transform
     from bwcache_compile.bundle.load import load
+    from bwcache_compile.bundle.manifest import Manifest
+    from bwcache_compile.bundle.session import Session
     from bwcache_compile.ir.graph_text import graph_diff
+    from bwcache_compile.ir.program import BlockSearch, CachePlan
+    from bwcache_compile.report import Report
     from bwcache_compile.runtime import CachedModel, CacheState, GuardedState
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BlockSearch": "ir.program",
+    "CachePlan": "ir.program",
     "CacheState": "runtime",
     "CachedModel": "runtime",
     "GuardedState": "runtime",
     "export": "api",
     "find_blocks": "api",
     "graph_diff": "ir.graph_text",
+    "Manifest": "bundle.manifest",
+    "Report": "report",
+    "Session": "bundle.session",
     "load": "bundle.load",
     "transform": "api",
 }
 
 __all__ = [
+    "BlockSearch",
     "BundleError",
     "CacheConfig",
+    "CachePlan",
     "CacheState",
     "CacheWarning",
     "CachedModel",
@@ -51,7 +62,10 @@ __all__ = [
     "ExportError",
     "GuardedState",
     "InvariantError",
+    "Manifest",
     "NoBlocksFoundError",
+    "Report",
+    "Session",
     "StateError",
     "UnsupportedGraphError",
     "export",

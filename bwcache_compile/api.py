@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,7 +44,7 @@ def _toolchain(blocks: Sequence[str] | None, guard: Guard) -> Toolchain:
 
 def transform(
     model: nn.Module,
-    config: CacheConfig | None = None,
+    config: CacheConfig | Mapping[str, Any] | None = None,
     *,
     blocks: Sequence[str] | None = None,
     guard: Guard = "host",
@@ -52,6 +52,7 @@ def transform(
     example_kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     verify: Verify = "bitwise",
+    **settings: Any,
 ) -> CachedModel:
     """Return a drop-in for a diffusion transformer that reuses its blocks' outputs where they hardly change.
 
@@ -66,7 +67,8 @@ def transform(
 
     Args:
         model: In evaluation mode by the time it is called. It is not changed, and its weights are not copied.
-        config: What to cache and when to reuse it; the default is the paper's schedule with a compact indicator.
+        config: What to cache and when to reuse it, as a `CacheConfig` or a dictionary of its settings; the default is the paper's
+            schedule with a compact indicator.
         blocks: Cache these instead of the blocks that are found: module paths (`"blocks.3"`), or the path of a stack
             (`"blocks"`). They must follow one another on one stream.
         guard: "host" picks one of two plain graphs at each step, and reads one number from the device per computed
@@ -81,6 +83,7 @@ def transform(
             "bitwise" wants equal bits; "close" allows the rounding of the outputs' dtype (for models whose kernels change from
             run to run). False compares nothing, and a wrong capture goes unnoticed; the model still runs once before its first
             capture, because exporting a model that never ran can damage it.
+        **settings: Single settings of `CacheConfig`, on top of `config`: `transform(model, threshold=0.1, num_steps=50)`.
 
     Returns:
         A module that is called like `model`, and returns what `model` returns.
@@ -97,7 +100,7 @@ def transform(
     if hasattr(model, "_orig_mod"):
         raise ConfigError("this model is already compiled. Call transform on the original model, then torch.compile on the result.")
     refuse_hooks(model)
-    config = config or CacheConfig()
+    config = CacheConfig.of(config, **settings)
     if guard not in get_args(Guard):
         raise ConfigError(f"guard must be one of {', '.join(map(repr, get_args(Guard)))}, got {guard!r}.")
     config.check_guard(guard)
@@ -176,7 +179,7 @@ def _shapes(program: CachedProgram) -> list[tuple[str, str]]:
 
 
 def export(
-    cached: CachedModel,
+    cached: nn.Module,
     directory: str | Path,
     format: str = "onnx",
     *,
@@ -191,7 +194,7 @@ def export(
     process that needs no torch.
 
     Args:
-        cached: What `transform` returned, captured for one signature.
+        cached: What `transform` returned, compiled or not, captured for one signature.
         directory: Where to write. A bundle there is replaced at the end; a failure leaves it as it was. Nothing else is
             overwritten.
         format: "onnx"; "pt2" for exported programs of torch, which `load(..., backend="torch")` runs bit for bit as torch
@@ -207,8 +210,9 @@ def export(
         ExportError: There is no single program, it cannot be exported, or what was written differs from torch.
         ConfigError: `format` or `opset` is not supported, or `cached` or `signature` is something else.
     """
+    given, cached = cached, getattr(cached, "_orig_mod", cached)  # what torch.compile returned of it
     if not isinstance(cached, CachedModel):
-        raise ConfigError(f"export expects the result of transform, got {type(cached).__name__}.")
+        raise ConfigError(f"export expects the result of transform, got {type(given).__name__}.")
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
     if guarded and format != "onnx":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import os
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,9 +18,17 @@ from bwcache_compile.policies import INDICATORS, POLICIES, REUSES, Parameter
 Decide = Literal["separate", "joint"]
 Granularity = Literal["stack", "block"]
 
+PAPER_FRACTION = 0.1
+"""Steps reused between two computed ones, as a fraction of all steps, where the settings do not say."""
 _MOST_STEPS = 2**31 - 1
 _FINEST = 2**63 - 1
 """Largest denominator of `tail`: graphs count in 64 bits."""
+
+
+def _python_number(value: Any) -> Any:
+    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
 
 
 def _is_int(value: object) -> bool:
@@ -28,8 +38,7 @@ def _is_int(value: object) -> bool:
 def _may_change() -> str:
     """List the settings that graphs do not depend on."""
     shaping = {field.name for field in dataclasses.fields(GraphSettings)}
-    names = sorted(field.name for field in dataclasses.fields(CacheConfig) if field.name not in shaping)
-    return ", ".join("steps_mask (of the same length)" if name == "steps_mask" else name for name in names)
+    return ", ".join(sorted(field.name for field in dataclasses.fields(CacheConfig) if field.name not in shaping))
 
 
 def _as_mask(given: Any) -> tuple[int, ...]:
@@ -77,8 +86,9 @@ class CacheConfig:
     Attributes:
         threshold: Indicator value below which reuse begins (`delta`). Higher starts reuse earlier: faster, less exact.
             0 never reuses; infinity reuses from the first step that may.
-        reuse_interval: Steps reused between two computed ones (`R`) after the trigger. An int counts steps; a float
-            in (0, 1] is a fraction of `num_steps`, so 1 is one step and 1.0 the whole run.
+        reuse_interval: Steps reused between two computed ones (`R`) after the trigger. Higher is faster and less exact.
+        reuse_fraction: The same as a fraction of `num_steps`, in (0, 1]. Set at most one of the two; with neither it is 0.1, as in
+            the paper.
         tail: The last `floor(tail * k)` steps are computed, where `k` is the step that triggered. Higher protects
             more of the end of the run.
         policy: "schedule" measures the indicator and follows the paper; "static" follows `steps_mask`; or one that was registered.
@@ -108,7 +118,8 @@ class CacheConfig:
     """
 
     threshold: float = 0.15
-    reuse_interval: int | float = 0.1
+    reuse_interval: int | None = None
+    reuse_fraction: float | None = None
     tail: float = 0.5
     policy: str = "schedule"
     reuse: str = "output"
@@ -125,7 +136,9 @@ class CacheConfig:
     decide: Decide = "separate"
 
     def __post_init__(self) -> None:
-        """Check every value."""
+        """Check every value; numbers of other libraries, such as numpy's, become Python's."""
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _python_number(getattr(self, field.name)))
         if self.steps_mask is not None:
             object.__setattr__(self, "steps_mask", _as_mask(self.steps_mask))
         self._check_choices()
@@ -171,12 +184,13 @@ class CacheConfig:
     def _check_numbers(self) -> None:
         if not (isinstance(self.threshold, (int, float)) and self.threshold >= 0):
             raise ConfigError(f"threshold is {self.threshold!r}; it must be >= 0 (0 never reuses).")
-        interval = self.reuse_interval
-        if _is_int(interval):
-            if interval < 1:
-                raise ConfigError(f"reuse_interval is {interval!r}; an int counts steps and must be >= 1.")
-        elif not (isinstance(interval, float) and 0 < interval <= 1):
-            raise ConfigError(f"reuse_interval is {interval!r}; a float is a fraction of the steps and must be in (0, 1].")
+        interval, fraction = self.reuse_interval, self.reuse_fraction
+        if interval is not None and fraction is not None:
+            raise ConfigError(f"reuse_interval is {interval!r} and reuse_fraction is {fraction!r}; set one of them.")
+        if interval is not None and not (_is_int(interval) and interval >= 1):
+            raise ConfigError(f"reuse_interval is {interval!r}; it must be an int >= 1. For a fraction of the steps set reuse_fraction.")
+        if fraction is not None and not (isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and 0 < fraction <= 1):
+            raise ConfigError(f"reuse_fraction is {fraction!r}; it must be in (0, 1]. For a number of steps set reuse_interval.")
         if not (isinstance(self.tail, (int, float)) and not isinstance(self.tail, bool) and 0 <= self.tail <= 1):
             raise ConfigError(f"tail is {self.tail!r}; it must be in [0, 1].")
         if self.tail_ratio()[1] > _FINEST:
@@ -210,6 +224,21 @@ class CacheConfig:
         """Return the paper's settings: every block and every token is measured, `threshold` 0.15, `R` 10 %, `tail` 0.5."""
         return cls(**{"indicator_blocks": "all", "indicator_tokens": "all", **changes})
 
+    @classmethod
+    def of(cls, config: CacheConfig | Mapping[str, Any] | None, **settings: Any) -> CacheConfig:
+        """Return settings from what a user passed: a configuration or a dictionary of settings, with some of them changed.
+
+        Raises:
+            ConfigError: A value is bad, or there is no setting of that name.
+        """
+        if config is not None and not isinstance(config, (CacheConfig, Mapping)):
+            raise ConfigError(f"config must be a CacheConfig or a dictionary of settings, got {type(config).__name__}.")
+        given = {**(config if isinstance(config, Mapping) else {}), **settings}
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(given) - set(names)):
+            raise ConfigError(f"unknown CacheConfig settings: {', '.join(unknown)}.\n  There are: {', '.join(names)}.")
+        return dataclasses.replace(config, **given) if isinstance(config, CacheConfig) else cls(**given)
+
     @property
     def graph_settings(self) -> GraphSettings:
         """The settings that shape the graphs."""
@@ -225,6 +254,9 @@ class CacheConfig:
         names = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(set(changes) - names):
             raise ConfigError(f"unknown CacheConfig settings: {', '.join(unknown)}.\n  Can be changed: {_may_change()}.")
+        for one, other in (("reuse_interval", "reuse_fraction"), ("reuse_fraction", "reuse_interval")):
+            if changes.get(one) is not None:
+                changes.setdefault(other, None)
         new = dataclasses.replace(self, **changes)
         old_graphs, new_graphs = self.graph_settings, new.graph_settings
         shaping = [name for name, value in vars(old_graphs).items() if value != getattr(new_graphs, name)]
@@ -269,9 +301,9 @@ class CacheConfig:
 
     def resolved_interval(self, num_steps: int) -> int:
         """Return `R` in steps: `max(1, round half up of the exact product)` for a fraction."""
-        if isinstance(self.reuse_interval, int):
+        if self.reuse_interval is not None:
             return self.reuse_interval
-        exact = Fraction(str(self.reuse_interval)) * num_steps
+        exact = Fraction(str(PAPER_FRACTION if self.reuse_fraction is None else self.reuse_fraction)) * num_steps
         return max(1, math.floor(exact + Fraction(1, 2)))
 
     def tail_ratio(self) -> tuple[int, int]:

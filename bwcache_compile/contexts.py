@@ -97,6 +97,21 @@ class ContextTable(Generic[AnyContext]):
         with self._lock:
             return self._contexts.get(name)
 
+    def drop(self, key: str) -> None:
+        """Forget a context: its cache is freed, and its next call begins a new generation.
+
+        Raises:
+            StateError: There is none of that name, or another thread is in it.
+        """
+        with self._lock:
+            context = self._contexts.get(key)
+            if context is None:
+                raise StateError(f"there is no context {key!r}. Contexts: {', '.join(self._contexts) or 'none'}.")
+            if context.lock.locked():
+                raise StateError(f"context {key!r} is in use by another thread and cannot be dropped now.")
+            del self._contexts[key]
+            self._bound()
+
     def scope(self, info: StepInfo, unused: Callable[[StepInfo], None] | None = None) -> Scope:
         """Return a block in which the caller says this about the calls; `unused` is called at its end if none came."""
         return Scope(self._scope, info, unused)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 def decide(indicators: dict[int, float], step: int, trigger: int | None, config: Any) -> tuple[bool, int | None]:
     """Whether `step` reuses, and the trigger, from the definition; `indicators` holds what computed steps measured."""
     s, k = config.num_steps, trigger
-    interval = config.reuse_interval
-    interval = interval if isinstance(interval, int) else max(1, math.floor(Fraction(str(interval)) * s + Fraction(1, 2)))
+    fraction = Fraction(str(0.1 if config.reuse_fraction is None else config.reuse_fraction))
+    interval = config.reuse_interval or max(1, math.floor(fraction * s + Fraction(1, 2)))
     last = max(indicators, default=None)
     if last is None or not math.isfinite(indicators[last]):
         return False, k

@@ -6,18 +6,24 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import bwcache_compile as bw
 
+STEPS = "it must be an int >= 1. For a fraction of the steps set reuse_fraction."
+FRACTION = "it must be in (0, 1]. For a number of steps set reuse_interval."
 GOLDEN: list[tuple[dict[str, Any], str]] = [
     ({"threshold": -0.1}, "threshold is -0.1; it must be >= 0 (0 never reuses)."),
     ({"threshold": float("nan")}, "threshold is nan; it must be >= 0 (0 never reuses)."),
-    ({"reuse_interval": 0}, "reuse_interval is 0; an int counts steps and must be >= 1."),
-    ({"reuse_interval": -2}, "reuse_interval is -2; an int counts steps and must be >= 1."),
-    ({"reuse_interval": 0.0}, "reuse_interval is 0.0; a float is a fraction of the steps and must be in (0, 1]."),
-    ({"reuse_interval": 1.5}, "reuse_interval is 1.5; a float is a fraction of the steps and must be in (0, 1]."),
-    ({"reuse_interval": True}, "reuse_interval is True; a float is a fraction of the steps and must be in (0, 1]."),
+    ({"reuse_interval": 0}, f"reuse_interval is 0; {STEPS}"),
+    ({"reuse_interval": 0.1}, f"reuse_interval is 0.1; {STEPS}"),
+    ({"reuse_interval": 1.0}, f"reuse_interval is 1.0; {STEPS}"),
+    ({"reuse_interval": True}, f"reuse_interval is True; {STEPS}"),
+    ({"reuse_fraction": 0.0}, f"reuse_fraction is 0.0; {FRACTION}"),
+    ({"reuse_fraction": 1.5}, f"reuse_fraction is 1.5; {FRACTION}"),
+    ({"reuse_fraction": True}, f"reuse_fraction is True; {FRACTION}"),
+    ({"reuse_interval": 1, "reuse_fraction": 1.0}, "reuse_interval is 1 and reuse_fraction is 1.0; set one of them."),
     ({"tail": 1.01}, "tail is 1.01; it must be in [0, 1]."),
     ({"tail": -0.5}, "tail is -0.5; it must be in [0, 1]."),
     ({"warmup_steps": -1}, "warmup_steps is -1; it must be an int >= 0."),
@@ -50,11 +56,37 @@ def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("interval", "steps", "resolved"),
-    [(1, 50, 1), (1.0, 50, 50), (0.1, 50, 5), (0.05, 50, 3), (0.05, 30, 2), (0.01, 30, 1), (0.15, 30, 5), (0.29, 50, 15), (7, 2, 7)],
+    ("fraction", "steps", "resolved"),
+    [(None, 50, 5), (1, 50, 50), (0.1, 50, 5), (0.05, 50, 3), (0.05, 30, 2), (0.01, 30, 1), (0.15, 30, 5), (0.29, 50, 15)],
 )
-def test_fractions_round_half_up(interval: float, steps: int, resolved: int) -> None:
-    assert bw.CacheConfig(reuse_interval=interval).resolved_interval(steps) == resolved
+def test_fractions_round_half_up(fraction: float | None, steps: int, resolved: int) -> None:
+    assert bw.CacheConfig(reuse_fraction=fraction).resolved_interval(steps) == resolved
+
+
+def test_an_interval_is_a_number_of_steps() -> None:
+    assert [bw.CacheConfig(reuse_interval=interval).resolved_interval(2) for interval in (1, 7)] == [1, 7]
+
+
+def test_an_interval_takes_the_place_of_a_fraction_and_the_other_way_round() -> None:
+    config = bw.CacheConfig(reuse_fraction=0.2).changed(reuse_interval=3)
+    assert (config.reuse_interval, config.reuse_fraction) == (3, None)
+    assert config.changed(reuse_fraction=0.5).resolved_interval(10) == 5
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    config = bw.CacheConfig(threshold=np.float32(0.25), reuse_interval=np.int64(3), tail=np.float64(0.5), num_steps=np.int32(9))
+    assert config == bw.CacheConfig(threshold=0.25, reuse_interval=3, tail=0.5, num_steps=9)
+    assert [type(value) for value in (config.threshold, config.reuse_interval, config.num_steps)] == [float, int, int]
+
+
+def test_settings_come_as_a_value_a_dictionary_or_one_by_one() -> None:
+    assert bw.CacheConfig.of(None) == bw.CacheConfig()
+    assert bw.CacheConfig.of({"threshold": 0.2}, num_steps=9) == bw.CacheConfig(threshold=0.2, num_steps=9)
+    assert bw.CacheConfig.of(bw.CacheConfig(threshold=0.2), threshold=0.3) == bw.CacheConfig(threshold=0.3)
+    with pytest.raises(bw.ConfigError, match=r"^unknown CacheConfig settings: treshold\.\n  There are: threshold, "):
+        bw.CacheConfig.of(None, treshold=0.1)
+    with pytest.raises(bw.ConfigError, match=r"^config must be a CacheConfig or a dictionary of settings, got float\.$"):
+        bw.CacheConfig.of(0.1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +95,7 @@ def test_fractions_round_half_up(interval: float, steps: int, resolved: int) -> 
         bw.CacheConfig(),
         bw.CacheConfig.paper(num_steps=30),
         bw.CacheConfig(reuse_interval=1),
-        bw.CacheConfig(reuse_interval=1.0),
+        bw.CacheConfig(reuse_fraction=1.0),
         bw.CacheConfig(policy="static", steps_mask=(0, 1, 0)),
         bw.CacheConfig(threshold=float("inf")),
     ],
@@ -72,7 +104,6 @@ def test_saved_settings_come_back_with_their_types(config: bw.CacheConfig, tmp_p
     config.save(tmp_path / "config.json")
     loaded = bw.CacheConfig.load(tmp_path / "config.json")
     assert loaded == config
-    assert type(loaded.reuse_interval) is type(config.reuse_interval)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -104,13 +135,13 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 def test_paper_settings_measure_everything() -> None:
     paper = bw.CacheConfig.paper()
-    assert (paper.threshold, paper.reuse_interval, paper.tail) == (0.15, 0.1, 0.5)
+    assert (paper.threshold, paper.resolved_interval(50), paper.tail) == (0.15, 5, 0.5)
     assert (paper.indicator_blocks, paper.indicator_tokens) == ("all", "all")
 
 
 MASK = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0))
 MAY_CHANGE = """
-  Can be changed: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same length), tail, threshold, warmup_steps."""
+  Can be changed: calls_per_step, decide, num_steps, reuse_fraction, reuse_interval, steps_mask, tail, threshold, warmup_steps."""
 
 
 @pytest.mark.parametrize(

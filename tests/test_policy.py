@@ -54,8 +54,13 @@ def run_schedule(config: bw.CacheConfig, indicators: list[float | None], first: 
 
 
 def config_of(case: dict[str, Any]) -> bw.CacheConfig:
-    names = ("num_steps", "reuse_interval", "tail", "threshold", "warmup_steps")
-    return bw.CacheConfig(**{name: case[name] for name in names})
+    names = ("num_steps", "tail", "threshold", "warmup_steps")
+    return bw.CacheConfig(**{name: case[name] for name in names}, **interval_setting(case["reuse_interval"]))
+
+
+def interval_setting(interval: float) -> dict[str, Any]:
+    """Return the setting of an int, which counts steps, or of a float, which is a fraction of them."""
+    return {"reuse_interval" if isinstance(interval, int) else "reuse_fraction": interval}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.get("note", "").replace(" ", "-") or None)
@@ -93,7 +98,7 @@ def test_schedule_is_the_oracle(data: Any, steps: int, interval: float, tail: fl
     indicators = data.draw(st.lists(values, min_size=steps, max_size=steps))
     if first < steps:
         indicators[first] = None  # a context that joins late has nothing to compare with either
-    config = bw.CacheConfig(num_steps=steps, reuse_interval=interval, tail=tail, threshold=threshold, warmup_steps=warmup)
+    config = bw.CacheConfig(num_steps=steps, **interval_setting(interval), tail=tail, threshold=threshold, warmup_steps=warmup)
     trace = run_schedule(config, indicators, min(first, steps))
     measured: dict[int, float] = {}
     trigger: int | None = None
@@ -187,6 +192,11 @@ def test_tail_is_floored_exactly() -> None:
     assert trace.trigger == 50
     assert max(s for s, r in enumerate(trace.reused) if r) < 100 - 29
     assert (
-        decide({50: 0.01}, 71, None, SimpleNamespace(num_steps=100, reuse_interval=1, tail=0.58, threshold=0.15, warmup_steps=0))[0]
+        decide(
+            {50: 0.01},
+            71,
+            None,
+            SimpleNamespace(reuse_fraction=None, num_steps=100, reuse_interval=1, tail=0.58, threshold=0.15, warmup_steps=0),
+        )[0]
         is False
     )

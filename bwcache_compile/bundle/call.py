@@ -70,6 +70,10 @@ class Runner(Protocol):
     takes_buffers: bool
     """Whether a run can write into tensors that the session hands it."""
 
+    @property
+    def device(self) -> str:
+        """Where values lie: `cpu`, `cuda:0`."""
+
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as a value; what lies on the device is not copied. Raises StateError for what is no tensor."""
 

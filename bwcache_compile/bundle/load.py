@@ -19,11 +19,11 @@ def ort_session(bundle: Bundle, *, guarded: bool = False, outputs: str = "numpy"
     return Session(bundle, OrtRunner(bundle, kinds, outputs=outputs, **settings), guarded=guarded)
 
 
-def torch_session(bundle: Bundle) -> Session:
+def torch_session(bundle: Bundle, device: str | None = None) -> Session:
     """Open a bundle's graphs in torch, which runs what is in them; see `load`."""
     from bwcache_compile.bundle.runners.torch_graphs import TorchRunner
 
-    return Session(bundle, TorchRunner(bundle))
+    return Session(bundle, TorchRunner(bundle, device))
 
 
 def _need(module: str, extra: str) -> None:
@@ -40,12 +40,28 @@ _WHY = {
 }
 
 
+def _providers(device: str) -> list[Any]:
+    """Return onnxruntime's execution provider for a device.
+
+    Raises:
+        ConfigError: It is none that a provider is known for.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "cpu" and not index:
+        return ["CPUExecutionProvider"]
+    if kind == "cuda" and (index.isdecimal() or not index):
+        return [("CUDAExecutionProvider", {"device_id": int(index or 0)})]
+    raise ConfigError(f'device must be "cpu", "cuda" or "cuda:<index>", got {device!r}. Pass providers=[...] for other devices.')
+
+
 def load(
     directory: str | Path,
-    backend: Literal["onnxruntime", "torch"] = "onnxruntime",
+    backend: Literal["onnxruntime", "torch"] | None = None,
     *,
+    device: str | None = None,
     allow_code: bool = False,
     guarded: bool = False,
+    verify_hashes: bool = True,
     providers: Sequence[Any] | None = None,
     options: Any = None,
     outputs: str | None = None,
@@ -57,11 +73,16 @@ def load(
 
     Args:
         directory: What `export` wrote.
-        backend: "onnxruntime" for bundles of ONNX graphs: takes numpy arrays, OrtValues and what has DLPack. "torch" for
-            those of format "pt2" and "aoti": takes tensors, numpy arrays and what has DLPack, and returns tensors.
+        backend: What runs the graphs, by default what the bundle's format needs. "onnxruntime" runs ONNX graphs, and takes numpy
+            arrays, OrtValues and what has DLPack. "torch" runs the formats "pt2" and "aoti", takes tensors, numpy arrays and what
+            has DLPack, and returns tensors.
+        device: Where the graphs run and the cache lies: "cpu", "cuda" or "cuda:1". By default the CPU for ONNX graphs, and for
+            torch's formats the device that they were exported on, from which "aoti" cannot be moved.
         allow_code: Open bundles of format "pt2" and "aoti", which can run any code. Only for those that you trust.
-        guarded: Run the one graph that decides by itself instead of the pair. onnxruntime only, as all below.
-        providers: onnxruntime's execution providers; the first decides where the state lives. The default is the CPU.
+        guarded: Run the one graph that decides by itself instead of the pair. onnxruntime only, as all below but one.
+        verify_hashes: Read every file whole to compare its SHA-256. Without it a bundle of many GB opens at once, its sizes and its
+            manifest are still checked, and damage inside a file goes unnoticed.
+        providers: onnxruntime's execution providers; the first decides where the state lives. Instead of `device`.
         options: onnxruntime's `SessionOptions`.
         outputs: "numpy" (the default), or "ortvalue" to leave the model's outputs on the device.
 
@@ -70,21 +91,23 @@ def load(
             holds code and `allow_code` is not given.
         ConfigError: An argument is not among the choices, does not fit the bundle, or the provider is not there.
     """
-    if backend not in _BACKENDS.values():
-        raise ConfigError(f'backend must be "onnxruntime" or "torch", got {backend!r}.')
-    bundle = open_bundle(directory)
+    bundle = open_bundle(directory, verify_hashes=verify_hashes)
     graph_format = bundle.manifest.graph_format
-    if _BACKENDS[graph_format] != backend:
-        raise ConfigError(f'{directory} holds graphs of format "{graph_format}"; pass backend="{_BACKENDS[graph_format]}".')
-    if backend == "onnxruntime":
+    needed = _BACKENDS[graph_format]
+    if backend is not None and backend != needed:
+        raise ConfigError(f'backend must be "{needed}" for graphs of format "{graph_format}", or left out, got {backend!r}.')
+    if needed == "onnxruntime":
         _need("onnxruntime", "ort")
-        return ort_session(bundle, guarded=guarded, providers=providers, options=options, outputs=outputs or "numpy")
+        if device is not None and providers is not None:
+            raise ConfigError("device and providers both say where the graphs run; pass one of them.")
+        chosen = providers if device is None else _providers(device)
+        return ort_session(bundle, guarded=guarded, providers=chosen, options=options, outputs=outputs or "numpy")
     if guarded or providers is not None or options is not None or outputs is not None:
-        raise ConfigError('guarded, providers, options and outputs require backend="onnxruntime".')
+        raise ConfigError('guarded, providers, options and outputs require a bundle of format "onnx".')
     if not allow_code:
         raise BundleError(
             f'{directory} has format "{graph_format}": {_WHY[graph_format]}. Pass allow_code=True if you trust its author;'
             ' bundles of format "onnx" contain no code.'
         )
     _need("torch", "torch")
-    return torch_session(bundle)
+    return torch_session(bundle, device)

@@ -59,6 +59,15 @@ class Session:
         self.guarded, self._runner = guarded, runner
         self._contexts = ContextTable(SessionContext)
 
+    def __repr__(self) -> str:
+        """Say which bundle runs in which runtime, with which settings."""
+        manifest, config = self.manifest, self.cache_config
+        kinds = "guarded" if self.guarded else "compute and reuse"
+        return (
+            f"Session({manifest.model}, format={manifest.graph_format!r}, {kinds} graphs, device={self._runner.device!r},"
+            f" policy={config.policy!r}, reuse={config.reuse!r})"
+        )
+
     # -- calling -------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,6 +192,14 @@ class Session:
         if num_steps is not None:
             self.configure(num_steps=num_steps)
         self._contexts.clear()
+
+    def drop_context(self, name: str, *, group: str = "") -> None:
+        """Free the cache of one context, such as that of a request that was broken off; its next call begins a new generation.
+
+        Raises:
+            StateError: There is no such context, or another thread is in it.
+        """
+        self._contexts.drop(StepInfo(name, group=group).key)
 
     def configure(self, **changes: Any) -> None:
         """Change policy settings; they take effect at the next computed step.

@@ -80,7 +80,9 @@ def _values(config: CacheConfig, num_steps: int | None) -> dict[str, tuple[float
 
 
 def _at_threshold(config: CacheConfig, threshold: float, num_steps: int) -> CacheConfig:
-    return dataclasses.replace(config, threshold=threshold, reuse_interval=2, tail=0.0, warmup_steps=0, num_steps=num_steps)
+    return dataclasses.replace(
+        config, threshold=threshold, reuse_interval=2, reuse_fraction=None, tail=0.0, warmup_steps=0, num_steps=num_steps
+    )
 
 
 def _no_reuse(config: CacheConfig, smallest: StepRecord | None) -> str | None:

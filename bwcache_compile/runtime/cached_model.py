@@ -84,6 +84,17 @@ class CachedModel(ModelWrapper):
         self._closed = self._bypassed = False
         self._seal()
 
+    def __repr__(self) -> str:
+        """Say what it wraps, what is captured, and what is cached; the modules are those of the original."""
+        name, config = type(self._original).__name__, self.cache_config
+        said = f"CachedModel({name}, policy={config.policy!r}, reuse={config.reuse!r}, guard={self._toolchain.guard!r}, "
+        if self._closed:
+            return said + "closed)"
+        count = len(self._programs)
+        if not count:
+            return said + "not captured yet)"
+        return said + f"{len(self.plan.blocks)} blocks cached, {count} program{'s' * (count > 1)})"
+
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         """Copy or pickle the model and the settings; the copy captures anew and starts without state."""
         return CachedModel, (self._original, self.cache_config, self._toolchain, self._dynamic_shapes, self._verify)
@@ -338,6 +349,14 @@ class CachedModel(ModelWrapper):
         config = self.cache_config.changed(**changes)
         config.check_guard(self._toolchain.guard)
         return config
+
+    def drop_context(self, name: str, *, group: str = "") -> None:
+        """Free the cache of one context, such as that of a request that was broken off; its next call begins a new generation.
+
+        Raises:
+            StateError: There is no such context, or another thread is in it.
+        """
+        self._contexts.drop(StepInfo(name, group=group).key)
 
     def configure(self, **changes: Any) -> None:
         """Change policy settings; they take effect at the next computed step and recompile nothing.

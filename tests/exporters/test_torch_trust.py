@@ -117,7 +117,7 @@ def _tensor(manifest: dict[str, Any], **changes: Any) -> None:
     (lambda m: m["weights"].update(file="../weights.bin"), "manifest.json has no entry for the weights."),
     (lambda m: m["weights"]["tensors"].pop("head.bias"), "compute.pt2 reads the weight head.bias, which is not in "
                                                          "the bundle."),
-    (lambda m: _tensor(m, offset=10**9), "invalid entry for the weight head.weight in weights.bin: bytes 1000000000 to 1000000128 are outside"),
+    (lambda m: _tensor(m, offset=10**9), "the weight head.weight in weights.bin: bytes 1000000000 to 1000000128 are outside"),
     (lambda m: _tensor(m, offset=-4), "in weights.bin: bytes -4 to 124 are outside"),
     (lambda m: _tensor(m, offset=2), "invalid entry for the weight head.weight in weights.bin: "),
     (lambda m: _tensor(m, dtype="nn"), "invalid entry for the weight head.weight in weights.bin: "),

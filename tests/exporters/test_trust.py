@@ -45,7 +45,7 @@ def test_files(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda m: m.update(format_version=3), "has format version 3, but this version of bwcache-compile reads up to 2. Upgrade bwcache-compile."),
+    (lambda m: m.update(format_version=3), "format version 3, but this version of bwcache-compile reads up to 2. Upgrade bwcache-compile."),
     (lambda m: m.update(format_version=1), "has format version 1, but this version of bwcache-compile reads 2. Export the model again."),
     (lambda m: m.update(format_version="1"), "format_version must be an integer, got '1'."),
     (lambda m: m.update(format="zip"), "is not the manifest of a bundle."),

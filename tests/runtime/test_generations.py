@@ -59,7 +59,7 @@ def test_a_context_that_joins_late_starts_cold(model: OneStream) -> None:
 
 
 def test_num_steps_comes_from_the_context_too(model: OneStream) -> None:
-    cached = bw.transform(model, bw.CacheConfig(threshold=float("inf"), reuse_interval=1.0, tail=0.0))
+    cached = bw.transform(model, bw.CacheConfig(threshold=float("inf"), reuse_fraction=1.0, tail=0.0))
     for step in range(4):
         with cached.cache_context("cond", num_inference_steps=4, sigma=1.0):
             run(cached, *model.example(step=step))

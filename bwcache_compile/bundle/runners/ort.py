@@ -58,6 +58,7 @@ class OrtRunner:
         if first not in ort.get_available_providers():
             raise ConfigError(f"{first} is not available in this onnxruntime; available are {', '.join(ort.get_available_providers())}.")
         self._device = _device(providers, ort.get_available_providers())
+        self.device = self._device[0] if self._device[0] == "cpu" else f"cuda:{self._device[1]}"
         self._sessions = {}
         for kind in kinds:
             path = bundle.graph_file(kind)

@@ -9,30 +9,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 
 from bwcache_compile.bundle.call import PAIRS
 from bwcache_compile.bundle.files import Bundle
 from bwcache_compile.bundle.manifest import PlacedEntry
 from bwcache_compile.bundle.runners.weights import read_weights
-from bwcache_compile.errors import BundleError, StateError, first_line
+from bwcache_compile.errors import BundleError, ConfigError, StateError, first_line
 from bwcache_compile.ir.layout import in_order
 from bwcache_compile.ir.torch_compat import load_package
 
 Graph = Callable[..., Sequence[Tensor]]
 
 
-def _exported(path: Path) -> tuple[Graph, int]:
+def _exported(path: Path, device: torch.device, exported_on: str) -> tuple[Graph, int]:
     program = torch.export.load(path)
+    if device != torch.device(exported_on):
+        program = move_to_device_pass(program, {exported_on: str(device)})
     return program.graph_module, len(program.graph.find_nodes(op="placeholder"))
-
-
-_OPEN = {"pt2": _exported, "aoti": load_package}
 
 
 class TorchTensors:
     """What every runner over torch's tensors does alike."""
 
     _device: torch.device
+
+    @property
+    def device(self) -> str:
+        """Where tensors lie."""
+        return str(self._device)
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as a tensor on the device; it is not copied if it is one. Raises StateError for what is no tensor."""
@@ -88,17 +93,21 @@ class TorchRunner(TorchTensors):
 
     takes_buffers = False
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, device: str | None = None) -> None:
         """Open both graphs. This unpickles what they contain, or runs their machine code: the caller has asked for it."""
         self._manifest = manifest = bundle.manifest
         assert manifest.device is not None
         assert manifest.weights is not None
         taken: list[PlacedEntry] = [*manifest.inputs, *manifest.slots]
         self._orders = {entry.name: entry.order or () for entry in taken}
+        if device is not None and manifest.graph_format == "aoti" and torch.device(device) != torch.device(manifest.device):
+            raise ConfigError(f'a bundle of format "aoti" is compiled for {manifest.device} and cannot run on {device}. Export it there.')
         try:
-            self._device = torch.device(manifest.device)
+            self._device = torch.device(device or manifest.device)
             torch.zeros(1, device=self._device).cpu()
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            if device is not None:
+                raise ConfigError(f"device {device!r} is not available: {first_line(error)}") from error
             raise BundleError(
                 f"{bundle.folder} was exported for device {manifest.device}, which is not available: {first_line(error)}"
             ) from error
@@ -116,7 +125,9 @@ class TorchRunner(TorchTensors):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    graph, inputs = _OPEN[manifest.graph_format](path)
+                    graph, inputs = (
+                        load_package(path) if manifest.graph_format == "aoti" else _exported(path, self._device, manifest.device)
+                    )
             except Exception as error:  # what it unpickles or runs may raise anything
                 versions = f"written with torch {manifest.torch}, this is {torch.__version__}"
                 raise BundleError(f"torch cannot open {path} ({versions}): {type(error).__name__}: {first_line(error)}") from error
