@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from bwcache_compile.bundle.manifest import Manifest
     from bwcache_compile.bundle.session import Session
     from bwcache_compile.ir.graph_text import graph_diff
-    from bwcache_compile.ir.program import BlockSearch, CachePlan
+    from bwcache_compile.ir.plan import BlockSearch, CachePlan
     from bwcache_compile.report import Report
     from bwcache_compile.runtime import CachedModel, CacheState, GuardedState
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BlockSearch": "ir.program",
-    "CachePlan": "ir.program",
+    "BlockSearch": "ir.plan",
+    "CachePlan": "ir.plan",
     "CacheState": "runtime",
     "CachedModel": "runtime",
     "GuardedState": "runtime",

@@ -21,7 +21,8 @@ from bwcache_compile.exporters.onnx.export import export_onnx
 from bwcache_compile.exporters.torch.export import export_torch
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import format_value
-from bwcache_compile.ir.program import BlockSearch, CachedProgram
+from bwcache_compile.ir.plan import BlockSearch
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.passes import Guard
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.runtime import CachedModel, Toolchain

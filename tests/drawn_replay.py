@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from bwcache_compile.ir.program import CachedProgram, Region
+from bwcache_compile.ir.plan import Region
+from bwcache_compile.ir.program import CachedProgram
 from tests.drawn_cases import Case
 
 

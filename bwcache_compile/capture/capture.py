@@ -17,10 +17,11 @@ from torch.fx import Graph, GraphModule, Interpreter
 
 from bwcache_compile.capture.known import KnownValues, inputs_of, sources
 from bwcache_compile.errors import CaptureError, ConfigError, first_line
+from bwcache_compile.ir.call_signature import Reading, Signature
 from bwcache_compile.ir.compare import Reference
 from bwcache_compile.ir.dataflow import writes_escape
 from bwcache_compile.ir.examples import keep_examples
-from bwcache_compile.ir.program import CachedProgram, Captured, Reading, Signature
+from bwcache_compile.ir.program import CachedProgram, Captured
 from bwcache_compile.ir.sizes import CallSizes, VaryingSizes, hint, open_sizes
 from bwcache_compile.ir.source_lines import class_files, error_line
 from bwcache_compile.ir.torch_compat import HigherOrderOperator, pytree

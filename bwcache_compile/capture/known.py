@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bwcache_compile.capture.known_sizes import READS_OF_SIZES, UNKNOWN, KnownSizes
-from bwcache_compile.ir.program import OPERAND, Reading
+from bwcache_compile.ir.call_signature import OPERAND, Reading
 from bwcache_compile.ir.source_lines import class_files, source_line
 from bwcache_compile.ir.torch_compat import OpOverload, OpOverloadPacket, disable_current_modes, pytree
 

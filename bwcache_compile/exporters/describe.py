@@ -31,7 +31,8 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out
 from bwcache_compile.ir.layout import slot_order
-from bwcache_compile.ir.program import CachedProgram, CacheSlot
+from bwcache_compile.ir.plan import CacheSlot
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.ir.sizes import Symbol, hint_shape, shape_of
 from bwcache_compile.ir.tree_paths import leaf_paths, positions
 

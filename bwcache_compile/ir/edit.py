@@ -14,7 +14,8 @@ from bwcache_compile.errors import ConfigError
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.layout import in_order
-from bwcache_compile.ir.program import OURS, CachedProgram, CacheSlot
+from bwcache_compile.ir.plan import CacheSlot
+from bwcache_compile.ir.program import OURS, CachedProgram
 from bwcache_compile.ir.sizes import Size, Symbol, hint_shape, size_of
 from bwcache_compile.ir.torch_compat import FakeTensor, FakeTensorMode, make_fx
 from bwcache_compile.ir.tracing import tracing

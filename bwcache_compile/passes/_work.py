@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.graph_text import called_graphs, op_name
-from bwcache_compile.ir.program import BlockSearch, CachedProgram, Region
+from bwcache_compile.ir.plan import BlockSearch, Region
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.ir.torch_compat import HigherOrderOperator
 from bwcache_compile.ir.work_share import Uncached, WorkShare
 from bwcache_compile.passes.block_search.stacks import user_path

@@ -6,7 +6,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from bwcache_compile.ir.edit import give_role
-from bwcache_compile.ir.program import CachedProgram, PassResult, Region
+from bwcache_compile.ir.plan import Region
+from bwcache_compile.ir.program import CachedProgram, PassResult
 
 
 def source_role(region: Region, name: str) -> str:

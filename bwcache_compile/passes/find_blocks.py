@@ -10,7 +10,8 @@ from torch.fx import Graph, Node
 
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.ir.dataflow import DataFlow
-from bwcache_compile.ir.program import Block, BlockSearch, CachedProgram, Rejection
+from bwcache_compile.ir.plan import Block, BlockSearch, Rejection
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.passes.block_search.accept import accepted_stacks, follows, overlapping, whole
 from bwcache_compile.passes.block_search.main_stacks import features, main_units
 from bwcache_compile.passes.block_search.stacks import Stack, Unit, live_outs, named_stacks, products, streams, structural_stacks

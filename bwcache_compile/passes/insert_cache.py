@@ -14,7 +14,8 @@ from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.edit import call_pure, check_results, inserted, read_slot, slot_value, step_input, write_slot
 from bwcache_compile.ir.graph_text import called_graph
 from bwcache_compile.ir.layout import Order, in_order, memory_order
-from bwcache_compile.ir.program import CachedProgram, CacheSlot, PassResult, Region
+from bwcache_compile.ir.plan import CacheSlot, Region
+from bwcache_compile.ir.program import CachedProgram, PassResult
 from bwcache_compile.passes.arrange_sources import source_role
 from bwcache_compile.policies import REUSES
 from bwcache_compile.policies.definitions import takes

@@ -15,7 +15,8 @@ from bwcache_compile.ir.dataflow import eliminate_dead_code
 from bwcache_compile.ir.edit import fake, fake_mode, inserted, new_input, slot_value
 from bwcache_compile.ir.inline import Flat, inline_calls
 from bwcache_compile.ir.layout import memory_order
-from bwcache_compile.ir.program import OURS, CachedProgram, PassResult, Region
+from bwcache_compile.ir.plan import Region
+from bwcache_compile.ir.program import OURS, CachedProgram, PassResult
 from bwcache_compile.ir.torch_compat import force_stride_order
 from bwcache_compile.passes._arms import Arm, skippable
 from bwcache_compile.passes.insert_cache import clock, source_of

@@ -12,7 +12,8 @@ from torch.fx.node import map_arg
 
 from bwcache_compile.ir.edit import call_traced, check_results, fake, inserted, new_input, read_slot, result, size_node, write_slot
 from bwcache_compile.ir.graph_text import called_graph
-from bwcache_compile.ir.program import OURS, CachedProgram, Measured, PassResult, Region
+from bwcache_compile.ir.plan import Measured, Region
+from bwcache_compile.ir.program import OURS, CachedProgram, PassResult
 from bwcache_compile.ir.sizes import Size, size_of
 from bwcache_compile.ir.torch_compat import OpOverload
 from bwcache_compile.policies import INDICATORS

@@ -21,7 +21,8 @@ from bwcache_compile.ir.edit import (
     step_input,
     write_slot,
 )
-from bwcache_compile.ir.program import CachedProgram, PassResult, Region
+from bwcache_compile.ir.plan import Region
+from bwcache_compile.ir.program import CachedProgram, PassResult
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.policies import POLICIES, Policy
 from bwcache_compile.policies.definitions import takes

@@ -16,7 +16,8 @@ from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.edit import size_values
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.layout import Order, slot_order
-from bwcache_compile.ir.program import Block, BlockSearch, CachedProgram, CachePlan, CacheSlot, Measured, Region
+from bwcache_compile.ir.plan import Block, BlockSearch, CachePlan, CacheSlot, Measured, Region
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.ir.sizes import has_no_size, hint, hint_shape, shape_of, size_of
 from bwcache_compile.ir.source_lines import node_line
 from bwcache_compile.passes._arrangement import arrangement

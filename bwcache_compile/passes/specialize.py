@@ -10,7 +10,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile.ir.dataflow import DataFlow, eliminate_dead_code
 from bwcache_compile.ir.edit import as_graph, call_traced, check_results, fake_mode, inserted, new_input, slot_value
-from bwcache_compile.ir.program import CachedProgram, PassResult, Region
+from bwcache_compile.ir.plan import Region
+from bwcache_compile.ir.program import CachedProgram, PassResult
 from bwcache_compile.passes.insert_cache import clock, source_of, traceable
 from bwcache_compile.policies import REUSES
 from bwcache_compile.policies.definitions import takes

@@ -6,7 +6,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.edit import call_graph, result
-from bwcache_compile.ir.program import OURS, REGION_MARK, CachedProgram, PassResult, Region
+from bwcache_compile.ir.plan import Region
+from bwcache_compile.ir.program import OURS, REGION_MARK, CachedProgram, PassResult
 
 REGION = f"{OURS}region"
 """Path of a region's graph in the compute graph's module, up to the region's tag."""

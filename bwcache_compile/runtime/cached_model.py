@@ -15,7 +15,8 @@ from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import GraphDiff
-from bwcache_compile.ir.program import CachedProgram, CachePlan
+from bwcache_compile.ir.plan import CachePlan
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import ModelContext, check_values, state_for, time_inputs, warn_without_reuse

@@ -7,7 +7,8 @@ from pathlib import PurePath
 
 from torch import Tensor
 
-from bwcache_compile.ir.program import CachedProgram, Signature
+from bwcache_compile.ir.call_signature import Signature
+from bwcache_compile.ir.program import CachedProgram
 from bwcache_compile.ir.sizes import CallSizes
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.watch import Forward

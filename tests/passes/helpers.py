@@ -12,7 +12,8 @@ from torch import Tensor
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.compare import flat_outputs
 from bwcache_compile.ir.graph_text import format_graph
-from bwcache_compile.ir.program import CachedProgram, CachePlan, PassResult
+from bwcache_compile.ir.plan import CachePlan
+from bwcache_compile.ir.program import CachedProgram, PassResult
 from bwcache_compile.passes import CACHE_PIPELINE, canonicalize, find_blocks, plan_cache, run_pipeline
 from tests.models import Exposed, Functional, InPlace, Interleaved, OneStream, Refined, Tiny, TwoStream, captured
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from bwcache_compile.ir.dataflow import DataFlow
-from bwcache_compile.ir.program import BlockSearch, Rejection
+from bwcache_compile.ir.plan import BlockSearch, Rejection
 from bwcache_compile.passes import canonicalize, find_blocks
 from tests.models import Block, Casting, Functional, Growing, Interleaved, OddMiddle, OneStream, Refined, Tiny, TwoStream, captured
 from tests.passes.helpers import models, text

@@ -14,7 +14,7 @@ from torch import Tensor
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.ir.dataflow import DataFlow
-from bwcache_compile.ir.program import CachePlan, Measured
+from bwcache_compile.ir.plan import CachePlan, Measured
 from bwcache_compile.passes import canonicalize, find_blocks, plan_cache
 from tests.models import BufferWriter, Growing, InPlaceResidual, Interleaved, OneStream, PostNorm, Tiny, TwoStream, captured
 from tests.passes.helpers import folded, models, planned, text

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import bwcache_compile as bw
 from bwcache_compile.errors import CacheWarning
-from bwcache_compile.ir.program import CachePlan
+from bwcache_compile.ir.plan import CachePlan
 from bwcache_compile.passes._work import multiply_adds
 from tests.models import Block, OneStream, Refined, Tiny, captured
 from tests.passes.helpers import folded, planned

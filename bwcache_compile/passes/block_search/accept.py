@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.graph_text import format_value
-from bwcache_compile.ir.program import Rejection
+from bwcache_compile.ir.plan import Rejection
 from bwcache_compile.passes.block_search.isomorphism import difference, outside_operands
 from bwcache_compile.passes.block_search.stacks import (
     Stack,
