@@ -91,7 +91,7 @@ def test_a_second_size_has_a_program_of_its_own_where_open_sizes_cannot_be_trace
         with torch.no_grad():
             assert torch.equal(cached(x, t), model(x, t))
     assert len(cached.cached_programs) == 2
-    assert any("each size has a program of its own" in note for note in cached.plan.notes)
+    assert any("each size is captured separately" in note for note in cached.plan.notes)
 
 
 def test_a_capture_leaves_no_marks_on_what_it_is_given() -> None:
@@ -144,7 +144,9 @@ def test_masks_that_python_reads_have_programs_of_their_own(lengths_model: Lengt
         check(cached, lengths_model, *call(step, *lengths))
     assert cached.report().captures == 2
     (note,) = [
-        note for note in cached.plan.notes if note.startswith("the values of mask are built in, others have programs of their own; ")
+        note
+        for note in cached.plan.notes
+        if note.startswith("the values of mask are constants of the graph; other values are captured separately")
     ]
     assert re.search(r'read at test_known.py:\d+, in forward: "packed = .*masked_select', note)
     lengths_model.times.add_(1)
@@ -178,7 +180,8 @@ def test_blocks_may_take_as_many_tokens_as_a_mask_says() -> None:
             check(cached, model, *packed(step, *kept))
     assert cached.report().captures == 2
     assert any(
-        note.startswith("the values of mask are built in, others have programs of their own; read at ") for note in cached.plan.notes
+        note.startswith("the values of mask are constants of the graph; other values are captured separately (read at ")
+        for note in cached.plan.notes
     )
     with pytest.raises(bw.UnsupportedGraphError, match=r"^Packed cannot be cached: .* has a size that depends on the values of a tensor"):
         bw.transform(Packed(masked=False).eval(), example_args=packed(0, 1))

@@ -64,7 +64,9 @@ def test_text_and_image_to_video() -> None:
     model = TextAndImage()
     cached = served(model, *(asked(lengths, image, step) for lengths in calls for image in (False, True) for step in (0, 1)))
     assert cached.report().captures == 2 * len(calls), "one for each mask with an image and one without, whatever the image"
-    assert any(note.startswith("the values of image are built in") and "torch.all(image == 0)" in note for note in cached.plan.notes)
+    assert any(
+        note.startswith("the values of image are constants of the graph") and "torch.all(image == 0)" in note for note in cached.plan.notes
+    )
 
 
 def test_a_bundle_cannot_compare_what_is_computed_of_a_large_input(tmp_path: Path) -> None:

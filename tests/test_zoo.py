@@ -142,7 +142,7 @@ def test_a_model_that_replaces_a_buffer_in_every_forward() -> None:
         assert torch.equal(run(cached, OMNIGEN.inputs(step)).sample, expected[step])
     assert [block.name for block in cached.plan.blocks] == OMNIGEN.block_names()
     assert cached.report().contexts["default"].reused == 2
-    assert any(note.startswith("the values of position_ids are built in") for note in cached.plan.notes)
+    assert any(note.startswith("the values of position_ids are constants of the graph") for note in cached.plan.notes)
 
 
 def test_outputs_keep_their_structure() -> None:

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from torch import Tensor
 
-from bwcache_compile.bundle.manifest import WeightEntry
+from bwcache_compile.bundle.manifest import FileEntry, WeightEntry
 from bwcache_compile.ir.layout import in_order, slot_order
 
 WEIGHTS = "weights.bin"
@@ -28,6 +28,7 @@ class WeightFile:
         """Start an empty file."""
         self.path = path
         self._file = path.open("wb")
+        self._hash, self._size = hashlib.sha256(), 0
         self._places: dict[tuple[str, int], int] = {}
         self._named: dict[str, Tensor] = {}
         self.described: dict[str, WeightEntry] = {}
@@ -44,10 +45,20 @@ class WeightFile:
         """Return where these bytes are in the file, after writing them if they are new."""
         key = (hashlib.sha256(data).hexdigest(), len(data))
         if key not in self._places:
-            self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
-            self._places[key] = self._file.tell()
-            self._file.write(data)
+            self._write(b"\0" * (-self._size % _ALIGNMENT))
+            self._places[key] = self._size
+            self._write(data)
         return self._places[key]
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+    @property
+    def entry(self) -> dict[str, FileEntry]:
+        """What the manifest says of the file as it is now, by its name."""
+        return {self.path.name: FileEntry(bytes=self._size, sha256=self._hash.hexdigest())}
 
     def flush(self) -> None:
         """Let others read what was written so far."""

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bwcache_compile.bundle.files import FORMAT, MANIFEST, VERSION, file_hash
@@ -22,9 +22,15 @@ def _written(manifest: Manifest, files: dict[str, FileEntry]) -> str:
     return write_text({"format": FORMAT, "format_version": VERSION, **described.to_json()})
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Describe every file of a folder and write the manifest, which is what makes it a bundle."""
-    files = {path.name: _described(path) for path in sorted(folder.iterdir())}
+def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEntry]) -> None:
+    """Describe every file of a folder and write the manifest, which is what makes it a bundle.
+
+    Args:
+        folder: Holds the other files of the bundle.
+        manifest: What to write; its list of files is made here.
+        known: Descriptions of files that need not be read once more.
+    """
+    files = {path.name: known.get(path.name) or _described(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(_written(manifest, files))
 
 

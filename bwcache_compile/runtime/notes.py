@@ -18,10 +18,8 @@ def built_in(signature: Signature) -> list[str]:
     """Say which values are built into a program."""
     path, dot, line = signature.read_at.partition(".py:")
     at = PurePath(path).name + dot + line  # notes go into manifests, which name no folders of this machine
-    return [
-        f"the values of {name} are constants of the graph; other values are captured separately (read at {at})"
-        for name in signature.read_names
-    ]
+    read = f" (read at {at})" if at else ""
+    return [f"the values of {name} are constants of the graph; other values are captured separately{read}" for name in signature.read_names]
 
 
 def fixed_sizes(signature: Signature, key: CallKey, others: Sequence[CallSizes], reason: str) -> list[str]:

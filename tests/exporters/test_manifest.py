@@ -195,7 +195,7 @@ def test_files_are_added_beside_what_was_said(tmp_path: Any) -> None:
     """Also beside what this version does not know."""
     manifest = dataclasses.replace(plain_manifest(), extra={"later": 1})
     (tmp_path / "a").write_text("a")
-    write_manifest(tmp_path, manifest)
+    write_manifest(tmp_path, manifest, {})
     written = Manifest.from_json(read_text((tmp_path / "manifest.json").read_bytes()), "manifest")
     assert written.files == {"a": FileEntry(bytes=1, sha256=written.files["a"].sha256)}
     add_files(tmp_path, {"b": "text"}, written)

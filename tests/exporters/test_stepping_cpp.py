@@ -95,5 +95,5 @@ def test_both_decide_alike_on_drawn_scripts(driver: Path) -> None:
     found = iter(ran)
     for seed, calls in enumerate(scripts):
         assert [next(found) for _ in calls] == decisions(calls), f"script {seed}"
-    rules = ("went back", "inputs changed", "were through", "new run", "repeats", "step index", "refused: two calls")
+    rules = ("went back", "inputs changed", "were complete", "new run", "repeats", "step index", "refused: two consecutive calls")
     assert [rule for rule in rules if rule not in "".join(ran)] == [], "every rule was drawn"

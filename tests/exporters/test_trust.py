@@ -53,7 +53,7 @@ def test_files(bundle: Path) -> None:
     (lambda m: m["inputs"][0].update(argument=3), "manifest.json: manifest.inputs[0].argument: expected text, got 3."),
     (lambda m: m.update(conditions=None), "manifest.json: manifest.conditions: expected a list, got None."),
     (lambda m: m["slots"][0].pop("fill"), "manifest.json: manifest.slots[0]: fill is missing."),
-    (lambda m: m["slots"].append(m["slots"][0]), "manifest.json: slots names output_0 twice."),
+    (lambda m: m["slots"].append(m["slots"][0]), "manifest.json: duplicate name output_0 in slots."),
     (lambda m: m["outputs"].update(form={"tensor": "z"}), "manifest.json: invalid output structure {'tensor': 'z'}."),
     (lambda m: m["outputs"].update(form={"tuple": [{"value": []}]}), "manifest.json: invalid output structure {'value': []}."),
     (lambda m: m["outputs"].update(items=[], form={"value": 1}), "manifest.json: there are no outputs."),
@@ -121,7 +121,7 @@ def test_sizes_are_arithmetic_and_nothing_else(bundle: Path) -> None:
 
 def test_values_belong_to_an_input_that_can_be_read(bundle: Path) -> None:
     edit(bundle, lambda m: m["values"].append({"input": "mask", "value": [1, 0]}))
-    assert refusal(bundle) == ".../bundle/manifest.json: values are built in for mask, which is no input, or of bfloat16."
+    assert refusal(bundle) == ".../bundle/manifest.json: values lists mask, which is not an input or has dtype bfloat16."
 
 
 def test_a_failed_export_leaves_what_was_there(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ def write(at: Path, text: str = "new") -> None:
     """Write what passes for a bundle here."""
     with new_bundle(at) as folder:
         (folder / "a").write_text(text)
-        write_manifest(folder, plain_manifest())
+        write_manifest(folder, plain_manifest(), {})
 
 
 def add(at: Path) -> None:

@@ -80,7 +80,7 @@ def test_changed_settings_take_effect_without_a_capture(model: OneStream) -> Non
     generation(cached, model, steps=6)
     assert pattern(cached) == "##...#"
     assert cached.program is program
-    with pytest.raises(bw.ConfigError, match="reuse the graphs depend on; transform the model again"):
+    with pytest.raises(bw.ConfigError, match="the graphs depend on reuse, so it cannot be changed now"):
         cached.configure(reuse="residual")
 
 

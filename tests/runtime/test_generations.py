@@ -250,7 +250,7 @@ def test_equal_neighbors_in_half_precision_are_computed(name: str | None, expect
     assert pattern(cached, name or "default") == expected
     assert torch.equal(*outputs[1])
     (event,) = cached.report().warnings[:1]
-    assert "the time repeats in half precision" in event
+    assert "the timestep repeats in half precision" in event
 
 
 def test_two_unnamed_calls_a_step_in_half_precision_never_share_a_cache() -> None:

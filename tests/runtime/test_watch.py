@@ -71,7 +71,7 @@ def test_a_condition_that_a_model_keeps_is_that_of_its_prompt() -> None:
     for step in range(8):
         if step % 2 == 0:
             model.kept = eager.kept = None
-            with pytest.warns(bw.CacheWarning, match=r"^nothing in the graph of Conditioned reads 'text'"):
+            with pytest.warns(bw.CacheWarning, match=r"^the graph of Conditioned does not read the inputs 'text'"):
                 output = run(cached, *model.example(step=step))
         else:
             output = run(cached, *model.example(step=step))
@@ -95,7 +95,7 @@ class OwnStepCache(OneStream):
 
 def test_a_step_cache_of_the_models_own_is_named() -> None:
     model = OwnStepCache().eval()
-    said = r"^OwnStepCache counts its calls \('count'\) and keeps what it computed \('previous_residual'\)"
+    said = r"^OwnStepCache counts its calls \('count'\) and stores what it computed \('previous_residual'\)"
     with pytest.warns(bw.CacheWarning, match=said):
         run(bw.transform(model, OFF), *model.example())
 

@@ -85,8 +85,8 @@ def export_onnx(
         manifest = dataclasses.replace(manifest, graphs=graphs)
         half = any(computes_in_half(graph.model) for graph in written.values())
         report |= _check_onnx(program, config, Bundle(folder, manifest), half)
-        write_manifest(folder, dataclasses.replace(manifest, self_check=report))
-        return open_bundle(folder).manifest
+        write_manifest(folder, dataclasses.replace(manifest, self_check=report), weights.entry)
+        return open_bundle(folder, verify_hashes=False).manifest  # they were made a moment ago
 
 
 def _check_onnx(program: CachedProgram, config: CacheConfig, bundle: Bundle, half: bool) -> dict[str, Any]:
@@ -98,6 +98,8 @@ def _check_onnx(program: CachedProgram, config: CacheConfig, bundle: Bundle, hal
     report: dict[str, Any] = {}
     if half:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would fold casts of weights
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # a weight in float32 is freed once it was multiplied
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # a weight is cast where it is used, not all of them at first
         bundle = stand_in(bundle)
         report["stand_in"] = (
             "operators on bfloat16 ran in float32 between casts: ONNX Runtime's CPU provider has no bfloat16 matrix product;"

@@ -64,5 +64,5 @@ def export_torch(
         tolerance = tolerance_of(program) if compiled else 0.0
         sessions = {"pair": functools.partial(torch_session, Bundle(folder, manifest))}
         report |= check_runs(program, config, manifest, sessions, tolerance, lambda tensor: tensor)
-        write_manifest(folder, dataclasses.replace(manifest, self_check=report))
-        return open_bundle(folder).manifest
+        write_manifest(folder, dataclasses.replace(manifest, self_check=report), weights.entry)
+        return open_bundle(folder, verify_hashes=False).manifest  # they were made a moment ago
