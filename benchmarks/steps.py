@@ -77,14 +77,14 @@ def measure_steps(layers: int, rounds: int, compiled: bool) -> dict[str, float]:
     with torch.no_grad():
         model_call(**call)
         shell_call(**call)
-        _, after = cached.step((), call, fresh)
+        _, after = cached.functional_step((), call, fresh)
     reusing = dataclasses.replace(after, cursor=dataclasses.replace(after.cursor, reuse_until=after.step))
     medians = take_turns(
         {
             "plain": lambda: model_call(**call),
-            "computed": lambda: cached.step((), call, fresh),
+            "computed": lambda: cached.functional_step((), call, fresh),
             "shell": lambda: shell_call(**call),
-            "reused": lambda: cached.step((), call, reusing),
+            "reused": lambda: cached.functional_step((), call, reusing),
         },
         rounds,
     )

@@ -22,7 +22,7 @@ from bwcache_compile.exporters.torch.export import export_torch
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.plan import BlockSearch
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes import Guard
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.runtime import CachedModel, Toolchain
@@ -62,7 +62,7 @@ def transform(
     not on the model.
 
     A second call that differs from an earlier one in sizes alone (batch, frames, height, width, text length) is captured
-    with open sizes, and that program serves every size that its graph is proved for. It is compared with the model at each
+    with dynamic sizes, and that program serves every size that its graph is proved for. It is compared with the model at each
     new size. Sizes that it is not proved for get programs of their own. A call at which a graph is compared costs two
     forwards, the model's and the graph's, whose result is the step's.
 
@@ -74,7 +74,7 @@ def transform(
             (`"blocks"`). They must follow one another on one stream.
         guard: "host" picks one of two plain graphs at each step, and reads one number from the device per computed
             step. "graph" puts the choice into one graph with `torch.cond`: for one-file deployment, for
-            `torch.compile(cached.step, fullgraph=True)`, and for a guard per block.
+            `torch.compile(cached.functional_step, fullgraph=True)`, and for a guard per block.
         example_args: Positional arguments to capture now.
         example_kwargs: Keyword arguments to capture now.
         dynamic_shapes: Which sizes are open from the first capture on: "auto" for all that the model lets, else in the
@@ -140,7 +140,7 @@ def find_blocks(
     return passes.find_blocks(passes.run_pipeline(program, passes.TIDY_PIPELINE), names)
 
 
-def _one_program(cached: CachedModel, signature: tuple[tuple[Any, ...], dict[str, Any]] | None) -> CachedProgram:
+def _one_program(cached: CachedModel, signature: tuple[tuple[Any, ...], dict[str, Any]] | None) -> ModelProgram:
     """Return the program to export, its reuse graph made where the guard was in the graph.
 
     Raises:
@@ -174,7 +174,7 @@ def _one_program(cached: CachedModel, signature: tuple[tuple[Any, ...], dict[str
     return program
 
 
-def _shapes(program: CachedProgram) -> list[tuple[str, str]]:
+def _shapes(program: ModelProgram) -> list[tuple[str, str]]:
     nodes = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
     return [(node.name, format_value(node.meta["val"])) for node in nodes if isinstance(node.meta.get("val"), Tensor)]
 

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from bwcache_compile.ir.plan import Region
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from tests.drawn_cases import Case
 
 
@@ -68,7 +68,7 @@ class Replay(Interpreter):
         return extrapolated(self.now, kept) if self.case.reuse == "taylor" else kept[-1][1].clone()
 
 
-def replayed(captured: CachedProgram, region: Region, case: Case, inputs: list[dict[str, Tensor]]) -> list[Any]:
+def replayed(captured: ModelProgram, region: Region, case: Case, inputs: list[dict[str, Tensor]]) -> list[Any]:
     """Return the outputs of each step."""
     replay = Replay(captured.captured.module(), region, case)
     spec = captured.signature.out_spec

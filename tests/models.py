@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bwcache_compile.capture.capture import flat_program
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 
 
 class Tiny(nn.Module):
@@ -29,7 +29,7 @@ def noise(name: str, step: int, *shape: int) -> Tensor:
     return base + 0.05 * step * drift
 
 
-def captured(model: Tiny, *args: Tensor) -> CachedProgram:
+def captured(model: Tiny, *args: Tensor) -> ModelProgram:
     """Export a model in evaluation mode, on its own example if no arguments are given."""
     model.eval().requires_grad_(False)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Open sizes: one program for many sizes on real model classes, and a program of its own where a size cannot be opened."""
+"""Dynamic sizes: one program for many sizes on real model classes, and a program of its own where a size cannot be opened."""
 
 from __future__ import annotations
 

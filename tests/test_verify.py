@@ -9,7 +9,7 @@ from torch import nn
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import InvariantError
-from bwcache_compile.ir.program import REGION_MARK, CachedProgram
+from bwcache_compile.ir.program import REGION_MARK, ModelProgram
 from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes import build
 from tests.models import Exposed, InPlace, OneStream, Tiny, TwoStream, captured
@@ -19,11 +19,11 @@ aten = torch.ops.aten
 STATIC = CacheConfig(policy="static", steps_mask=(0, 1))
 
 
-def built(config: CacheConfig = STATIC) -> CachedProgram:
+def built(config: CacheConfig = STATIC) -> ModelProgram:
     return build(captured(OneStream(depth=2)), config)
 
 
-def complaint(program: CachedProgram) -> str:
+def complaint(program: ModelProgram) -> str:
     with pytest.raises(InvariantError) as caught:
         verify(program, "some_pass")
     return folded(str(caught.value))

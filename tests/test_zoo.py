@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import bwcache_compile as bw
 from bwcache_compile import passes
 from bwcache_compile.ir.compare import flat_outputs
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.runtime import Toolchain
 from tests.reference import Oracle
 from tests.zoo import REFUSED, ZOO, Entry
@@ -31,7 +31,7 @@ class Case:
 
     entry: Entry
     model: nn.Module
-    captured: CachedProgram
+    captured: ModelProgram
 
     def transform(self, config: bw.CacheConfig, guard: passes.Guard = "host") -> bw.CachedModel:
         build = functools.partial(passes.build, guard=guard)

@@ -12,7 +12,7 @@ from bwcache_compile.graph_io import REUSE_LEFT, UNTIL, cache_out
 _DEEPEST = 50
 
 
-def _misput(form: Any, names: Collection[str], depth: int = 0) -> str | None:
+def _invalid_form(form: Any, names: Collection[str], depth: int = 0) -> str | None:
     """Say what `put_together` could not put together of tensors with these names."""
     shown = f"invalid output structure {repr(form)[:60]}"
     if not isinstance(form, dict) or len(form) != 1 or depth > _DEEPEST:
@@ -24,7 +24,7 @@ def _misput(form: Any, names: Collection[str], depth: int = 0) -> str | None:
     if type(inside) is not {"tuple": list, "list": list, "mapping": dict}.get(kind):
         return shown
     parts = inside.values() if isinstance(inside, dict) else inside
-    return next((found for part in parts if (found := _misput(part, names, depth + 1))), None)
+    return next((found for part in parts if (found := _invalid_form(part, names, depth + 1))), None)
 
 
 def disagreement(manifest: Manifest) -> str | None:
@@ -34,7 +34,7 @@ def disagreement(manifest: Manifest) -> str | None:
         names = [entry.name for entry in entries]
         if len(set(names)) < len(names):
             return f"duplicate name {next(name for name in names if names.count(name) > 1)} in {group}"
-    wrong = _misput(outputs.form, [item.name for item in outputs.items])
+    wrong = _invalid_form(outputs.form, [item.name for item in outputs.items])
     if wrong is not None or not outputs.items:
         return wrong or "there are no outputs"
     known = {entry.name: entry.dtype for entry in manifest.inputs}
@@ -47,7 +47,7 @@ def disagreement(manifest: Manifest) -> str | None:
     return None
 
 
-def unmade(manifest: Manifest, kind: str) -> list[str]:
+def missing_outputs(manifest: Manifest, kind: str) -> list[str]:
     """Return what a session reads of a graph's outputs that it does not make."""
     needed = [item.name for item in manifest.outputs.items]
     if kind != "reuse":

@@ -44,7 +44,7 @@ def put_together(form: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call's tensors by input name, their shapes, and the values of the open sizes."""
+    """One call's tensors by input name, their shapes, and the values of the dynamic sizes."""
 
     values: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
@@ -95,7 +95,7 @@ class Runner(Protocol):
     def numbers(self, value: Any) -> Sequence[float]:
         """Copy a short real value of any dtype to the host, row by row."""
 
-    def given_back(self, value: Any) -> Any:
+    def to_output(self, value: Any) -> Any:
         """Return an output in the form that the caller gets it."""
 
     def run(self, graph: str, inputs: Mapping[str, Any], buffers: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def constraint_violated(manifest: Manifest, condition: str, sizes: Mapping[str, 
 
 
 def _symbols(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Return the values of the open sizes, after checking every shape and what the graphs assume.
+    """Return the values of the dynamic sizes, after checking every shape and what the graphs assume.
 
     Raises:
         StateError: The graphs were not made for these sizes.

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
-from bwcache_compile.bundle.agreement import disagreement, unmade
+from bwcache_compile.bundle.agreement import disagreement, missing_outputs
 from bwcache_compile.bundle.external_data import external_locations
 from bwcache_compile.bundle.manifest import FileEntry, Manifest, PlacedEntry
 from bwcache_compile.bundle.manifest_text import read_text
@@ -124,7 +124,7 @@ def _check_graphs(folder: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path}: the file of the {kind} graph is not among the bundle's files.")
         if entry.weights is None and not onnx:
             raise BundleError(f"{path} does not list the weights of the {kind} graph.")
-        lacking = unmade(manifest, kind)
+        lacking = missing_outputs(manifest, kind)
         if lacking:
             raise BundleError(f"{path}: the {kind} graph lacks the outputs {', '.join(lacking)}.")
         if onnx:

@@ -89,7 +89,7 @@ class OutputsEntry(Entry):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SymbolEntry(Entry):
-    """An open size: `factor * symbol + offset` is what an input has in that dimension. `example` is its value at the capture."""
+    """An dynamic size: `factor * symbol + offset` is what an input has in that dimension. `example` is its value at the capture."""
 
     name: str
     input: str
@@ -171,7 +171,7 @@ class TensorRTEntry(Entry):
     Attributes:
         list: Version of the list of operators that it compared with.
         unlisted: A line for each operator that is not on it.
-        sizes: Of open sizes: smallest, usual, largest.
+        sizes: Of dynamic sizes: smallest, usual, largest.
     """
 
     list: str
@@ -193,7 +193,7 @@ class Manifest(Entry):
         constants: The rest of a call.
         values: Inputs of which only these values are right.
         outputs: What the model returns.
-        symbols: Open sizes.
+        symbols: Dynamic sizes.
         conditions: Arithmetic over the symbols that is not 0 where the graphs hold.
         slots: The cache state of one context.
         config: The settings that a session starts with.

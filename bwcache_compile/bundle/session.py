@@ -117,7 +117,7 @@ class Session:
             else:
                 state = dataclasses.replace(context.state, cursor=context.state.cursor.at(advance.step))
             returned, following, record = self._run(context, state, call, num_steps)
-            outputs = {item.name: self._runner.given_back(returned[item.name]) for item in self.manifest.outputs.items}
+            outputs = {item.name: self._runner.to_output(returned[item.name]) for item in self.manifest.outputs.items}
             if following.slots is not state.slots:  # the two sets of buffers take turns
                 context.spare = state.slots if self._runner.takes_buffers else {}
             context.state, context.state_bytes = following, sum(map(self._runner.bytes, following.slots.values()))

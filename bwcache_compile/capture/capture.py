@@ -21,7 +21,7 @@ from bwcache_compile.ir.call_signature import Reading, Signature
 from bwcache_compile.ir.compare import Reference
 from bwcache_compile.ir.dataflow import writes_escape
 from bwcache_compile.ir.examples import keep_examples
-from bwcache_compile.ir.program import CachedProgram, Captured
+from bwcache_compile.ir.program import Captured, ModelProgram
 from bwcache_compile.ir.sizes import CallSizes, VaryingSizes, hint, open_sizes
 from bwcache_compile.ir.source_lines import class_files, error_line
 from bwcache_compile.ir.torch_compat import HigherOrderOperator, pytree
@@ -146,7 +146,7 @@ def _completed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return {name: shapes.get(name) for name in names}
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, mode: Mode) -> CachedProgram | _Failure:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, mode: Mode) -> ModelProgram | _Failure:
     known, values = KnownValues(), sources(model, args, kwargs) if mode == "reading" else {}
     large = {i: leaf for i, leaf in inputs_of(args, kwargs).items() if i not in values} if mode == "reading" else {}
     with tracing():
@@ -169,8 +169,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
     return program.replace(signature=signature)
 
 
-def _serves(program: CachedProgram, seen: Sequence[CallSizes]) -> bool:
-    """Whether a program serves all sizes seen that open sizes may serve: no exporter opens a size of 0 or 1."""
+def _serves(program: ModelProgram, seen: Sequence[CallSizes]) -> bool:
+    """Whether a program serves all sizes seen that dynamic sizes may serve: no exporter opens a size of 0 or 1."""
 
     def opens(now: tuple[int, ...] | int | None, other: tuple[int, ...] | int | None) -> bool:
         pairs = zip(now, other, strict=True) if isinstance(now, tuple) and isinstance(other, tuple) else [(now, other)]
@@ -188,21 +188,21 @@ def _serves(program: CachedProgram, seen: Sequence[CallSizes]) -> bool:
 
 def _attempts(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, modes: Sequence[Mode], seen: Sequence[CallSizes]
-) -> Iterator[tuple[Mode, CachedProgram | _Failure]]:
+) -> Iterator[tuple[Mode, ModelProgram | _Failure]]:
     """Trace a model in one way after the other; strict tracing comes first where it alone leaves the sizes seen open."""
     stopped, narrow = len(modes) == 1, None
     for mode in modes:
         if mode == "reading" and not stopped:
             return
-        outcome: CachedProgram | _Failure
+        outcome: ModelProgram | _Failure
         try:
             with torch.no_grad():
                 outcome = _export(model, args, kwargs, shapes, mode)
         except Exception as error:  # what was exported opens no size, or decomposes into nothing that is supported
             outcome = _Failure(error, frozenset())
         stopped = stopped or isinstance(outcome, _Failure)
-        serves = isinstance(outcome, CachedProgram) and _serves(outcome, seen)
-        if mode == "non-strict" and isinstance(outcome, CachedProgram) and not serves:
+        serves = isinstance(outcome, ModelProgram) and _serves(outcome, seen)
+        if mode == "non-strict" and isinstance(outcome, ModelProgram) and not serves:
             narrow = outcome  # int(size ** 0.5) is a number in there
             continue
         if narrow is None or serves:
@@ -229,7 +229,7 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
             del vars(module)["forward"]
 
 
-def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
+def flat_program(exported: ExportedProgram, name: str) -> ModelProgram:
     """Return an exported program as a flat graph over its own weights; nothing runs, nothing is checked.
 
     Where blocks write in place to more than their own memory, or run under a mode, the graph is the functional one.
@@ -244,7 +244,7 @@ def flat_program(exported: ExportedProgram, name: str) -> CachedProgram:
     leaves = pytree.tree_leaves(exported.example_inputs) if exported.example_inputs else [None] * len(names)
     examples = keep_examples(names, leaves)
     signature = Signature(exported.call_spec.in_spec, exported.call_spec.out_spec, names, sizes, examples=examples)
-    return CachedProgram(captured.module(), captured, signature, name)
+    return ModelProgram(captured.module(), captured, signature, name)
 
 
 def capture(
@@ -254,8 +254,8 @@ def capture(
     dynamic_shapes: Any = None,
     reading: bool = False,
     reference: Reference | None = None,
-    run: Callable[[CachedProgram], list[Any]] | None = None,
-) -> CachedProgram:
+    run: Callable[[ModelProgram], list[Any]] | None = None,
+) -> ModelProgram:
     """Capture a model as a flat graph over its own parameters.
 
     The model runs once eagerly first: exporting a model that never ran can damage it, and that run is the reference.

@@ -1,4 +1,4 @@
-"""Follow open sizes through tensors that are made of them, so that what Python reads of these tensors stays open."""
+"""Follow dynamic sizes through tensors that are made of them, so that what Python reads of these tensors stays open."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cach
 from bwcache_compile.ir.examples import input_at, is_maskable
 from bwcache_compile.ir.layout import in_order, slot_order
 from bwcache_compile.ir.policy_tensors import policy_parameters
-from bwcache_compile.ir.program import REGION_MARK, CachedProgram
+from bwcache_compile.ir.program import REGION_MARK, ModelProgram
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.size_expressions import evaluate, evaluated
@@ -30,7 +30,7 @@ _STEPS = 6
 _CONTEXT = "check"
 
 
-def tolerance_of(program: CachedProgram) -> float:
+def tolerance_of(program: ModelProgram) -> float:
     """Return the largest error that other kernels may make, relative to the largest value of the tensor.
 
     Where a graph rounds to half precision, if only inside, what differed by a last bit of float32 may differ by one of half precision.
@@ -87,7 +87,7 @@ def check_structure(plain: Mapping[str, PlainGraph], written: Mapping[str, Writt
 class TorchRun:
     """A generation of the transformed program in torch, from the graphs themselves."""
 
-    program: CachedProgram
+    program: ModelProgram
     config: CacheConfig
     num_steps: int
     sizes: Mapping[str, int]
@@ -114,8 +114,8 @@ class TorchRun:
         return [returned[name] for name in io.results], computes, returned.get(INDICATOR)
 
 
-def other_sizes(program: CachedProgram, conditions: Sequence[str]) -> dict[str, int] | None:
-    """Return other values of the open sizes, for which the graphs are proved too; None if none come to mind."""
+def other_sizes(program: ModelProgram, conditions: Sequence[str]) -> dict[str, int] | None:
+    """Return other values of the dynamic sizes, for which the graphs are proved too; None if none come to mind."""
     for factor in (3, 2, 4) if program.signature.sizes else ():
         known = {name: factor * value for name, value in program.signature.captured_sizes.items()}
         if all(evaluate(condition, known) for condition in conditions):
@@ -123,7 +123,7 @@ def other_sizes(program: CachedProgram, conditions: Sequence[str]) -> dict[str, 
     return None
 
 
-def _inputs_at(program: CachedProgram, step: int, known: Mapping[str, int], padded: bool = False) -> list[Any]:
+def _inputs_at(program: ModelProgram, step: int, known: Mapping[str, int], padded: bool = False) -> list[Any]:
     """Return one step's flat inputs, like those of the capture; with `padded`, the last keys of masks are padding."""
     sizes, device = program.signature.sizes, program.planned().device
     generator = torch.Generator().manual_seed(0)
@@ -142,13 +142,13 @@ def _inputs_at(program: CachedProgram, step: int, known: Mapping[str, int], padd
     return flat
 
 
-def _has_masks(program: CachedProgram) -> bool:
+def _has_masks(program: ModelProgram) -> bool:
     """Whether some input is a mask that the graphs read anew at each call."""
     signature = program.signature
     return any(is_maskable(signature.examples.get(name)) and i not in signature.read for i, name in enumerate(signature.inputs))
 
 
-def _takes_padding(program: CachedProgram, config: CacheConfig) -> bool:
+def _takes_padding(program: ModelProgram, config: CacheConfig) -> bool:
     """Whether the graphs take masks with padding: where sizes follow from a mask, they may hold for one number of ones alone."""
     if not _has_masks(program):
         return False
@@ -182,14 +182,14 @@ def _forced(config: CacheConfig, threshold: float) -> CacheConfig:
 class _Compared:
     """Runs of a session beside torch's, and the worst that was seen."""
 
-    program: CachedProgram
+    program: ModelProgram
     manifest: Manifest
     tolerance: float
-    handed: Callable[[Tensor], Any]
+    to_session: Callable[[Tensor], Any]
     worst: float = 0.0
 
     def _compare(self, what: str, actual: Any, expected: Tensor, least: float = 1e-30) -> None:
-        error = _error(actual, self.handed(expected), least)
+        error = _error(actual, self.to_session(expected), least)
         self.worst = max(self.worst, error)
         if not error <= self.tolerance:
             raise ExportError(
@@ -214,7 +214,7 @@ class _Compared:
             flat = _inputs_at(self.program, step, known, padded)
             named = zip(self.program.io("compute").users, flat, strict=True)
             wanted = {entry.name for entry in self.manifest.inputs}
-            given = {name: self.handed(value) for name, value in named if name in wanted}
+            given = {name: self.to_session(value) for name, value in named if name in wanted}
             with torch.no_grad(), under_autocast(self.program):
                 expected, computed, change = torch_run.step(step, flat)
             try:
@@ -243,12 +243,12 @@ class _Compared:
 
 
 def check_runs(
-    program: CachedProgram,
+    program: ModelProgram,
     config: CacheConfig,
     manifest: Manifest,
     sessions: Mapping[str, Callable[[], Session]],
     tolerance: float,
-    handed: Callable[[Tensor], Any],
+    to_session: Callable[[Tensor], Any],
 ) -> dict[str, Any]:
     """Run the written files beside torch over several steps, both branches taken: equal decisions, outputs and slots.
 
@@ -258,12 +258,12 @@ def check_runs(
         manifest: What is said of it.
         sessions: Opens the files; by the name that the report gives them.
         tolerance: Largest error, relative to the largest value of a tensor; 0 asks for the same bits.
-        handed: Turns one of torch's tensors into what the sessions take.
+        to_session: Turns one of torch's tensors into what the sessions take.
 
     Raises:
         ExportError: A file does not open, or they differ; the message names the step and the output or slot.
     """
-    compared = _Compared(program, manifest, tolerance, handed)
+    compared = _Compared(program, manifest, tolerance, to_session)
     steps = min(len(config.steps_mask), 8) if config.steps_mask is not None else _STEPS
     pattern, elsewhere, padding = "", other_sizes(program, manifest.conditions), _takes_padding(program, config)
     for opened in sessions.values():

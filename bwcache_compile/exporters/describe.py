@@ -32,7 +32,7 @@ from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out
 from bwcache_compile.ir.layout import slot_order
 from bwcache_compile.ir.plan import CacheSlot
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.sizes import Symbol, hint_shape, shape_of
 from bwcache_compile.ir.tree_paths import leaf_paths, positions
 
@@ -42,7 +42,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _constant(value: Any, said: str, program: CachedProgram) -> Any:
+def _constant(value: Any, said: str, program: ModelProgram) -> Any:
     """Return what a manifest holds as it is.
 
     Raises:
@@ -55,7 +55,7 @@ def _constant(value: Any, said: str, program: CachedProgram) -> Any:
     raise ExportError(f"{program.model_name} {said}; a bundle supports tensors, None, strings and finite numbers.")
 
 
-def describe_values(program: CachedProgram) -> tuple[ValueEntry, ...]:
+def describe_values(program: ModelProgram) -> tuple[ValueEntry, ...]:
     """Return the values of inputs that are built into the graphs, since Python read them: one flat list for each.
 
     Raises:
@@ -83,13 +83,13 @@ def describe_values(program: CachedProgram) -> tuple[ValueEntry, ...]:
     return tuple(described)
 
 
-def _call(program: CachedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _call(program: ModelProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a call's arguments with their positions as leaves."""
     args, kwargs = positions(program.signature.in_spec)
     return args, kwargs
 
 
-def describe_inputs(program: CachedProgram, parameters: tuple[str, ...]) -> tuple[tuple[InputEntry, ...], tuple[ConstantEntry, ...]]:
+def describe_inputs(program: ModelProgram, parameters: tuple[str, ...]) -> tuple[tuple[InputEntry, ...], tuple[ConstantEntry, ...]]:
     """Return the tensors that a call passes, and its constants, each with the argument that holds it and the path inside.
 
     Args:
@@ -113,7 +113,7 @@ def describe_inputs(program: CachedProgram, parameters: tuple[str, ...]) -> tupl
     return tuple(tensors), tuple(constants)
 
 
-def _form(tree: Any, leaves: list[dict[str, Any]], program: CachedProgram) -> dict[str, Any]:
+def _form(tree: Any, leaves: list[dict[str, Any]], program: ModelProgram) -> dict[str, Any]:
     """Describe how an output is put together; the leaves of the tree are their positions.
 
     Raises:
@@ -137,11 +137,11 @@ def _form(tree: Any, leaves: list[dict[str, Any]], program: CachedProgram) -> di
     )
 
 
-def describe_outputs(program: CachedProgram) -> OutputsEntry:
+def describe_outputs(program: ModelProgram) -> OutputsEntry:
     """Return the model's output.
 
     Raises:
-        ExportError: It holds an open Python number, or something else that a manifest does not.
+        ExportError: It holds an dynamic Python number, or something else that a manifest does not.
     """
     io, returned = program.io("compute"), program.compute.graph.output_node().args[0]
     assert isinstance(returned, (list, tuple))
@@ -163,7 +163,7 @@ def _describe_slot(slot: CacheSlot) -> SlotEntry:
 
 
 def _describe_symbol(symbol: Symbol, read_from: str) -> SymbolEntry:
-    assert symbol.dimension is not None, "an open Python number was refused"
+    assert symbol.dimension is not None, "an dynamic Python number was refused"
     return SymbolEntry(
         name=symbol.name,
         input=read_from,
@@ -174,7 +174,7 @@ def _describe_symbol(symbol: Symbol, read_from: str) -> SymbolEntry:
     )
 
 
-def check_sizes(program: CachedProgram, conditions: Sequence[str], sizes: Iterable[Size]) -> None:
+def check_sizes(program: ModelProgram, conditions: Sequence[str], sizes: Iterable[Size]) -> None:
     """Refuse what a session could not evaluate, or would not find true at the captured sizes.
 
     Raises:
@@ -194,7 +194,7 @@ def check_sizes(program: CachedProgram, conditions: Sequence[str], sizes: Iterab
 
 
 def describe(
-    program: CachedProgram, config: CacheConfig, parameters: tuple[str, ...], *, graph_format: str, opset: int | None = None
+    program: ModelProgram, config: CacheConfig, parameters: tuple[str, ...], *, graph_format: str, opset: int | None = None
 ) -> Manifest:
     """Return a manifest that says everything but which graphs and files there are, and what their check found.
 
@@ -232,7 +232,7 @@ def describe(
     )
 
 
-def with_layout(manifest: Manifest, program: CachedProgram) -> Manifest:
+def with_layout(manifest: Manifest, program: ModelProgram) -> Manifest:
     """Say on which device the graphs run, and how each input and slot lies in memory: compiled code depends on it."""
     plan = program.planned()
     nodes = dict(zip(program.io("compute").users, program.compute.graph.find_nodes(op="placeholder"), strict=False))

@@ -15,7 +15,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile.ir.inline import inline_calls
-from bwcache_compile.ir.program import REGION_MARK, CachedProgram, graph_module_copy
+from bwcache_compile.ir.program import REGION_MARK, ModelProgram, graph_module_copy
 from bwcache_compile.ir.torch_compat import FakeTensor, FakeTensorMode, ShapeEnv, load_verifier, pytree
 from bwcache_compile.ir.tracing import tracing
 
@@ -38,7 +38,7 @@ class PlainGraph:
     outputs: tuple[str, ...]
 
 
-def under_autocast(program: CachedProgram) -> contextlib.ExitStack:
+def under_autocast(program: ModelProgram) -> contextlib.ExitStack:
     """Enter the autocast that a program was captured under, if any."""
     stack = contextlib.ExitStack()
     for device, dtype in program.signature.autocast:
@@ -47,7 +47,7 @@ def under_autocast(program: CachedProgram) -> contextlib.ExitStack:
 
 
 def _one_mode(module: GraphModule) -> FakeTensorMode:
-    """Return the mode in which the graph's open sizes live, those that depend on values too; a new one where there are none."""
+    """Return the mode in which the graph's dynamic sizes live, those that depend on values too; a new one where there are none."""
     for node in module.graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, FakeTensor) and any(isinstance(size, SymInt) for size in value.shape):
@@ -144,7 +144,7 @@ def exported_program(
     )
 
 
-def plain_graph(program: CachedProgram, kind: str) -> PlainGraph:
+def plain_graph(program: ModelProgram, kind: str) -> PlainGraph:
     """Return one of a program's graphs, its calls written out, its weights lifted.
 
     Nothing is traced again, unless it was captured under autocast, whose casts are written out.

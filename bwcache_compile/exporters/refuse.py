@@ -11,7 +11,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ExportError
 from bwcache_compile.exporters.describe import describe_outputs, dtype_name
 from bwcache_compile.ir.dataflow import DataFlow
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 
 
 def _refuse_settings(config: CacheConfig) -> None:
@@ -27,7 +27,7 @@ def _refuse_settings(config: CacheConfig) -> None:
         )
 
 
-def _refuse_writes(program: CachedProgram) -> None:
+def _refuse_writes(program: ModelProgram) -> None:
     flow = DataFlow(program.compute.graph)
     for writer in flow.outside_writers():
         if writer.target is torch.ops.aten.detach_.default:  # stands behind each tensor made of numbers, and changes none
@@ -41,7 +41,7 @@ def _refuse_writes(program: CachedProgram) -> None:
         )
 
 
-def _refuse_inputs(program: CachedProgram) -> None:
+def _refuse_inputs(program: ModelProgram) -> None:
     for node in program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]:
         value = node.meta.get("val")
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -57,7 +57,7 @@ def _refuse_inputs(program: CachedProgram) -> None:
             )
 
 
-def _refuse_results(program: CachedProgram) -> None:
+def _refuse_results(program: ModelProgram) -> None:
     real = [name for name in DTYPES if name not in PAIRS]
     returned = {item.name: item.dtype for item in describe_outputs(program).items}
     for name, dtype in (returned | {slot.name: dtype_name(slot.dtype) for slot in program.planned().slots}).items():
@@ -70,7 +70,7 @@ def _refuse_results(program: CachedProgram) -> None:
             )
 
 
-def refuse(program: CachedProgram, config: CacheConfig) -> None:
+def refuse(program: ModelProgram, config: CacheConfig) -> None:
     """Say what cannot be exported before anything is done.
 
     Raises:

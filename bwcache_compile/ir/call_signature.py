@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bwcache_compile.ir.examples import Example
-from bwcache_compile.ir.sizes import OpenSizes
+from bwcache_compile.ir.sizes import DynamicSizes
 from bwcache_compile.ir.torch_compat import TreeSpec, pytree
 
 OPERAND = object()
@@ -59,7 +59,7 @@ class Signature:
     in_spec: TreeSpec
     out_spec: TreeSpec
     inputs: tuple[str, ...]
-    sizes: OpenSizes | None = None
+    sizes: DynamicSizes | None = None
     read: Mapping[int | str, Tensor] = dataclasses.field(default_factory=dict)
     readings: tuple[Reading, ...] = ()
     read_at: str = ""
@@ -68,7 +68,7 @@ class Signature:
 
     @property
     def captured_sizes(self) -> dict[str, int]:
-        """The open sizes as they were when the model was captured, by symbol."""
+        """The dynamic sizes as they were when the model was captured, by symbol."""
         return {symbol.name: symbol.example for symbol in self.sizes.symbols} if self.sizes else {}
 
     @property

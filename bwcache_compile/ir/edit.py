@@ -15,7 +15,7 @@ from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.layout import in_order
 from bwcache_compile.ir.plan import CacheSlot
-from bwcache_compile.ir.program import OURS, CachedProgram
+from bwcache_compile.ir.program import OURS, ModelProgram
 from bwcache_compile.ir.sizes import Size, Symbol, hint_shape, size_of
 from bwcache_compile.ir.torch_compat import FakeTensor, FakeTensorMode, make_fx
 from bwcache_compile.ir.tracing import tracing
@@ -29,7 +29,7 @@ _SIZE = "size: "
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:
-    """Return the mode in which a graph's open sizes live; any, where there are none."""
+    """Return the mode in which a graph's dynamic sizes live; any, where there are none."""
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, FakeTensor) and any(isinstance(size, SymInt) for size in value.shape):
@@ -43,7 +43,7 @@ def fake(shape: Sequence[int | SymInt], dtype: torch.dtype, device: torch.device
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
-def size_values(program: CachedProgram) -> dict[str, SymInt]:
+def size_values(program: ModelProgram) -> dict[str, SymInt]:
     """Return the program's symbols as symbolic ints, by name."""
     sizes = program.signature.sizes
     inputs = program.compute.graph.find_nodes(op="placeholder")
@@ -54,7 +54,7 @@ def size_values(program: CachedProgram) -> dict[str, SymInt]:
     return values
 
 
-def slot_value(program: CachedProgram, slot: CacheSlot) -> Tensor:
+def slot_value(program: ModelProgram, slot: CacheSlot) -> Tensor:
     """Describe the value of a slot."""
     mode = fake_mode(program.compute.graph)
     with mode:
@@ -95,12 +95,12 @@ def graph_input(graph: Graph, role: str, value: Tensor) -> Node:
     return node
 
 
-def step_input(program: CachedProgram) -> Node:
+def step_input(program: ModelProgram) -> Node:
     """Return the input that holds the step, int64[1]."""
     return graph_input(program.compute.graph, "step", fake((1,), torch.int64, program.planned().device))
 
 
-def read_slot(program: CachedProgram, slot: CacheSlot) -> Node:
+def read_slot(program: ModelProgram, slot: CacheSlot) -> Node:
     """Return a node that reads a slot, standing before all operators."""
     graph, module = program.compute.graph, program.compute
     if not hasattr(module, CACHE):
@@ -119,7 +119,7 @@ def read_slot(program: CachedProgram, slot: CacheSlot) -> Node:
     return node
 
 
-def write_slot(program: CachedProgram, slot: CacheSlot, value: Node) -> None:
+def write_slot(program: ModelProgram, slot: CacheSlot, value: Node) -> None:
     """Make a slot's next value known, at the end of the graph."""
     target = read_slot(program, slot)
     graph = program.compute.graph
@@ -172,7 +172,7 @@ def _arithmetic(graph: Graph, function: Callable[..., Any], operands: Sequence[N
     return made
 
 
-def size_node(program: CachedProgram, size: Size) -> Node | int:
+def size_node(program: ModelProgram, size: Size) -> Node | int:
     """Return a node that holds a size, standing behind the inputs and made once for each size; an int stands for itself."""
     graph, role = program.compute.graph, f"{_SIZE}{size}"
     found: Node | None = next((node for node in graph.nodes if node.meta.get(_ROLE) == role), None)
@@ -195,7 +195,7 @@ def size_node(program: CachedProgram, size: Size) -> Node | int:
 
 
 def as_graph(function: Callable[..., Any], examples: Sequence[Tensor | SymInt], mode: FakeTensorMode | None = None) -> GraphModule:
-    """Trace a pure tensor function into a graph, with the layouts, dtypes and device of the examples; open sizes stay open."""
+    """Trace a pure tensor function into a graph, with the layouts, dtypes and device of the examples; dynamic sizes stay open."""
 
     def like(example: Tensor | SymInt) -> Any:
         if not isinstance(example, Tensor):

@@ -93,7 +93,7 @@ class CacheSlot:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class IndicatorProbe:
     """A feature that the indicator measures: block name, node, token slice (dimension 1) or None, sampling stride."""
 
     block: str
@@ -123,7 +123,7 @@ class Region:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     sources: dict[str, str]
-    measured: tuple[Measured, ...]
+    measured: tuple[IndicatorProbe, ...]
     slots: tuple[CacheSlot, ...] = ()
     arrangements: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
@@ -164,7 +164,7 @@ class CachePlan:
     notes: tuple[str, ...] = ()
 
     @property
-    def measured(self) -> tuple[Measured, ...]:
+    def measured(self) -> tuple[IndicatorProbe, ...]:
         """Features that the indicator measures, over all regions; empty for `policy="static"`."""
         return tuple(measured for region in self.regions for measured in region.measured)
 

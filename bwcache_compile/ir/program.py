@@ -52,7 +52,7 @@ class Captured:
 
 
 @dataclasses.dataclass(frozen=True)
-class CachedProgram:
+class ModelProgram:
     """A captured model on its way to the cached form.
 
     `compute` is the whole model, edited in place by each pass; `reuse` exists after `specialize`. Neither holds
@@ -77,15 +77,15 @@ class CachedProgram:
         values = (node.meta.get("val") for node in self.captured.graph.nodes)
         return any(isinstance(value, Tensor) and has_no_size(value) for value in values)
 
-    def copy(self) -> CachedProgram:
+    def copy(self) -> ModelProgram:
         """Return a program with graphs of its own, so that passes on it leave this one alone; weights are shared."""
         return self.replace(compute=graph_module_copy(self.compute), reuse=self.reuse and graph_module_copy(self.reuse))
 
-    def fresh(self) -> CachedProgram:
+    def fresh(self) -> ModelProgram:
         """Return the program as it was captured, before any pass."""
-        return CachedProgram(self.captured.module(), self.captured, self.signature, self.model_name)
+        return ModelProgram(self.captured.module(), self.captured, self.signature, self.model_name)
 
-    def replace(self, **changes: Any) -> CachedProgram:
+    def replace(self, **changes: Any) -> ModelProgram:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
@@ -124,5 +124,5 @@ class CachedProgram:
 class PassResult:
     """What a pass returns: the program afterwards, and whether anything changed."""
 
-    program: CachedProgram
+    program: ModelProgram
     modified: bool

@@ -145,7 +145,7 @@ class Symbol:
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenSizes:
+class DynamicSizes:
     """Which sizes a captured graph was proved for.
 
     Attributes:
@@ -195,7 +195,7 @@ def _read_at(expression: sympy.Expr, symbol: sympy.Symbol) -> tuple[int, int] | 
     return (int(factor), int(offset)) if linear else None
 
 
-def open_sizes(inputs: list[Any], ranges: dict[Any, Any]) -> OpenSizes | None:
+def open_sizes(inputs: list[Any], ranges: dict[Any, Any]) -> DynamicSizes | None:
     """Read off an exported graph's inputs which sizes are open, and what was assumed of them.
 
     Returns:
@@ -236,4 +236,4 @@ def open_sizes(inputs: list[Any], ranges: dict[Any, Any]) -> OpenSizes | None:
         shape_of(value) if isinstance(value, Tensor) else size_of(value) if type(value) is int or isinstance(value, SymInt) else None
         for value in inputs
     )
-    return OpenSizes(tuple(symbols.values()), flat, tuple(conditions))
+    return DynamicSizes(tuple(symbols.values()), flat, tuple(conditions))

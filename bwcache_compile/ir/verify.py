@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from bwcache_compile.errors import InvariantError
 from bwcache_compile.ir.graph_text import called_graphs, format_node
-from bwcache_compile.ir.program import OURS, REGION_MARK, CachedProgram
+from bwcache_compile.ir.program import OURS, REGION_MARK, ModelProgram
 
 
 def _neighbourhood(node: Node) -> str:
@@ -47,7 +47,7 @@ def _verify_graph(module: GraphModule, after: str) -> None:
             _fail(after, f"{node.name} has no recorded value", node)
 
 
-def _verify_specialized(program: CachedProgram, after: str) -> None:
+def _verify_specialized(program: ModelProgram, after: str) -> None:
     for module in (program.compute, program.reuse):
         assert module is not None
         for node in module.graph.nodes:
@@ -62,7 +62,7 @@ def _verify_specialized(program: CachedProgram, after: str) -> None:
         _verify_ends(program, kind, after)
 
 
-def _verify_ends(program: CachedProgram, kind: str, after: str) -> None:
+def _verify_ends(program: ModelProgram, kind: str, after: str) -> None:
     """Check that a graph takes and returns as much as there are names for."""
     io, graph = program.io(kind), getattr(program, kind).graph
     outputs = graph.output_node().args[0]
@@ -99,7 +99,7 @@ def _verify_cond(module: GraphModule, node: Node, after: str) -> None:
             _fail(after, f"{marked.name} of a cached block runs on a reused step", marked)
 
 
-def _verify_guarded(program: CachedProgram, after: str) -> None:
+def _verify_guarded(program: ModelProgram, after: str) -> None:
     plan, guarded = program.planned(), program.guarded
     assert guarded is not None
     _verify_graph(guarded, after)
@@ -114,7 +114,7 @@ def _verify_guarded(program: CachedProgram, after: str) -> None:
     _verify_ends(program, "guarded", after)
 
 
-def verify(program: CachedProgram, after: str = "capture") -> None:
+def verify(program: ModelProgram, after: str = "capture") -> None:
     """Check a program.
 
     Args:

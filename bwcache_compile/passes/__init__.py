@@ -7,7 +7,7 @@ from typing import Literal
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.graph_text import GraphDiff, graph_diff, snapshot
-from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes.arrange_sources import arrange_sources
 from bwcache_compile.passes.canonicalize import canonicalize
@@ -22,10 +22,10 @@ from bwcache_compile.passes.plan_cache import plan_cache
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.passes.split_region import split_region
 
-Pass = Callable[[CachedProgram], PassResult]
+Pass = Callable[[ModelProgram], PassResult]
 Guard = Literal["host", "graph"]
 """Who decides at each step: the caller, between two graphs, or one graph by itself."""
-AfterPass = Callable[[str, CachedProgram], None]
+AfterPass = Callable[[str, ModelProgram], None]
 
 TIDY_PIPELINE: tuple[Pass, ...] = (canonicalize, hoist_sizes)
 CACHE_PIPELINE: tuple[Pass, ...] = (
@@ -50,7 +50,7 @@ GUARD_PIPELINE: tuple[Pass, ...] = (
 __all__ = ["CACHE_PIPELINE", "TIDY_PIPELINE", "build", "canonicalize", "explain", "find_blocks", "plan_cache", "run_pipeline"]
 
 
-def run_pipeline(program: CachedProgram, passes: tuple[Pass, ...], after_pass: AfterPass | None = None) -> CachedProgram:
+def run_pipeline(program: ModelProgram, passes: tuple[Pass, ...], after_pass: AfterPass | None = None) -> ModelProgram:
     """Run passes in order, verifying after each.
 
     Args:
@@ -66,7 +66,7 @@ def run_pipeline(program: CachedProgram, passes: tuple[Pass, ...], after_pass: A
     return program
 
 
-def _edited(program: CachedProgram, passes: tuple[Pass, ...], after_pass: AfterPass | None) -> CachedProgram:
+def _edited(program: ModelProgram, passes: tuple[Pass, ...], after_pass: AfterPass | None) -> ModelProgram:
     """Run passes; the graph is not fit to run afterwards."""
     for transform in passes:
         program = transform(program).program
@@ -77,12 +77,12 @@ def _edited(program: CachedProgram, passes: tuple[Pass, ...], after_pass: AfterP
 
 
 def build(
-    program: CachedProgram,
+    program: ModelProgram,
     config: CacheConfig,
     after_pass: AfterPass | None = None,
     blocks: Sequence[str] = (),
     guard: Guard = "host",
-) -> CachedProgram:
+) -> ModelProgram:
     """Turn a captured program into its cached form: find the blocks, plan, rewrite.
 
     Args:
@@ -102,7 +102,7 @@ def build(
     return run_pipeline(program, CACHE_PIPELINE if guard == "host" else GUARD_PIPELINE, after_pass)
 
 
-def explain(program: CachedProgram, config: CacheConfig, blocks: Sequence[str] = (), guard: Guard = "host") -> dict[str, GraphDiff]:
+def explain(program: ModelProgram, config: CacheConfig, blocks: Sequence[str] = (), guard: Guard = "host") -> dict[str, GraphDiff]:
     """Build a captured program pass by pass and return what each changed, by name, and all together as "whole".
 
     `specialize` and "whole" compare with the graph of a reused step: what is missing there is what reuse saves. With the
@@ -111,7 +111,7 @@ def explain(program: CachedProgram, config: CacheConfig, blocks: Sequence[str] =
     diffs: dict[str, GraphDiff] = {}
     first = latest = snapshot(program.compute)
 
-    def record(name: str, after: CachedProgram) -> None:
+    def record(name: str, after: ModelProgram) -> None:
         nonlocal latest
         now = snapshot(after.reuse or after.guarded or after.compute)
         diffs[name] = graph_diff(latest, now, name)

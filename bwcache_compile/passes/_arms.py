@@ -59,7 +59,7 @@ class Arm:
     """
 
     def __init__(self, attributes: dict[str, Any], mode: FakeTensorMode) -> None:
-        """Start empty; `attributes` holds what the outside graph's `get_attr` nodes read, `mode` its open sizes."""
+        """Start empty; `attributes` holds what the outside graph's `get_attr` nodes read, `mode` its dynamic sizes."""
         self.graph = Graph()
         self.operands: dict[Node, Node] = {}
         self.copied: list[Node] = []

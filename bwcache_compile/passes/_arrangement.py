@@ -33,7 +33,7 @@ class Arrangement:
 class _Numbered:
     """Element numbers of a region's inputs, sent along the residual path.
 
-    Each input's elements have numbers of their own, those that enter the first block the smaller ones. Open sizes take part
+    Each input's elements have numbers of their own, those that enter the first block the smaller ones. Dynamic sizes take part
     with the values they were captured at. Values of one shape at every size and of equal numbers are one value, whatever blocks
     have added to it meanwhile; the first of them stands for all.
     """

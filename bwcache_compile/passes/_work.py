@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.graph_text import called_graphs, op_name
 from bwcache_compile.ir.plan import BlockSearch, Region
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.torch_compat import HigherOrderOperator
 from bwcache_compile.ir.work_share import Uncached, WorkShare
 from bwcache_compile.passes.block_search.stacks import user_path
@@ -109,7 +109,7 @@ def _reused(flow: DataFlow, regions: Sequence[Region], sources: Mapping[str, Ite
 
 
 def work_share(
-    program: CachedProgram,
+    program: ModelProgram,
     flow: DataFlow,
     search: BlockSearch,
     regions: Sequence[Region],

@@ -7,7 +7,7 @@ from torch.fx.node import map_arg
 
 from bwcache_compile.ir.edit import give_role
 from bwcache_compile.ir.plan import Region
-from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.program import ModelProgram, PassResult
 
 
 def source_role(region: Region, name: str) -> str:
@@ -15,7 +15,7 @@ def source_role(region: Region, name: str) -> str:
     return f"source{region.tag} {name}"
 
 
-def _arrange(program: CachedProgram, region: Region) -> None:
+def _arrange(program: ModelProgram, region: Region) -> None:
     graph = program.compute.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
     named = {node.name: node for node in order}
@@ -35,7 +35,7 @@ def _arrange(program: CachedProgram, region: Region) -> None:
         copies[name] = copy
 
 
-def arrange_sources(program: CachedProgram) -> PassResult:
+def arrange_sources(program: ModelProgram) -> PassResult:
     """Insert, before each region, the re-arrangements of its inputs that its outputs continue: joined streams, or rows of one.
 
     They are copies of operators of the region over its inputs, as the plan proved. Nothing reads them yet.

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from bwcache_compile.ir.dataflow import eliminate_dead_code
-from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.ir.sizes import shape_of
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ def _is_noop(node: Node) -> bool:
     return node.target in (aten.alias.default, aten.detach.default)
 
 
-def canonicalize(program: CachedProgram) -> PassResult:
+def canonicalize(program: ModelProgram) -> PassResult:
     """Leave no runtime assert, no cast to the same dtype, no slice of everything, no inactive dropout and no dead code in the graph.
 
     What is taken away returns its own input, so the graph computes the same bits. Writes in place that somebody

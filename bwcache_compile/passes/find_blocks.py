@@ -11,8 +11,8 @@ from torch.fx import Graph, Node
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.plan import Block, BlockSearch, Rejection
-from bwcache_compile.ir.program import CachedProgram
-from bwcache_compile.passes.block_search.accept import accepted_stacks, follows, overlapping, whole
+from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.passes.block_search.accept import accepted_stacks, convex_closure, follows, overlapping
 from bwcache_compile.passes.block_search.main_stacks import features, main_units
 from bwcache_compile.passes.block_search.stacks import Stack, Unit, live_outs, named_stacks, products, streams, structural_stacks
 
@@ -39,7 +39,7 @@ def _candidates(graph: Graph) -> list[Stack]:
     return [*named, *structural_stacks(graph, 2, set())]
 
 
-def _chosen(name: str, candidates: list[Stack], program: CachedProgram) -> list[Unit]:
+def _chosen(name: str, candidates: list[Stack], program: ModelProgram) -> list[Unit]:
     """Return the units that a name stands for: a module, else a stack of modules, else the stacks below a module."""
     exact = [unit for stack in candidates for unit in stack.units if unit.name == name]
     stacks = [stack for stack in candidates if stack.name == name]
@@ -59,7 +59,7 @@ def _chosen(name: str, candidates: list[Stack], program: CachedProgram) -> list[
     raise ConfigError(f"blocks={name!r} matches no module of {program.model_name}. Candidates:\n{known}")
 
 
-def _as_told(program: CachedProgram, names: Sequence[str]) -> BlockSearch:
+def _as_told(program: ModelProgram, names: Sequence[str]) -> BlockSearch:
     """Take the blocks that the user names, if a region can be made of them."""
     graph, flow = program.compute.graph, DataFlow(program.compute.graph)
     candidates = _candidates(graph)
@@ -69,7 +69,7 @@ def _as_told(program: CachedProgram, names: Sequence[str]) -> BlockSearch:
         for unit in _chosen(name, candidates, program):
             if unit.name not in owner:
                 owner[unit.name] = name
-                units.append(whole(unit, flow))
+                units.append(convex_closure(unit, flow))
     units.sort(key=lambda unit: flow.index[unit.nodes[-1]])
     found = streams(graph, 3)
     if not all(live_outs(unit, found) for unit in units):
@@ -96,7 +96,7 @@ def _as_told(program: CachedProgram, names: Sequence[str]) -> BlockSearch:
     return dataclasses.replace(_search(units, owner, [], graph, found), chosen=True)
 
 
-def find_blocks(program: CachedProgram, names: Sequence[str] = ()) -> BlockSearch:
+def find_blocks(program: ModelProgram, names: Sequence[str] = ()) -> BlockSearch:
     """List the blocks of the main stacks in execution order, with the feature of each, and the rejected candidates.
 
     Module names propose candidates; the graph decides: every block must multiply matrices at least twice, hand on a

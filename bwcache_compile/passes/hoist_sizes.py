@@ -1,4 +1,4 @@
-"""Work every open size out once, at the start of the graph."""
+"""Work every dynamic size out once, at the start of the graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.fx.node import map_arg
 
 from bwcache_compile.ir.dataflow import eliminate_dead_code
 from bwcache_compile.ir.edit import is_early, move_early, size_node
-from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.ir.sizes import size_of
 from bwcache_compile.size_expressions import names_in
 
@@ -22,8 +22,8 @@ def _replace(node: Node, value: Node | int) -> None:
         user.kwargs = map_arg(user.kwargs, lambda operand: value if operand is node else operand)
 
 
-def hoist_sizes(program: CachedProgram) -> PassResult:
-    """Leave one node for each open size, all of them before the first operator on tensors.
+def hoist_sizes(program: ModelProgram) -> PassResult:
+    """Leave one node for each dynamic size, all of them before the first operator on tensors.
 
     An exporter creates a size where it is first needed: in the first block, which then differs from its siblings and
     hands the size on to them. Every size is arithmetic on the sizes of the inputs, so all of them are worked out from

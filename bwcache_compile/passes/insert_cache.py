@@ -15,7 +15,7 @@ from bwcache_compile.ir.edit import call_pure, check_results, inserted, read_slo
 from bwcache_compile.ir.graph_text import called_graph
 from bwcache_compile.ir.layout import Order, in_order, memory_order
 from bwcache_compile.ir.plan import CacheSlot, Region
-from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.passes.arrange_sources import source_role
 from bwcache_compile.policies import REUSES
 from bwcache_compile.policies.definitions import takes
@@ -28,7 +28,7 @@ def _as_time(clock: Tensor) -> Tensor:
     return clock.reshape(-1)[:1].float()
 
 
-def clock(program: CachedProgram) -> Node:
+def clock(program: ModelProgram) -> Node:
     """Return the input that tells the time for extrapolation."""
     name = program.planned().time_input
     if name is None:
@@ -48,7 +48,7 @@ def _shared_inside(inner: GraphModule) -> list[bool]:
     return shared
 
 
-def _snapshot(program: CachedProgram, value: Node, shared: bool) -> Node:
+def _snapshot(program: ModelProgram, value: Node, shared: bool) -> Node:
     """Copy a value if its storage could change afterwards or has gaps.
 
     The epilogue may write to it in place, the caller may write to an output that is a view of it.
@@ -97,7 +97,7 @@ def traceable(function: Callable[..., Any], orders: Sequence[Order]) -> Callable
 
 
 def _next_values(
-    program: CachedProgram, what: str, function: Callable[..., Any], slots: Sequence[CacheSlot], named: dict[str, Callable[[], Node]]
+    program: ModelProgram, what: str, function: Callable[..., Any], slots: Sequence[CacheSlot], named: dict[str, Callable[[], Node]]
 ) -> list[Node]:
     """Insert what gives some slots their next values, at the insertion point, and return these.
 
@@ -119,7 +119,7 @@ def _itself(node: Node) -> Node:
     return node
 
 
-def _keep(program: CachedProgram, region: Region) -> None:
+def _keep(program: ModelProgram, region: Region) -> None:
     plan, graph = program.planned(), program.compute.graph
     way, slots = REUSES[plan.settings.reuse], {slot.name: slot for slot in plan.slots}
     call = inserted(graph, f"region{region.tag}")
@@ -150,7 +150,7 @@ def _keep(program: CachedProgram, region: Region) -> None:
             write_slot(program, slot, following)
 
 
-def insert_cache(program: CachedProgram) -> PassResult:
+def insert_cache(program: ModelProgram) -> PassResult:
     """Write each slot of the way of reusing; nothing later in the step can change what was kept.
 
     A slot keeps the region's output itself, what another slot held, or what is made of them (with `reuse="residual"`,

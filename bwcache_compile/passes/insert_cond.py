@@ -16,7 +16,7 @@ from bwcache_compile.ir.edit import fake, fake_mode, inserted, new_input, slot_v
 from bwcache_compile.ir.inline import Flat, inline_calls
 from bwcache_compile.ir.layout import memory_order
 from bwcache_compile.ir.plan import Region
-from bwcache_compile.ir.program import OURS, CachedProgram, PassResult
+from bwcache_compile.ir.program import OURS, ModelProgram, PassResult
 from bwcache_compile.ir.torch_compat import force_stride_order
 from bwcache_compile.passes._arms import Arm, skippable
 from bwcache_compile.passes.insert_cache import clock, source_of
@@ -40,7 +40,7 @@ class _Parts:
         time: The input that tells the time for extrapolation.
     """
 
-    program: CachedProgram
+    program: ModelProgram
     flat: Flat
     region: Region
     slots: dict[str, Node]
@@ -57,7 +57,7 @@ def _append(graph: Graph, target: Callable[..., Any], *args: Any, name: str, val
     return node
 
 
-def _slot_inputs(flat: Flat, program: CachedProgram) -> dict[str, Node]:
+def _slot_inputs(flat: Flat, program: ModelProgram) -> dict[str, Node]:
     """Give the graph an input for every slot, in the order of `guard_slots`, behind the user's inputs."""
     plan = program.planned()
     inputs = flat.graph.find_nodes(op="placeholder")
@@ -160,7 +160,7 @@ def _insert(parts: _Parts) -> dict[str, Node]:
     return found
 
 
-def _parts(program: CachedProgram, flat: Flat, region: Region, slots: dict[str, Node], returned: dict[str, Node]) -> _Parts:
+def _parts(program: ModelProgram, flat: Flat, region: Region, slots: dict[str, Node], returned: dict[str, Node]) -> _Parts:
     compute = program.compute.graph
     call = inserted(compute, f"region{region.tag}")
     names = [*(slot.name for slot in region.slots), region.slot("reuse_left"), region.slot("change")]
@@ -177,7 +177,7 @@ def _parts(program: CachedProgram, flat: Flat, region: Region, slots: dict[str, 
     )
 
 
-def insert_cond(program: CachedProgram) -> PassResult:
+def insert_cond(program: ModelProgram) -> PassResult:
     """Add the `guarded` graph: the model with a `cond` in the place of each region, over explicit state.
 
     A region reuses where the step is not past its slot `reuse_until`. One arm holds the region, whatever the prologue

@@ -12,8 +12,8 @@ from torch.fx.node import map_arg
 
 from bwcache_compile.ir.edit import call_traced, check_results, fake, inserted, new_input, read_slot, result, size_node, write_slot
 from bwcache_compile.ir.graph_text import called_graph
-from bwcache_compile.ir.plan import Measured, Region
-from bwcache_compile.ir.program import OURS, CachedProgram, PassResult
+from bwcache_compile.ir.plan import IndicatorProbe, Region
+from bwcache_compile.ir.program import OURS, ModelProgram, PassResult
 from bwcache_compile.ir.sizes import Size, size_of
 from bwcache_compile.ir.torch_compat import OpOverload
 from bwcache_compile.policies import INDICATORS
@@ -30,8 +30,8 @@ def _append(after: Node, target: OpOverload, args: tuple[Any, ...], name: str, *
     return node
 
 
-def _passed_in(program: CachedProgram, call: Node, size: Size) -> Node | int:
-    """Return a size inside a region: an int stands for itself, an open size becomes an input of the region."""
+def _passed_in(program: ModelProgram, call: Node, size: Size) -> Node | int:
+    """Return a size inside a region: an int stands for itself, an dynamic size becomes an input of the region."""
     outer = size_node(program, size)
     if isinstance(outer, int):
         return outer
@@ -44,7 +44,7 @@ def _passed_in(program: CachedProgram, call: Node, size: Size) -> Node | int:
         return new_input(graph, outer.name, outer.meta["val"])
 
 
-def _places(program: CachedProgram, call: Node, before: Node, measured: Measured, index: int) -> Node:
+def _places(program: ModelProgram, call: Node, before: Node, measured: IndicatorProbe, index: int) -> Node:
     """Say which rows of a feature are measured: a constant, or worked out in the graph where their number is open."""
     stride, device, inner = measured.stride, program.planned().device, called_graph(program.compute, call)
     assert stride is not None
@@ -59,7 +59,7 @@ def _places(program: CachedProgram, call: Node, before: Node, measured: Measured
     return node
 
 
-def _sample(program: CachedProgram, call: Node, node: Node, measured: Measured, index: int) -> Node:
+def _sample(program: ModelProgram, call: Node, node: Node, measured: IndicatorProbe, index: int) -> Node:
     """Take the measured rows of a feature, right where it is computed."""
     if measured.token_range is not None:
         bounds = [_passed_in(program, call, size) for size in measured.token_range]
@@ -72,7 +72,7 @@ def _sample(program: CachedProgram, call: Node, node: Node, measured: Measured, 
     return _append(node, aten.index_select.default, (0, _places(program, call, node, measured, index)), f"sample_{index}")
 
 
-def _measure(program: CachedProgram, region: Region) -> None:
+def _measure(program: ModelProgram, region: Region) -> None:
     plan, module, graph = program.planned(), program.compute, program.compute.graph
     call = inserted(graph, f"region{region.tag}")
     inner = called_graph(module, call)
@@ -103,7 +103,7 @@ def _measure(program: CachedProgram, region: Region) -> None:
         write_slot(program, slot, feature)
 
 
-def insert_indicator(program: CachedProgram) -> PassResult:
+def insert_indicator(program: ModelProgram) -> PassResult:
     """Make `change` what the indicator finds of each measured block, float32[blocks], against the reference slots.
 
     The region returns the measured rows behind its outputs; each becomes the next value of its reference slot. For a

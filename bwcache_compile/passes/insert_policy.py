@@ -22,13 +22,13 @@ from bwcache_compile.ir.edit import (
     write_slot,
 )
 from bwcache_compile.ir.plan import Region
-from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.policies import POLICIES, Policy
 from bwcache_compile.policies.definitions import takes
 
 
-def policy_inputs(program: CachedProgram) -> dict[str, Tensor]:
+def policy_inputs(program: ModelProgram) -> dict[str, Tensor]:
     """Return the policy's inputs by the policy's names for them, as values without data."""
     plan = program.planned()
     parameters = POLICIES[plan.settings.policy].parameters
@@ -46,7 +46,7 @@ def _deciding(policy: Policy) -> Any:
     return decide
 
 
-def _decide(program: CachedProgram, region: Region, named: dict[str, Node]) -> list[Node]:
+def _decide(program: ModelProgram, region: Region, named: dict[str, Node]) -> list[Node]:
     """Insert one region's decision; return `reuse_left` and, where measured, `change`."""
     plan, module, graph = program.planned(), program.compute, program.compute.graph
     policy, slots = POLICIES[plan.settings.policy], {slot.name: slot for slot in plan.slots}
@@ -65,7 +65,7 @@ def _decide(program: CachedProgram, region: Region, named: dict[str, Node]) -> l
     return [remaining, *changes]
 
 
-def insert_policy(program: CachedProgram) -> PassResult:
+def insert_policy(program: ModelProgram) -> PassResult:
     """Return `reuse_left`, int64[1], as the output behind the user's; the parameters become inputs `policy_*`.
 
     What the policy keeps are slots (with the paper's schedule, the trigger), and what was measured is returned too, for the

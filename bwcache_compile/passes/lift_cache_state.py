@@ -8,7 +8,7 @@ from torch.fx import Node
 from bwcache_compile.errors import InvariantError
 from bwcache_compile.ir.edit import CACHE, new_input
 from bwcache_compile.ir.graph_text import format_node
-from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.program import ModelProgram, PassResult
 
 _copy = torch.ops.aten.copy_.default
 
@@ -27,7 +27,7 @@ def _next_value(slot: str, reads: list[Node]) -> Node:
     return writes[0].args[1]  # type: ignore[return-value]
 
 
-def lift_cache_state(program: CachedProgram) -> PassResult:
+def lift_cache_state(program: ModelProgram) -> PassResult:
     """Make every cache slot an explicit graph input and output.
 
     The graph reads slot `s` from input `cache_in_s` and returns its next value. Cache inputs follow the user inputs

@@ -16,8 +16,8 @@ from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.edit import size_values
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.layout import Order, slot_order
-from bwcache_compile.ir.plan import Block, BlockSearch, CachePlan, CacheSlot, Measured, Region
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.plan import Block, BlockSearch, CachePlan, CacheSlot, IndicatorProbe, Region
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.sizes import has_no_size, hint, hint_shape, shape_of, size_of
 from bwcache_compile.ir.source_lines import node_line
 from bwcache_compile.passes._arrangement import arrangement
@@ -30,7 +30,7 @@ _NEAREST = 5
 """How many rejected candidates an error names."""
 
 
-def _cached_blocks(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> tuple[Block, ...]:
+def _cached_blocks(program: ModelProgram, search: BlockSearch, config: CacheConfig) -> tuple[Block, ...]:
     if not search.blocks:
         nearest = sorted(search.rejections, key=lambda r: (-r.count, -len(r.nodes)))[:_NEAREST]
         evidence = "".join(f"\n    {r.stack} ({r.count} module{'s' * (r.count > 1)}): {r.reason}." for r in nearest)
@@ -64,7 +64,7 @@ def _region(flow: DataFlow, blocks: tuple[Block, ...]) -> list[Node]:
         region = grown
 
 
-def _check_writes(flow: DataFlow, region: list[Node], outputs: list[Node], program: CachedProgram) -> None:
+def _check_writes(flow: DataFlow, region: list[Node], outputs: list[Node], program: ModelProgram) -> None:
     """Refuse writes that a reused step would skip, or that would reach one kept output and not another."""
     inside, late = set(region), flow.after(flow.mask(region))
     for root, writers in flow.writers.items():
@@ -87,7 +87,7 @@ def _check_writes(flow: DataFlow, region: list[Node], outputs: list[Node], progr
                 )
 
 
-def _check_sizes(values: Iterable[Node], program: CachedProgram) -> None:
+def _check_sizes(values: Iterable[Node], program: ModelProgram) -> None:
     """Refuse to keep what has no size before the model runs."""
     for node in values:
         if has_no_size(node.meta["val"]):
@@ -100,7 +100,7 @@ def _check_sizes(values: Iterable[Node], program: CachedProgram) -> None:
             )
 
 
-def _time_input(program: CachedProgram) -> str | None:
+def _time_input(program: ModelProgram) -> str | None:
     """Return the float32 input that is taken for the time: the only one of rank 0 or 1, or if there is none, the only column [B, 1].
 
     None where there are several. An input that is taken for the time and is not does not move, which the graphs see.
@@ -122,7 +122,7 @@ def _entered(output: Node, blocks: tuple[Block, ...], nodes: dict[str, Node], in
 
 
 def _sources(
-    program: CachedProgram,
+    program: ModelProgram,
     flow: DataFlow,
     region: Region,
     nodes: dict[str, Node],
@@ -152,7 +152,7 @@ def _sources(
     return dataclasses.replace(region, sources=sources, arrangements=arrangements)
 
 
-def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfig, nodes: dict[str, Node]) -> tuple[Measured, ...]:
+def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfig, nodes: dict[str, Node]) -> tuple[IndicatorProbe, ...]:
     if not POLICIES[config.policy].measures:
         return ()
     count = len(blocks) if config.indicator_blocks == "all" else min(config.indicator_blocks, len(blocks))
@@ -160,7 +160,8 @@ def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfi
     shape = shape_of(nodes[search.blocks[-1].feature].meta["val"])
     stride = None if config.indicator_tokens == "all" else config.indicator_tokens
     return tuple(
-        Measured(b.name, b.feature, search.token_range if shape_of(nodes[b.feature].meta["val"]) == shape else None, stride) for b in chosen
+        IndicatorProbe(b.name, b.feature, search.token_range if shape_of(nodes[b.feature].meta["val"]) == shape else None, stride)
+        for b in chosen
     )
 
 
@@ -171,7 +172,7 @@ def _slot(
     return CacheSlot(name, role, tuple(map(size_of, sizes)), dtype, tuple(map(hint, sizes)), order or tuple(range(len(sizes))), fill)
 
 
-def _reference_slot(program: CachedProgram, name: str, measured: Measured, value: Tensor) -> CacheSlot:
+def _reference_slot(program: ModelProgram, name: str, measured: IndicatorProbe, value: Tensor) -> CacheSlot:
     shape = list(value.shape)
     if measured.token_range is not None:
         start, stop = evaluated(measured.token_range, size_values(program))
@@ -181,7 +182,7 @@ def _reference_slot(program: CachedProgram, name: str, measured: Measured, value
     return _slot(name, "reference", shape, value.dtype)
 
 
-def _slots(program: CachedProgram, config: CacheConfig, region: Region, nodes: dict[str, Node]) -> tuple[CacheSlot, ...]:
+def _slots(program: ModelProgram, config: CacheConfig, region: Region, nodes: dict[str, Node]) -> tuple[CacheSlot, ...]:
     values = [nodes[name].meta["val"] for name in region.outputs]
 
     def like_output(i: int, value: Tensor, role: str) -> CacheSlot:
@@ -199,11 +200,11 @@ def _slots(program: CachedProgram, config: CacheConfig, region: Region, nodes: d
 
 
 def _make_region(
-    program: CachedProgram,
+    program: ModelProgram,
     flow: DataFlow,
     nodes: dict[str, Node],
     blocks: tuple[Block, ...],
-    measured: tuple[Measured, ...],
+    measured: tuple[IndicatorProbe, ...],
     config: CacheConfig,
     tag: str,
 ) -> Region:
@@ -231,7 +232,7 @@ def _make_region(
 
 
 def _notes(
-    program: CachedProgram, search: BlockSearch, measured: tuple[Measured, ...], config: CacheConfig, time_input: str | None
+    program: ModelProgram, search: BlockSearch, measured: tuple[IndicatorProbe, ...], config: CacheConfig, time_input: str | None
 ) -> tuple[str, ...]:
     notes = []
     if program.signature.sizes is not None:
@@ -249,7 +250,7 @@ def _notes(
     return tuple(notes)
 
 
-def plan_cache(program: CachedProgram, search: BlockSearch, config: CacheConfig) -> CachePlan:
+def plan_cache(program: ModelProgram, search: BlockSearch, config: CacheConfig) -> CachePlan:
     """Choose the regions, their inputs and outputs, what is measured, and every slot of the state.
 
     A region is all that depends on a block and that a block depends on; before it is the prologue, after it the

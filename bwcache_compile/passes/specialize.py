@@ -11,14 +11,14 @@ from torch.fx import Graph, GraphModule, Node
 from bwcache_compile.ir.dataflow import DataFlow, eliminate_dead_code
 from bwcache_compile.ir.edit import as_graph, call_traced, check_results, fake_mode, inserted, new_input, slot_value
 from bwcache_compile.ir.plan import Region
-from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.passes.insert_cache import clock, source_of, traceable
 from bwcache_compile.policies import REUSES
 from bwcache_compile.policies.definitions import takes
 
 
 def stand_in(
-    program: CachedProgram, region: Region, index: int, slots: dict[str, Node], source: Node | None, time: Node, step: Node
+    program: ModelProgram, region: Region, index: int, slots: dict[str, Node], source: Node | None, time: Node, step: Node
 ) -> tuple[Callable[..., Any] | None, list[Node]]:
     """Choose what a reused step takes in place of the region's output `index`; it lies in memory as that output does.
 
@@ -67,7 +67,7 @@ def _protect(graph: Graph, slots: dict[str, Node]) -> None:
                 user.replace_input_with(node, copy)
 
 
-def specialize(program: CachedProgram) -> PassResult:
+def specialize(program: ModelProgram) -> PassResult:
     """Add the `reuse` graph: prologue as far as still needed, then epilogue; no cached block and no policy.
 
     Its inputs are the user's, then the slots it reads (`cache_in_*`), then `step`; its outputs are the user's. It

@@ -7,7 +7,7 @@ from torch.fx import Graph, GraphModule, Node
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.edit import call_graph, result
 from bwcache_compile.ir.plan import Region
-from bwcache_compile.ir.program import OURS, REGION_MARK, CachedProgram, PassResult
+from bwcache_compile.ir.program import OURS, REGION_MARK, ModelProgram, PassResult
 
 REGION = f"{OURS}region"
 """Path of a region's graph in the compute graph's module, up to the region's tag."""
@@ -30,7 +30,7 @@ def _outline(module: GraphModule, region: list[Node], inputs: list[Node], output
     return GraphModule(module, graph, "Region")
 
 
-def _split(program: CachedProgram, plan: Region, renamed: dict[str, str]) -> None:
+def _split(program: ModelProgram, plan: Region, renamed: dict[str, str]) -> None:
     """Move one region out; `renamed` learns the names under which its outputs are read from now on."""
     module, graph = program.compute, program.compute.graph
     named = {node.name: node for node in graph.nodes}
@@ -63,7 +63,7 @@ def _split(program: CachedProgram, plan: Region, renamed: dict[str, str]) -> Non
         graph.erase_node(node)
 
 
-def split_region(program: CachedProgram) -> PassResult:
+def split_region(program: ModelProgram) -> PassResult:
     """Leave one call, `region`, where the cached blocks were: prologue, call, epilogue. With guards per block: `region0` ...
 
     The region reads the prologue's values in plan order and returns the values that the epilogue reads, in plan

@@ -15,7 +15,7 @@ def sampled_tokens(count: int | torch.SymInt, stride: int, block: int, device: t
     """Choose one token in every stratum of `stride`, at a hashed place that differs from block to block.
 
     A plain stride aliases with the token grid. Letting each block look elsewhere makes the mean over blocks cover
-    `blocks` times as many tokens for the same memory. A closed form, so that a graph of open sizes can hold it too.
+    `blocks` times as many tokens for the same memory. A closed form, so that a graph of dynamic sizes can hold it too.
 
     Args:
         count: Tokens in all (batch times sequence).

@@ -16,16 +16,16 @@ from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.plan import CachePlan
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import ModelContext, check_values, state_for, time_inputs, warn_without_reuse
 from bwcache_compile.runtime.frames import call_directly, hidden, left_out
 from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
 from bwcache_compile.runtime.joint import synchronize_decisions
-from bwcache_compile.runtime.loaded import run_all
 from bwcache_compile.runtime.numbers import NumberInputs
 from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
+from bwcache_compile.runtime.runnable import run_all
 from bwcache_compile.runtime.signature import CallKey, Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.trial import Toolchain
@@ -132,7 +132,7 @@ class CachedModel(ModelWrapper):
         return self._programs.latest.plan
 
     @property
-    def program(self) -> CachedProgram:
+    def program(self) -> ModelProgram:
         """The program used last."""
         return self._programs.latest.program
 
@@ -143,7 +143,7 @@ class CachedModel(ModelWrapper):
         return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
     @property
-    def cached_programs(self) -> tuple[CachedProgram, ...]:
+    def cached_programs(self) -> tuple[ModelProgram, ...]:
         """Every program there is, one per signature."""
         return self._programs.all
 
@@ -196,7 +196,7 @@ class CachedModel(ModelWrapper):
                 at, (before, _) = next(iter(changed.items()))
                 name = self._programs.latest.program.signature.inputs[at]
                 with self._numbers.trying(self._original, (args, kwargs), at, name, before):
-                    self._programs.watch.absorb()  # the model ran
+                    self._programs.watch.accept_changes()  # the model ran
                     call = self._prepared(context, info, args, kwargs)
                     signature = call.fit.loaded.program.signature
                     if at in signature.read:
@@ -268,7 +268,7 @@ class CachedModel(ModelWrapper):
         config = self._changed_config(changes)
         return self._programs.latest.parameters(config, config.steps)
 
-    def step(
+    def functional_step(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -277,7 +277,7 @@ class CachedModel(ModelWrapper):
     ) -> tuple[Any, CacheState | GuardedState]:
         """Run one step on a state that the caller owns: no context, no report, nothing kept.
 
-        With `guard="graph"` and a model that is captured already (`example_args`), `torch.compile(cached.step,
+        With `guard="graph"` and a model that is captured already (`example_args`), `torch.compile(cached.functional_step,
         fullgraph=True)` compiles it as one graph; pass `parameters` then.
 
         Args:

@@ -80,7 +80,7 @@ def check_values(context: ModelContext, fit: ProgramMatch, num_steps: int | None
 
 
 def _interchangeable(one: ProgramMatch, other: ProgramMatch) -> bool:
-    """Whether what one program cached means the same to another, such as one for another dtype of the time, or of open sizes."""
+    """Whether what one program cached means the same to another, such as one for another dtype of the time, or of dynamic sizes."""
     if one.loaded is other.loaded:
         return True
     kept = []

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bwcache_compile.errors import StateError
 from bwcache_compile.runtime.frames import call_directly
-from bwcache_compile.runtime.loaded import LoadedProgram
 from bwcache_compile.runtime.programs import ProgramMatch
+from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.size_expressions import evaluated
 
@@ -39,7 +39,7 @@ def check_state(fit: ProgramMatch, state: CacheState | GuardedState) -> None:
         raise StateError("the model's weights or modules changed since this state was made. Create a new one with init_state.")
 
 
-def check_inputs(loaded: LoadedProgram, flat: Sequence[Any]) -> None:
+def check_inputs(loaded: RunnableProgram, flat: Sequence[Any]) -> None:
     """Refuse inputs that the program was not captured for; made of plain comparisons, which compiled code does once.
 
     Raises:
@@ -52,7 +52,7 @@ def check_inputs(loaded: LoadedProgram, flat: Sequence[Any]) -> None:
             )
 
 
-def host_step(loaded: LoadedProgram, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> tuple[Any, CacheState]:
+def host_step(loaded: RunnableProgram, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> tuple[Any, CacheState]:
     """Run the graph that the state asks for."""
     with torch.no_grad():
         returned = call_directly(loaded.graph(loaded.kind(state)), loaded.operands(flat, state, parameters))
@@ -61,7 +61,7 @@ def host_step(loaded: LoadedProgram, flat: Sequence[Any], state: CacheState, par
 
 
 def guarded_step(
-    loaded: LoadedProgram, flat: Sequence[Any], state: GuardedState, parameters: tuple[Tensor, ...]
+    loaded: RunnableProgram, flat: Sequence[Any], state: GuardedState, parameters: tuple[Tensor, ...]
 ) -> tuple[Any, GuardedState]:
     """Run the graph that decides by itself. Traced as it stands by an outer `torch.compile(fullgraph=True)`."""
     io = loaded.io["guarded"]

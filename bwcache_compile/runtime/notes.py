@@ -8,7 +8,7 @@ from pathlib import PurePath
 from torch import Tensor
 
 from bwcache_compile.ir.call_signature import Signature
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.sizes import CallSizes
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.watch import Forward
@@ -46,7 +46,7 @@ def fixed_sizes(signature: Signature, key: CallKey, others: Sequence[CallSizes],
     return notes
 
 
-def suspicious(program: CachedProgram, forward: Forward) -> list[str]:
+def suspicious(program: ModelProgram, forward: Forward) -> list[str]:
     """Say what hints that a captured graph does less than the model: inputs that it does not read, and a cache of the model's own.
 
     Args:

@@ -15,11 +15,11 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError, warn
 from bwcache_compile.ir.compare import Reference, Verify
 from bwcache_compile.ir.graph_text import GraphDiff
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.sizes import VaryingSizes
 from bwcache_compile.runtime import notes
 from bwcache_compile.runtime.gate import CaptureGate
-from bwcache_compile.runtime.loaded import LoadedProgram
+from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.signature import CallKey, generation_kind
 from bwcache_compile.runtime.trial import Request, Toolchain, Trial
 from bwcache_compile.runtime.watch import ModelWatch
@@ -41,7 +41,7 @@ class ProgramMatch:
         first: What the program's graph returned for this very call on a fresh state at step 0, if it was just checked on it.
     """
 
-    loaded: LoadedProgram
+    loaded: RunnableProgram
     key: CallKey
     sizes: Mapping[str, int]
     version: tuple[int, int]
@@ -65,7 +65,7 @@ class ProgramCache:
     """Chooses the program of a call, capturing the model where there is none. Threads take turns in here.
 
     The first call of a kind is captured at its sizes, unless `dynamic_shapes` says otherwise. The second, which differs
-    from it in sizes alone, is captured with open sizes, and that program takes the place of those that it covers.
+    from it in sizes alone, is captured with dynamic sizes, and that program takes the place of those that it covers.
     """
 
     def __init__(self, model: nn.Module, toolchain: Toolchain, dynamic_shapes: Any = None, verify: Verify = "bitwise") -> None:
@@ -74,9 +74,9 @@ class ProgramCache:
         self.gate = CaptureGate()
         self._lock = self.gate.lock
         self.watch = ModelWatch(model)
-        self._loaded: OrderedDict[CallKey, LoadedProgram] = OrderedDict()
-        self._alive: weakref.WeakSet[LoadedProgram] = weakref.WeakSet()
-        self._last: LoadedProgram | None = None
+        self._loaded: OrderedDict[CallKey, RunnableProgram] = OrderedDict()
+        self._alive: weakref.WeakSet[RunnableProgram] = weakref.WeakSet()
+        self._last: RunnableProgram | None = None
         self._fixed: dict[Hashable, str] = {}
         self._structure = self.watch.structure
         self._compile_options: dict[str, Any] | None = None
@@ -116,7 +116,7 @@ class ProgramCache:
         if self._model.training and not _is_flat(self._model):
             raise StateError(f"{type(self._model).__name__} is in training mode; call .eval() first: caching is for inference.")
         with self._lock:
-            self._look(glance=reuses)
+            self._poll(glance=reuses)
             first: list[Any] | None = None
             if held is not None and self._serves(held, key, args, kwargs):
                 loaded, sizes = held.loaded, held.sizes
@@ -139,16 +139,16 @@ class ProgramCache:
         alike = held.version[0] == self._structure and held.key.sizes == key.sizes and held.key.kind == key.kind
         return alike and held.loaded.reads(self._model, args, kwargs)
 
-    def _look(self, glance: bool = False) -> None:
+    def _poll(self, glance: bool = False) -> None:
         """Drop every program if the model is no longer what was captured."""
-        self.watch.glance() if glance else self.watch.look()
+        self.watch.glance() if glance else self.watch.poll()
         if self._structure != self.watch.structure:
             self._loaded.clear()
             self._fixed.clear()
             self._structure = self.watch.structure
 
-    def _find(self, request: Request) -> tuple[LoadedProgram, list[Any] | None] | None:
-        """Return a kept program that is right for a call; one of open sizes is checked once at each size that it serves.
+    def _find(self, request: Request) -> tuple[RunnableProgram, list[Any] | None] | None:
+        """Return a kept program that is right for a call; one of dynamic sizes is checked once at each size that it serves.
 
         Returns:
             The program, and what its graph returned if it was checked; None where there is no such program.
@@ -167,10 +167,10 @@ class ProgramCache:
             self._fixed[key.kind] = f"the graph with dynamic sizes differs from the model at {key.sizes}: {wrong}"
         return None
 
-    def _difference(self, loaded: LoadedProgram, request: Request) -> tuple[str | None, list[Any]]:
+    def _difference(self, loaded: RunnableProgram, request: Request) -> tuple[str | None, list[Any]]:
         """Say how a program's outputs differ from the model's at a size that it has not served yet, and return them."""
         request.reference.outputs()
-        self.watch.absorb(self._live())  # the model ran
+        self.watch.accept_changes(self._live())  # the model ran
         try:
             first = request.first_step(loaded)
         except RuntimeError as error:
@@ -181,12 +181,12 @@ class ProgramCache:
         """Return the addresses of the tensors that programs hold."""
         return frozenset().union(*(loaded.addresses for loaded in self._alive))
 
-    def _captured(self, request: Request) -> tuple[LoadedProgram, list[Any] | None]:
+    def _captured(self, request: Request) -> tuple[RunnableProgram, list[Any] | None]:
         """Capture the model while no program runs, unless another thread did so meanwhile."""
         self.gate.wait_until_idle()
         return self._find(request) or self._capture(request)
 
-    def _capture(self, request: Request) -> tuple[LoadedProgram, list[Any] | None]:
+    def _capture(self, request: Request) -> tuple[RunnableProgram, list[Any] | None]:
         key = request.key
         alike = [other for other in self._loaded if other.kind == key.kind and other.sizes != key.sizes]
         varying = VaryingSizes(tuple(other.sizes for other in alike)) if alike else None
@@ -205,10 +205,10 @@ class ProgramCache:
                 self._fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
                 loaded, first = self._make(request, None)
         except BaseException:
-            self.watch.absorb(self._live())  # the model ran, also where it could not be captured
+            self.watch.accept_changes(self._live())  # the model ran, also where it could not be captured
             raise
         self._alive.add(loaded)
-        changed_by_forward = self.watch.absorb(self._live())
+        changed_by_forward = self.watch.accept_changes(self._live())
         for text in notes.suspicious(loaded.program, changed_by_forward):
             warn(text)
         for other in alike:
@@ -227,10 +227,10 @@ class ProgramCache:
             )
         return loaded, first
 
-    def _make(self, request: Request, shapes: Any) -> tuple[LoadedProgram, list[Any] | None]:
+    def _make(self, request: Request, shapes: Any) -> tuple[RunnableProgram, list[Any] | None]:
         reference, trial = request.reference, Trial(lambda captured: self._built(captured, request), request)
 
-        def capture(reading: bool) -> CachedProgram:
+        def capture(reading: bool) -> ModelProgram:
             return self._toolchain.capture(
                 self._model, reference.args, reference.kwargs, shapes, reading, reference=reference, run=trial.run
             )
@@ -247,19 +247,19 @@ class ProgramCache:
                 raise error from None
             return trial.result(captured)
 
-    def _built(self, captured: CachedProgram, request: Request) -> LoadedProgram:
+    def _built(self, captured: ModelProgram, request: Request) -> RunnableProgram:
         program = self._toolchain.build(captured, request.config)
         signature, plan, key = program.signature, program.planned(), request.key
         others = [other.sizes for other in self._loaded if other.kind == key.kind]
         noted = [*notes.built_in(signature), *notes.fixed_sizes(signature, key, others, self._fixed.get(key.kind, ""))]
         program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted)))
-        loaded = LoadedProgram(program, key._replace(values=signature.values))
+        loaded = RunnableProgram(program, key._replace(values=signature.values))
         if self._compile_options is not None:
             loaded.compile(self._compile_options)
         return loaded
 
     @property
-    def latest(self) -> LoadedProgram:
+    def latest(self) -> RunnableProgram:
         """The program used last.
 
         Raises:
@@ -270,14 +270,14 @@ class ProgramCache:
         return self._last
 
     @property
-    def all(self) -> tuple[CachedProgram, ...]:
+    def all(self) -> tuple[ModelProgram, ...]:
         """Every program that is kept and fits the model as it is."""
         with self._lock:
-            self._look()
+            self._poll()
         return tuple(loaded.program for loaded in self._loaded.values())
 
     @property
-    def only(self) -> LoadedProgram:
+    def only(self) -> RunnableProgram:
         """The one program there is: compiled code cannot choose among several.
 
         Raises:

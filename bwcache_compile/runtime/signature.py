@@ -23,7 +23,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class CallKey(NamedTuple):
-    """What a call looks like. Calls of one kind differ in sizes alone, and a program of open sizes may serve them all.
+    """What a call looks like. Calls of one kind differ in sizes alone, and a program of dynamic sizes may serve them all.
 
     `values` holds what a program read in Python of the call's tensors, by position.
     """

@@ -12,8 +12,8 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.ir.compare import Reference
 from bwcache_compile.ir.graph_text import GraphDiff
-from bwcache_compile.ir.program import CachedProgram
-from bwcache_compile.runtime.loaded import LoadedProgram
+from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.signature import CallKey
 
 
@@ -29,9 +29,9 @@ class Toolchain:
         guard: Who decides at each step of what `build` makes: "host" or "graph".
     """
 
-    capture: Callable[..., CachedProgram]
-    build: Callable[[CachedProgram, CacheConfig], CachedProgram]
-    explain: Callable[[CachedProgram, CacheConfig], dict[str, GraphDiff]]
+    capture: Callable[..., ModelProgram]
+    build: Callable[[ModelProgram, CacheConfig], ModelProgram]
+    explain: Callable[[ModelProgram, CacheConfig], dict[str, GraphDiff]]
     guard: str = "host"
 
 
@@ -44,7 +44,7 @@ class Request:
     config: CacheConfig
     num_steps: int | None
 
-    def first_step(self, loaded: LoadedProgram) -> list[Any]:
+    def first_step(self, loaded: RunnableProgram) -> list[Any]:
         """Run a program on this call, on a fresh state at step 0, and return all that its graph returns."""
         state = loaded.fresh(loaded.symbols(self.key) or {})
         try:
@@ -58,13 +58,13 @@ class Request:
 class Trial:
     """Makes a program of a capture and runs it, so that what is checked is what will run."""
 
-    def __init__(self, make: Callable[[CachedProgram], LoadedProgram], request: Request) -> None:
+    def __init__(self, make: Callable[[ModelProgram], RunnableProgram], request: Request) -> None:
         self._make, self._request = make, request
-        self.loaded: LoadedProgram | None = None
+        self.loaded: RunnableProgram | None = None
         self.first: list[Any] | None = None
         self.error: NoBlocksFoundError | UnsupportedGraphError | None = None
 
-    def run(self, captured: CachedProgram) -> list[Any]:
+    def run(self, captured: ModelProgram) -> list[Any]:
         """Return the model's outputs as the finished graph returns them, or the captured one if no program can be made of it."""
         self.loaded = self.first = self.error = None
         try:
@@ -75,7 +75,7 @@ class Trial:
         self.first = self._request.first_step(self.loaded)
         return self.first[: self.loaded.program.signature.out_spec.num_leaves]
 
-    def result(self, captured: CachedProgram) -> tuple[LoadedProgram, list[Any] | None]:
+    def result(self, captured: ModelProgram) -> tuple[RunnableProgram, list[Any] | None]:
         """Return the program, and what its graph returned if it was checked.
 
         Raises:

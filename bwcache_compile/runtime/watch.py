@@ -128,7 +128,7 @@ class ModelWatch:
     among those hold (attention processors, adapter scales). Tensors are watched by their count of in-place writes and
     by address. An edit through `parameter.data` that keeps the address moves neither, and is not seen.
 
-    `look` compares everything and `glance` one part of the modules, each in its turn, where time counts. A part has as many
+    `poll` compares everything and `glance` one part of the modules, each in its turn, where time counts. A part has as many
     modules as are compared in about 20 us; a model of up to some 50 modules is one part.
 
     Attributes:
@@ -206,14 +206,14 @@ class ModelWatch:
         """Look at one part of the modules, and at everything if it changed.
 
         Raises:
-            ConfigError: See `look`.
+            ConfigError: See `poll`.
         """
         part = self._parts[self._turn % len(self._parts)]
         self._turn += 1
         if self._suspect or part.moved() or part.written():
-            self.look()
+            self.poll()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Count what changed since the last look. Takes about a microsecond per module.
 
         Raises:
@@ -245,7 +245,7 @@ class ModelWatch:
         else:
             self.weights += 1
 
-    def absorb(self, live: frozenset[int] = frozenset()) -> Forward:
+    def accept_changes(self, live: frozenset[int] = frozenset()) -> Forward:
         """Accept what the model's own forward changed, and stop tracking tensors that it keeps, unless a graph holds them.
 
         Args:

@@ -81,14 +81,14 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["open sizes", "bfloat16 in another layout"])
+@pytest.mark.parametrize("case", ["dynamic sizes", "bfloat16 in another layout"])
 def test_a_process_without_python(program: Path, case: str, tmp_path: Path) -> None:
     """C++ computes and reuses where the session in Python does, and returns the same bits; the one opens no Python library.
 
     The first run is broken off after five steps.
     """
     steps, opened_at, settings = [*range(5), *range(8)], (), {}
-    if case == "open sizes":
+    if case == "dynamic sizes":
         model, example = OneStream(depth=2).eval(), (noise("x", 0, 2, 40, 4), torch.ones(2))
         settings, opened_at = {"dynamic_shapes": "auto"}, ("--size", "x[1]=50")
         inputs = [{"x": noise("x", i, 2, 50, 4), "t": torch.full((2,), 1 - i / 8)} for i in steps]

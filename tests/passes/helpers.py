@@ -13,7 +13,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.compare import flat_outputs
 from bwcache_compile.ir.graph_text import format_graph
 from bwcache_compile.ir.plan import CachePlan
-from bwcache_compile.ir.program import CachedProgram, PassResult
+from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.passes import CACHE_PIPELINE, canonicalize, find_blocks, plan_cache, run_pipeline
 from tests.models import Exposed, Functional, InPlace, Interleaved, OneStream, Refined, Tiny, TwoStream, captured
 
@@ -24,23 +24,23 @@ MASK = (0, 1, 0, 1, 1)
 POLICY = {"threshold": 0.15, "interval": 1, "tail_numerator": 1, "tail_denominator": 2, "warmup": 0, "num_steps": 4}
 
 
-def planned(model: Tiny, config: CacheConfig = DENSE) -> CachedProgram:
+def planned(model: Tiny, config: CacheConfig = DENSE) -> ModelProgram:
     """Capture a model and take it through the analyses."""
     program = canonicalize(captured(model)).program
     return program.replace(plan=plan_cache(program, find_blocks(program), config))
 
 
-def ready_for(transform: Callable[[CachedProgram], PassResult], model: Tiny, config: CacheConfig = DENSE) -> CachedProgram:
+def ready_for(transform: Callable[[ModelProgram], PassResult], model: Tiny, config: CacheConfig = DENSE) -> ModelProgram:
     """Run the pipeline up to a pass, without it."""
     return run_pipeline(planned(model, config), CACHE_PIPELINE[: CACHE_PIPELINE.index(transform)])
 
 
-def applied(transform: Callable[[CachedProgram], PassResult], program: CachedProgram) -> CachedProgram:
+def applied(transform: Callable[[ModelProgram], PassResult], program: ModelProgram) -> ModelProgram:
     """Run one pass, and every check that belongs to it."""
     return run_pipeline(program, (transform,))
 
 
-def text(program: CachedProgram, depth: int = 8) -> str:
+def text(program: ModelProgram, depth: int = 8) -> str:
     """Print the graph of a computed step."""
     return format_graph(program.compute, depth)
 
@@ -55,7 +55,7 @@ def fresh(plan: CachePlan) -> dict[str, Tensor]:
     return {slot.name: torch.full(slot.shape, slot.fill, dtype=slot.dtype) for slot in plan.slots}
 
 
-def fill_buffers(program: CachedProgram) -> None:
+def fill_buffers(program: ModelProgram) -> None:
     """Give the buffers that stand for the slots a fresh state's data, so that a program before lifting can run."""
     holder = program.compute.get_submodule("bwcache_cache")
     for name, tensor in fresh(program.planned()).items():
@@ -68,13 +68,13 @@ def policy_values(**changes: float) -> list[Tensor]:
     return [torch.tensor([value], dtype=torch.float32 if name == "threshold" else None) for name, value in {**POLICY, **changes}.items()]
 
 
-def policy_inputs(program: CachedProgram, **changes: float) -> list[Tensor]:
+def policy_inputs(program: ModelProgram, **changes: float) -> list[Tensor]:
     """Return the policy's inputs in order: the schedule's, or a mask."""
     steps = program.planned().settings.mask_steps
     return [torch.tensor(MASK[:steps])] if steps else policy_values(**changes)
 
 
-def run(program: CachedProgram, *args: Tensor, step: int = 0) -> list[Tensor]:
+def run(program: ModelProgram, *args: Tensor, step: int = 0) -> list[Tensor]:
     """Run the graph as far as it is built, and return everything that it returns; the state is fresh."""
     slots = [fresh(program.planned())[name] for name in program.compute_slots]
     inputs = [*(arg.clone() for arg in args), *slots, *policy_values(), torch.tensor([step])]
@@ -84,9 +84,7 @@ def run(program: CachedProgram, *args: Tensor, step: int = 0) -> list[Tensor]:
     return list(program.compute(*inputs[:count]))
 
 
-def compute(
-    program: CachedProgram, args: tuple[Tensor, ...], state: dict[str, Tensor], step: int
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+def compute(program: ModelProgram, args: tuple[Tensor, ...], state: dict[str, Tensor], step: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run a lifted graph on a state; return the user's outputs with the policy's behind them, and the next state."""
     slots = [state[name].clone() for name in program.compute_slots]
     returned = list(program.compute(*(arg.clone() for arg in args), *slots, *policy_inputs(program), torch.tensor([step])))
@@ -95,7 +93,7 @@ def compute(
     return returned[:count] + returned[count + len(names) :], dict(zip(names, kept, strict=True))
 
 
-def reuse(program: CachedProgram, args: tuple[Tensor, ...], state: dict[str, Tensor], step: int) -> list[Tensor]:
+def reuse(program: ModelProgram, args: tuple[Tensor, ...], state: dict[str, Tensor], step: int) -> list[Tensor]:
     """Run the graph of a reused step on a state, and check that it leaves the state alone."""
     slots = [state[name].clone() for name in program.reuse_slots]
     outputs = list(program.reuse(*(arg.clone() for arg in args), *slots, torch.tensor([step])))

@@ -1,4 +1,4 @@
-"""Open sizes are worked out once, before the blocks, so that the blocks look alike and none hands a size on."""
+"""Dynamic sizes are worked out once, before the blocks, so that the blocks look alike and none hands a size on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bwcache_compile.capture.capture import capture
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.edit import as_graph
 from bwcache_compile.ir.graph_text import diff_graphs, format_graph
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes.canonicalize import canonicalize
 from bwcache_compile.passes.hoist_sizes import hoist_sizes
@@ -48,7 +48,7 @@ def inputs(batch: int, tokens: int) -> tuple[Tensor, Tensor]:
     return noise("x", 0, batch, tokens, 4), torch.full((batch,), 0.5)
 
 
-def folded(kind: type[Folded] = Folded) -> CachedProgram:
+def folded(kind: type[Folded] = Folded) -> ModelProgram:
     program = capture(kind(depth=2).eval().requires_grad_(False), inputs(3, 8), {}, "auto")
     return canonicalize(program).program
 

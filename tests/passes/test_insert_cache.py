@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.graph_text import diff_graphs, op_counts
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes.insert_cache import insert_cache
 from bwcache_compile.passes.split_region import split_region
 from tests.models import Exposed, Interleaved, Numbered, OneStream, Refined, Tiny, TwoStream
@@ -175,7 +175,7 @@ def test_what_nothing_can_change_is_not_copied(model: Tiny) -> None:
     assert op_counts(applied(insert_cache, ready_for(insert_cache, model)).compute)["clone"] == 0
 
 
-def watched(program: CachedProgram) -> list[tuple[Tensor, ...]]:
+def watched(program: ModelProgram) -> list[tuple[Tensor, ...]]:
     """Return a list that will hold a copy of the region's inputs and one of its outputs for each run."""
     seen: list[tuple[Tensor, ...]] = []
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, InvariantError
 from bwcache_compile.ir.graph_text import called_graphs, format_graph, format_node, op_counts
-from bwcache_compile.ir.program import REGION_MARK, CachedProgram
+from bwcache_compile.ir.program import REGION_MARK, ModelProgram
 from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes import CACHE_PIPELINE, GUARD_PIPELINE, run_pipeline
 from bwcache_compile.passes.insert_cond import insert_cond
@@ -26,18 +26,18 @@ from tests.reference import BlockOracle
 STATIC = {"policy": "static", "steps_mask": MASK}
 
 
-def guarded(model: Tiny, pipeline: Any = GUARD_PIPELINE, **changes: Any) -> CachedProgram:
+def guarded(model: Tiny, pipeline: Any = GUARD_PIPELINE, **changes: Any) -> ModelProgram:
     return run_pipeline(
         planned(model, CacheConfig(**{"num_steps": 8, **changes, **({"num_steps": None} if "policy" in changes else {})})), pipeline
     )
 
 
-def start(program: CachedProgram) -> list[Tensor]:
+def start(program: ModelProgram) -> list[Tensor]:
     return [torch.full(slot.shape, slot.fill, dtype=slot.dtype) for slot in program.planned().guard_slots]
 
 
 def step_once(
-    program: CachedProgram, args: tuple[Tensor, ...], state: list[Tensor], step: int, **policy: float
+    program: ModelProgram, args: tuple[Tensor, ...], state: list[Tensor], step: int, **policy: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run the guarded graph; return what it returns besides the state, and the next state. Its operands stay as they are."""
     values = policy_inputs(program, **policy)
@@ -192,7 +192,7 @@ def test_does_what_the_pair_does(model: Tiny, reusing: str) -> None:
     both_taken(model, pair, threshold=math.inf, interval=2, num_steps=8)
 
 
-def both_taken(model: Tiny, program: CachedProgram, steps: int = 8, **policy: float) -> None:
+def both_taken(model: Tiny, program: ModelProgram, steps: int = 8, **policy: float) -> None:
     """Run the pair with the host counting, and the guarded graph on its own; every bit must agree."""
     kept, state, until = fresh(program.planned()), start(program), -1
     taken = set()
@@ -217,7 +217,7 @@ def both_taken(model: Tiny, program: CachedProgram, steps: int = 8, **policy: fl
 
 
 def compute_with(
-    program: CachedProgram, args: tuple[Tensor, ...], state: dict[str, Tensor], step: int, **policy: float
+    program: ModelProgram, args: tuple[Tensor, ...], state: dict[str, Tensor], step: int, **policy: float
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     slots = [state[name].clone() for name in program.compute_slots]
     returned = list(program.compute(*(arg.clone() for arg in args), *slots, *policy_values(**policy), torch.tensor([step])))

@@ -12,7 +12,7 @@ from torch.fx import Interpreter, Node
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.graph_text import diff_graphs
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes import run_pipeline
 from bwcache_compile.passes.insert_cache import insert_cache
 from bwcache_compile.passes.insert_indicator import insert_indicator
@@ -95,7 +95,7 @@ class Recorder(Interpreter):
         return value
 
 
-def expected_samples(program: CachedProgram, *args: Tensor) -> list[Tensor]:
+def expected_samples(program: ModelProgram, *args: Tensor) -> list[Tensor]:
     """Work out the measured rows from the flat program of a plan."""
     recorder = Recorder(program.compute)
     recorder.run(*(arg.clone() for arg in args))

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.graph_text import diff_graphs, format_graph
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes.insert_policy import insert_policy, policy_inputs
 from tests.models import Exposed, OneStream, Tiny, TwoStream
 from tests.passes.helpers import POLICY, applied, eager, fill_buffers, folded, models, policy_values, ready_for, same, text
@@ -111,7 +111,7 @@ def test_a_users_input_of_the_same_name_stays_the_users(model: Tiny) -> None:
     assert not set(call.args) & set(inputs[:2])
 
 
-def decision(program: CachedProgram, step: int, trigger: int, **policy: float) -> tuple[int, int, float]:
+def decision(program: ModelProgram, step: int, trigger: int, **policy: float) -> tuple[int, int, float]:
     """Run a computed step whose features have moved; return `reuse_left`, the trigger, and the indicator."""
     fill_buffers(program)
     holder, model_args = program.compute.get_submodule("bwcache_cache"), OneStream().example(step=step)
@@ -137,11 +137,11 @@ def defined(indicator: float, step: int, trigger: int, policy: dict[str, float])
 
 
 @pytest.fixture(scope="module")
-def scheduled() -> CachedProgram:
+def scheduled() -> ModelProgram:
     return applied(insert_policy, ready_for(insert_policy, OneStream()))
 
 
-def test_worked_example(scheduled: CachedProgram) -> None:
+def test_worked_example(scheduled: ModelProgram) -> None:
     policy = {"threshold": math.inf, "interval": 3, "tail_numerator": 1, "tail_denominator": 2, "warmup": 8, "num_steps": 30}
     step, trigger, reused = 0, -1, []
     while step < 30:
@@ -154,12 +154,12 @@ def test_worked_example(scheduled: CachedProgram) -> None:
 
 
 @pytest.mark.parametrize(("threshold", "left"), [(0.0, 0), (math.inf, 1)])
-def test_the_ends_of_the_threshold(scheduled: CachedProgram, threshold: float, left: int) -> None:
+def test_the_ends_of_the_threshold(scheduled: ModelProgram, threshold: float, left: int) -> None:
     assert decision(scheduled, 1, -1, threshold=threshold)[0] == left
     assert decision(scheduled, 0, -1, threshold=threshold)[:2] == (0, -1), "nothing is cached before the first step"
 
 
-def test_threshold_zero_never_reuses_though_nothing_moved(scheduled: CachedProgram) -> None:
+def test_threshold_zero_never_reuses_though_nothing_moved(scheduled: ModelProgram) -> None:
     fill_buffers(scheduled)
     args = OneStream().example()
     for step in range(3):
@@ -197,7 +197,7 @@ def test_numbers(model: Tiny, config: CacheConfig) -> None:
     num_steps=st.integers(1, 41),
 )
 def test_the_graph_decides_as_defined(
-    scheduled: CachedProgram, step: int, trigger: int, tail: object, num_steps: int, **rest: float
+    scheduled: ModelProgram, step: int, trigger: int, tail: object, num_steps: int, **rest: float
 ) -> None:
     step, trigger = min(step, num_steps - 1), min(trigger, step, num_steps - 1)
     policy = {**rest, "tail_numerator": tail.numerator, "tail_denominator": tail.denominator, "num_steps": num_steps}

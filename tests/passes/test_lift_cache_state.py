@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, InvariantError
 from bwcache_compile.ir.graph_text import diff_graphs
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes.lift_cache_state import lift_cache_state
 from tests.models import Exposed, Interleaved, OneStream, Tiny, TwoStream
 from tests.passes.helpers import (
@@ -76,11 +76,11 @@ def test_taylor_hands_the_old_output_on() -> None:
     )
 
 
-def ready() -> CachedProgram:
+def ready() -> ModelProgram:
     return ready_for(lift_cache_state, OneStream(depth=2), CacheConfig(policy="static", steps_mask=(0, 1)))
 
 
-def refusal(program: CachedProgram) -> str:
+def refusal(program: ModelProgram) -> str:
     before = text(program)
     with pytest.raises(InvariantError) as caught:
         lift_cache_state(program)

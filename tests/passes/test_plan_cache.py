@@ -14,7 +14,7 @@ from torch import Tensor
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.ir.dataflow import DataFlow
-from bwcache_compile.ir.plan import CachePlan, Measured
+from bwcache_compile.ir.plan import CachePlan, IndicatorProbe
 from bwcache_compile.passes import canonicalize, find_blocks, plan_cache
 from tests.models import BufferWriter, Growing, InPlaceResidual, Interleaved, OneStream, PostNorm, Tiny, TwoStream, captured
 from tests.passes.helpers import folded, models, planned, text
@@ -64,10 +64,10 @@ note: the indicator measures tokens 2:8, those that the output takes""",
     assert_expected_inline(
         "\n".join(map(str, made.measured)),
         """\
-Measured(block='double_blocks.0', node='add_1', token_range=None, stride=None)
-Measured(block='double_blocks.1', node='add_5', token_range=None, stride=None)
-Measured(block='single_blocks.0', node='add_8', token_range=(2, 8), stride=None)
-Measured(block='single_blocks.1', node='add_9', token_range=(2, 8), stride=None)""",
+IndicatorProbe(block='double_blocks.0', node='add_1', token_range=None, stride=None)
+IndicatorProbe(block='double_blocks.1', node='add_5', token_range=None, stride=None)
+IndicatorProbe(block='single_blocks.0', node='add_8', token_range=(2, 8), stride=None)
+IndicatorProbe(block='single_blocks.1', node='add_9', token_range=(2, 8), stride=None)""",
     )
     assert [slot.shape for slot in made.slots if slot.role == "reference"] == [(1, 6, 256)] * 4
 
@@ -230,7 +230,7 @@ def check_slots(made: CachePlan, values: dict[str, Tensor]) -> None:
     assert made.state_bytes == sum(slot.bytes for slot in made.slots) == made.transient_bytes // 2
 
 
-def tokens(measured: Measured, value: Tensor) -> int:
+def tokens(measured: IndicatorProbe, value: Tensor) -> int:
     rows = torch.Size(value.shape[:-1]).numel()
     if measured.token_range is not None:
         rows = rows // value.shape[1] * (measured.token_range[1] - measured.token_range[0])

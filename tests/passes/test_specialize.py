@@ -13,13 +13,13 @@ from torch.fx import GraphModule
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, UnsupportedGraphError
 from bwcache_compile.ir.graph_text import format_graph, op_counts
-from bwcache_compile.ir.program import REGION_MARK, CachedProgram
+from bwcache_compile.ir.program import REGION_MARK, ModelProgram
 from bwcache_compile.passes.specialize import specialize
 from tests.models import Block, Exposed, Functional, InPlace, Interleaved, Numbered, OneStream, Refined, Tiny, TwoStream
 from tests.passes.helpers import WAYS, applied, compute, eager, fresh, models, ready_for, reuse, same, text
 
 
-def specialized(model: Tiny, **settings: object) -> CachedProgram:
+def specialized(model: Tiny, **settings: object) -> ModelProgram:
     return applied(specialize, ready_for(specialize, model, CacheConfig(**{"num_steps": 4, **settings})))
 
 
@@ -174,7 +174,7 @@ def test_a_write_through_a_view_is_seen_or_refused() -> None:
     check_hold(program, Pair().eval().requires_grad_(False))
 
 
-def check_hold(program: CachedProgram, model: Tiny) -> None:
+def check_hold(program: ModelProgram, model: Tiny) -> None:
     """A step reused right after the one that filled the cache, on the same inputs, returns what that one returned."""
     args = model.example(step=1)
     wanted = eager(model, *args)

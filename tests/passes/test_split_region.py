@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.graph_text import diff_graphs, op_counts
-from bwcache_compile.ir.program import REGION_MARK, CachedProgram
+from bwcache_compile.ir.program import REGION_MARK, ModelProgram
 from bwcache_compile.passes import find_blocks, plan_cache
 from bwcache_compile.passes.split_region import split_region
 from tests.models import Exposed, Functional, InPlace, Interleaved, OneStream, Refined, Tiny, TwoStream
@@ -148,7 +148,7 @@ class Skips(OneStream):
         return total
 
 
-def region(program: CachedProgram) -> list[str]:
+def region(program: ModelProgram) -> list[str]:
     return [node.name for node in program.compute.get_submodule("bwcache_region").graph.nodes if node.op == "call_function"]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bwcache_compile as bw
 from bwcache_compile import passes
 from bwcache_compile.capture.capture import capture
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.runtime import Toolchain
 from bwcache_compile.runtime.signature import call_key, leaves_of
 from tests.pipelines.cases import CASES, STEPS
@@ -26,11 +26,11 @@ class Transform:
     """`bw.transform` that captures each signature of an unchanged model once: exporting is the slow part."""
 
     def __init__(self) -> None:
-        self.captured: dict[Any, CachedProgram] = {}
+        self.captured: dict[Any, ModelProgram] = {}
 
     def _capture(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, reading: bool, **_: Any
-    ) -> CachedProgram:
+    ) -> ModelProgram:
         key = call_key(*leaves_of(args, kwargs)), str(shapes), reading
         if key not in self.captured:
             self.captured[key] = capture(model, args, kwargs, shapes, reading)
@@ -66,7 +66,7 @@ def test_every_run_is_a_fresh_pipelines(name: str) -> None:
     assert torch.equal(first, case.run(pipe, small, length)), "after a run that was broken off"
     for width, prompt in ((large, length), (small, length - 1), (small, length)):
         assert torch.equal(case.run(pipe, width, prompt), fresh(width, prompt))
-    assert cached.report().captures <= 3, "one at the first size, and open sizes, with or without the prompt's"
+    assert cached.report().captures <= 3, "one at the first size, and dynamic sizes, with or without the prompt's"
     assert cached.report().warnings == ()
 
 

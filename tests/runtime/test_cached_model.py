@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bwcache_compile as bw
-from bwcache_compile.runtime.loaded import LoadedProgram
+from bwcache_compile.runtime.runnable import RunnableProgram
 from tests.models import OneStream, TwoStream
 from tests.runtime.helpers import STATIC, generation, pattern, run
 
@@ -107,15 +107,15 @@ def test_the_functional_step_leaves_its_state_alone(model: OneStream) -> None:
     for step in range(6):
         inputs = model.example(step=step)
         before = [slot.clone() for slot in state.slots]
-        first, after = cached.step(inputs, {}, state)
-        again, _ = cached.step(inputs, {}, state)
+        first, after = cached.functional_step(inputs, {}, state)
+        again, _ = cached.functional_step(inputs, {}, state)
         assert torch.equal(first, expected[step])
         assert torch.equal(first, again)
         assert all(torch.equal(a, b) for a, b in zip(before, state.slots, strict=True))
         state = after
     assert cached.report().contexts == {}
     with pytest.raises(bw.StateError, match="this state was made for inputs of other shapes or dtypes"):
-        cached.step(model.example(batch=2), {}, state)
+        cached.functional_step(model.example(batch=2), {}, state)
 
 
 def test_what_the_caller_does_with_an_output_does_not_reach_the_cache() -> None:
@@ -135,7 +135,7 @@ def test_what_the_caller_does_with_an_output_does_not_reach_the_cache() -> None:
     run(cached, *model.example()).zero_()
     assert torch.equal(run(cached, *model.example(step=1)), kept)
     run(cached, *model.example(step=2)).zero_()
-    assert torch.equal(cached.step(model.example(), {}, cached.init_state(model.example()))[0], kept)
+    assert torch.equal(cached.functional_step(model.example(), {}, cached.init_state(model.example()))[0], kept)
 
 
 def test_it_stands_in_for_the_model(model: OneStream) -> None:
@@ -262,7 +262,7 @@ def test_what_a_replayed_cuda_graph_returned_is_copied(model: OneStream, options
     cached = bw.transform(model, bw.CacheConfig(num_steps=4), example_args=model.example())
     program = cached.program
     on_cuda = program.replace(plan=dataclasses.replace(program.planned(), device=torch.device("cuda")))
-    loaded = LoadedProgram(on_cuda, cached._programs.latest.key)
+    loaded = RunnableProgram(on_cuda, cached._programs.latest.key)
     if options is not None:
         loaded.compile(options)
     state = cached.init_state(model.example())

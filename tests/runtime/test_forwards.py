@@ -70,7 +70,7 @@ def test_a_first_call_and_a_new_size_cost_two_forwards(forwards: Callable[[], in
         counts.append(forwards())
         assert torch.equal(output, run(model, *inputs(tokens, step)))
         forwards()
-    assert counts == [2, 1, 2, 1, 2, 1, 2], "the program of open sizes is checked at the first size too"
+    assert counts == [2, 1, 2, 1, 2, 1, 2], "the program of dynamic sizes is checked at the first size too"
     assert cached.report().captures == 2
 
 

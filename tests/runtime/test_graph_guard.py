@@ -94,12 +94,12 @@ def test_a_step_is_one_graph(granularity: Any) -> None:
     model = OneStream(depth=2).eval()
     config = bw.CacheConfig(num_steps=6, threshold=math.inf, reuse_interval=1, reuse="residual", granularity=granularity)
     cached = bw.transform(model, config, guard="graph", example_args=model.example())
-    compiled, parameters = torch.compile(cached.step, fullgraph=True), cached.policy_parameters()
+    compiled, parameters = torch.compile(cached.functional_step, fullgraph=True), cached.policy_parameters()
     state = reference = cached.init_state(model.example())
     for step in range(6):
         inputs = model.example(step=step)
         output, state = compiled(inputs, {}, state, parameters)
-        expected, reference = cached.step(inputs, {}, reference)
+        expected, reference = cached.functional_step(inputs, {}, reference)
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
     compiled(model.example(), {}, cached.init_state(model.example()), cached.policy_parameters(threshold=0.0, num_steps=9))
     assert counters["stats"]["unique_graphs"] == 1
@@ -123,13 +123,13 @@ def test_whole_runs_eager_and_compiled(entry: Entry) -> None:
     config = bw.CacheConfig(num_steps=5, threshold=math.inf, reuse_interval=1, tail=0.0)
     host, graph = bw.transform(model, config), bw.transform(model, config, guard="graph", example_kwargs=entry.inputs(0))
     oracle = Oracle(model, [model.get_submodule(name) for name in entry.block_names()], entry.streams, config, entry.rows)
-    compiled, parameters = torch.compile(graph.step, fullgraph=True), graph.policy_parameters()
+    compiled, parameters = torch.compile(graph.functional_step, fullgraph=True), graph.policy_parameters()
     eager_state = compiled_state = graph.init_state((), entry.inputs(0))
     for step in range(5):
         inputs = entry.inputs(step)
         expected = oracle(**inputs).sample
         scale = expected.abs().max().item()
-        by_graph, eager_state = graph.step((), inputs, eager_state)
+        by_graph, eager_state = graph.functional_step((), inputs, eager_state)
         by_compiled, compiled_state = compiled((), inputs, compiled_state, parameters)
         assert torch.equal(by_graph.sample, host(**inputs).sample)
         torch.testing.assert_close(by_graph.sample, expected, rtol=0, atol=1e-6 * scale)
@@ -153,7 +153,7 @@ def test_refusals() -> None:
 
     def compiled(cached: bw.CachedModel, inputs: tuple[Tensor, ...], parameters: Any) -> Any:
         state = cached.init_state(model.example())
-        return lambda: torch.compile(cached.step, fullgraph=True, backend="eager")(inputs, {}, state, parameters)
+        return lambda: torch.compile(cached.functional_step, fullgraph=True, backend="eager")(inputs, {}, state, parameters)
 
     config = bw.CacheConfig(num_steps=4)
     cached = bw.transform(model, config, guard="graph", example_args=model.example())

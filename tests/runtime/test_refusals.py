@@ -31,7 +31,7 @@ def _closed(model: OneStream, use: Callable[[bw.CachedModel], Any]) -> None:
 
 def _other_state(model: OneStream) -> None:
     cached = bw.transform(model, STATIC)
-    cached.step(model.example(batch=2), {}, cached.init_state(model.example()))
+    cached.functional_step(model.example(batch=2), {}, cached.init_state(model.example()))
 
 
 @dataclasses.dataclass

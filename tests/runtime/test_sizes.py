@@ -14,7 +14,7 @@ from torch.export import Dim
 import bwcache_compile as bw
 from bwcache_compile import passes
 from bwcache_compile.capture.capture import capture
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.runtime import Toolchain, programs
 from tests.models import InPlace, Interleaved, OneStream, TwoStream, noise
 from tests.runtime.helpers import run
@@ -49,7 +49,7 @@ def test_the_second_signature_opens_the_sizes() -> None:
     assert counts(cached) == (1, 1)
     assert cached.program.signature.sizes is None
     check(cached, model, *two(2, 6, 5))
-    assert counts(cached) == (2, 1), "the program of open sizes took the first one's place"
+    assert counts(cached) == (2, 1), "the program of dynamic sizes took the first one's place"
     for sizes in ((2, 6, 3), (3, 6, 3), (2, 9, 4), (5, 7, 2), (2, 32, 8)):
         check(cached, model, *two(*sizes))
     assert counts(cached) == (2, 1)
@@ -105,11 +105,11 @@ def test_a_state_of_another_size_is_refused() -> None:
     model = OneStream().eval()
     cached = bw.transform(model, STATIC, dynamic_shapes="auto")
     state = cached.init_state(one(2, 6))
-    _, state = cached.step(one(2, 6), {}, state)
+    _, state = cached.functional_step(one(2, 6), {}, state)
     other = cached.init_state(one(3, 7))
     assert [tuple(slot.shape) for slot in other.slots] == [(3, 7, 8)]
     with pytest.raises(bw.StateError, match="this state was made for inputs of other shapes or dtypes"):
-        cached.step(one(3, 7), {}, state)
+        cached.functional_step(one(3, 7), {}, state)
 
 
 class CountsInPython(OneStream):
@@ -144,7 +144,7 @@ def test_programs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_that_takes_no_open_sizes_is_captured_for_each() -> None:
-    def fixed(model: nn.Module, args: Any, kwargs: Any, shapes: Any, reading: bool, **_: Any) -> CachedProgram:
+    def fixed(model: nn.Module, args: Any, kwargs: Any, shapes: Any, reading: bool, **_: Any) -> ModelProgram:
         if shapes is not None:
             raise bw.CaptureError("could not capture OneStream as one graph.\n  non-strict: no size may be open")
         return capture(model, args, kwargs)

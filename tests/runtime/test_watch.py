@@ -162,10 +162,10 @@ def test_settings_and_step_numbers_are_bounded() -> None:
 def test_a_state_made_with_other_weights_is_refused(guard: Any) -> None:
     model = OneStream().eval()
     cached = bw.transform(model, REUSE, guard=guard)
-    _, state = cached.step(model.example(), {}, cached.init_state(model.example()))
-    cached.step(model.example(step=1), {}, state)
+    _, state = cached.functional_step(model.example(), {}, cached.init_state(model.example()))
+    cached.functional_step(model.example(step=1), {}, state)
     with torch.no_grad():
         model.head.weight.mul_(2)
     with pytest.raises(bw.StateError) as caught:
-        cached.step(model.example(step=1), {}, state)
+        cached.functional_step(model.example(step=1), {}, state)
     assert str(caught.value) == "the model's weights or modules changed since this state was made. Create a new one with init_state."

@@ -177,7 +177,7 @@ class OrtRunner:
         numbers: list[float] = array.reshape(-1).tolist()
         return numbers
 
-    def given_back(self, value: Any) -> Any:
+    def to_output(self, value: Any) -> Any:
         """Return an output as a numpy array, or as it is with `outputs="ortvalue"`."""
         return value if self._outputs == "ortvalue" else value.numpy()
 

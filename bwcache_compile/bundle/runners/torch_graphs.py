@@ -83,7 +83,7 @@ class TorchTensors:
         numbers: list[float] = value.reshape(-1).tolist()
         return numbers
 
-    def given_back(self, value: Any) -> Any:
+    def to_output(self, value: Any) -> Any:
         """Return an output as it is."""
         return value
 

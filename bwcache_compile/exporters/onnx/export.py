@@ -23,7 +23,7 @@ from bwcache_compile.exporters.refuse import refuse
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
 from bwcache_compile.exporters.write import new_bundle, write_manifest
 from bwcache_compile.graph_io import guarded_io
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 
 
 def _need_onnx() -> None:
@@ -35,7 +35,7 @@ def _need_onnx() -> None:
 
 
 def export_onnx(
-    program: CachedProgram,
+    program: ModelProgram,
     config: CacheConfig,
     directory: str | Path,
     parameters: tuple[str, ...],
@@ -89,7 +89,7 @@ def export_onnx(
         return open_bundle(folder, verify_hashes=False).manifest  # they were made a moment ago
 
 
-def _check_onnx(program: CachedProgram, config: CacheConfig, bundle: Bundle, half: bool) -> dict[str, Any]:
+def _check_onnx(program: ModelProgram, config: CacheConfig, bundle: Bundle, half: bool) -> dict[str, Any]:
     """Run the graphs; where they compute in bfloat16, which the CPU provider does not, run them between casts to float32."""
     import onnxruntime as ort
 

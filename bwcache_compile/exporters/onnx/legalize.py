@@ -134,7 +134,7 @@ def _fit_layer_norm(graph: Graph) -> None:
         graph.erase_node(node)
 
 
-def fit(exported: ExportedProgram, opset: int) -> None:
+def legalize(exported: ExportedProgram, opset: int) -> None:
     """Rewrite a program, nested graphs too, so that ONNX's operators of this set compute what torch's do."""
     for module in exported.graph_module.modules():
         if isinstance(module, GraphModule):

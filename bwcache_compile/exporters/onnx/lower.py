@@ -14,7 +14,7 @@ from bwcache_compile.exporters.graphs import PlainGraph
 from bwcache_compile.exporters.onnx import rewrites
 from bwcache_compile.exporters.onnx.complex_pairs import complex_as_pairs
 from bwcache_compile.exporters.onnx.half import admits_dtypes, between_casts
-from bwcache_compile.exporters.onnx.legalize import fit
+from bwcache_compile.exporters.onnx.legalize import legalize
 from bwcache_compile.exporters.weights import WeightFile
 from bwcache_compile.graph_io import GraphIO
 from bwcache_compile.ir.program import REGION_MARK
@@ -94,7 +94,7 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: Mapping[str, Sequence[int 
     """
     try:
         with tracing("torch.onnx", "onnxscript", "onnx_ir"):
-            fit(plain.exported, opset)
+            legalize(plain.exported, opset)
             exported = complex_as_pairs(plain.exported)
             lacking: Any = {torch.ops.aten.masked_select.default: _masked_select}
             program = torch.onnx.export(

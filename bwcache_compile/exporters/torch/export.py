@@ -17,11 +17,11 @@ from bwcache_compile.exporters.refuse import refuse
 from bwcache_compile.exporters.torch import package as writer
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
 from bwcache_compile.exporters.write import new_bundle, write_manifest
-from bwcache_compile.ir.program import CachedProgram
+from bwcache_compile.ir.program import ModelProgram
 
 
 def export_torch(
-    program: CachedProgram, config: CacheConfig, directory: str | Path, parameters: tuple[str, ...], *, compiled: bool
+    program: ModelProgram, config: CacheConfig, directory: str | Path, parameters: tuple[str, ...], *, compiled: bool
 ) -> Manifest:
     """Write a program as a bundle of torch's own files, and check it against torch before it takes its place.
 

@@ -65,8 +65,8 @@ def _origins(exported: ExportedProgram) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield node.name, node.meta.get("custom", {})
 
 
-def _open_sizes(values: list[Any]) -> tuple[ShapeEnv | None, dict[Any, Any]]:
-    """Return where the open sizes among some values live, and the range of each."""
+def _dynamic_sizes(values: list[Any]) -> tuple[ShapeEnv | None, dict[Any, Any]]:
+    """Return where the dynamic sizes among some values live, and the range of each."""
     leaves = pytree.tree_leaves(values)
     shapes = [tuple(value.shape) if isinstance(value, Tensor) else (value,) for value in leaves]
     sizes: list[Any] = [size for shape in shapes for size in shape if isinstance(size, SymInt)]
@@ -88,7 +88,7 @@ def torch_graph(plain: PlainGraph) -> TorchGraph:
     held = {**exported.state_dict, **exported.constants}
     specs = [InputSpec(InputKind.USER_INPUT, spec.arg, None) for spec in old.input_specs]
     # sizes that come of values inside, such as a nonzero's, are not among the inputs, and torch reads no file without their range
-    ranges = _open_sizes([node.meta.get("val") for node in exported.graph.nodes])[1]
+    ranges = _dynamic_sizes([node.meta.get("val") for node in exported.graph.nodes])[1]
     program = exported_program(exported.graph_module, ExportGraphSignature(specs, old.output_specs), ranges, {}, {})
     return TorchGraph(plain.kind, program, {name: held[name] for name in lifted})
 
@@ -108,13 +108,13 @@ def save(graph: TorchGraph, path: Path) -> TorchGraph:
 
 
 def compile_package(graph: TorchGraph, path: Path) -> list[str]:
-    """Compile a program that was read back with AOTInductor into a package; return what the compiler assumed of the open sizes.
+    """Compile a program that was read back with AOTInductor into a package; return what the compiler assumed of the dynamic sizes.
 
     Raises:
         ExportError: It does not compile.
     """
     values = tuple(node.meta["val"] for node in graph.exported.graph.find_nodes(op="placeholder"))
-    env, ranges = _open_sizes(list(values))
+    env, ranges = _dynamic_sizes(list(values))
     try:
         with tracing(), torch.no_grad():
             module: Any = graph.exported.module(check_guards=False)

@@ -55,12 +55,12 @@ def _are_kin(unit: Unit, other: Unit) -> bool:
     return (unit.module_type != "" and unit.module_type == other.module_type) or difference(other, unit) is None
 
 
-def _kin(units: list[Unit]) -> list[Unit]:
+def _structurally_equal(units: list[Unit]) -> list[Unit]:
     """Return the units that have a sibling: of the same class, or running the same operators."""
     return [unit for unit in units if any(other is not unit and _are_kin(unit, other) for other in units)]
 
 
-def whole(unit: Unit, flow: DataFlow) -> Unit:
+def convex_closure(unit: Unit, flow: DataFlow) -> Unit:
     """Take in what runs between a unit's own operators: a module that is reached into leaves its sums outside."""
     mask = flow.mask(unit.nodes)
     inside = flow.select(flow.before(mask) & flow.after(mask))
@@ -110,9 +110,9 @@ def _judge(stack: Stack, flow: DataFlow, streams: set[Node]) -> tuple[list[Stack
     if odd is not None and reason is None:
         usual = f"{alike[0].name} ({_shown(live_outs(alike[0], streams))})"
         reason = f"{odd.name} has another output size ({_shown(live_outs(odd, streams))}) than {usual}"
-    if len(_kin(alike)) < 2:  # a stack that holds blocks may hold others of their size: a last block often differs
+    if len(_structurally_equal(alike)) < 2:  # a stack that holds blocks may hold others of their size: a last block often differs
         return [], reason or f"{alike[1].name} differs from {alike[0].name} {difference(alike[0], alike[1])}"
-    alike = [whole(unit, flow) for unit in alike]
+    alike = [convex_closure(unit, flow) for unit in alike]
     shared = overlapping(alike)
     if shared is not None:
         return [], f"`{shared[2].name}` of {shared[1].name} runs in the middle of {shared[0].name}"
@@ -177,7 +177,7 @@ def _named(graph: Graph, flow: DataFlow, streams: set[Node]) -> tuple[list[Stack
     for stack in candidates:
         if len(stack.units) > 1 or _within(stack, accepted):
             continue
-        single = Stack(stack.name, (whole(stack.units[0], flow),))
+        single = Stack(stack.name, (convex_closure(stack.units[0], flow),))
         if _alone(stack, accepted, streams) and overlapping([unit for s in [*accepted, single] for unit in s.units]) is None:
             accepted.append(single)
         elif products(stack.units[0].nodes) > 1:

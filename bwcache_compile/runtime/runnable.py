@@ -13,7 +13,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_in, cache_out
 from bwcache_compile.ir.compare import same
 from bwcache_compile.ir.policy_tensors import policy_parameters
-from bwcache_compile.ir.program import OURS, CachedProgram
+from bwcache_compile.ir.program import OURS, ModelProgram
 from bwcache_compile.ir.sizes import CallSizes, Shape, Size
 from bwcache_compile.ir.torch_compat import get_eval_frame_callback, maybe_mark_dynamic, pytree
 from bwcache_compile.policies import POLICIES
@@ -63,7 +63,7 @@ def _make_room(table: dict[Any, Any], most: int) -> None:
         table.pop(next(iter(table)), None)
 
 
-class LoadedProgram:
+class RunnableProgram:
     """A program ready to run: its graphs, compiled where asked for, and its scalars on the device.
 
     Attributes:
@@ -75,7 +75,7 @@ class LoadedProgram:
         input_kinds: Shape and dtype of each of the user's inputs; None where it is no tensor or a size is open.
     """
 
-    def __init__(self, program: CachedProgram, key: CallKey) -> None:
+    def __init__(self, program: ModelProgram, key: CallKey) -> None:
         """Wrap a program that was captured for a call like this one; nothing is compiled yet."""
         self.program, self.key = program, key
         self.checked = {key.sizes}
@@ -114,7 +114,7 @@ class LoadedProgram:
             return all(reading.value is not None and same(reading.value, reading.apply(flat[reading.source])) for reading in readings)
 
     def symbols(self, key: CallKey) -> Mapping[str, int] | None:
-        """Return the values of the program's open sizes at a call, or None if it does not serve such calls."""
+        """Return the values of the program's dynamic sizes at a call, or None if it does not serve such calls."""
         if key.kind != self.key.kind or key.sizes in self.refused:
             return None
         sizes = self.program.signature.sizes
@@ -225,7 +225,7 @@ class LoadedProgram:
 
 
 @left_out
-def run_all(loaded: LoadedProgram, flat: Sequence[Any], fresh: CacheState, parameters: tuple[Tensor, ...]) -> None:
+def run_all(loaded: RunnableProgram, flat: Sequence[Any], fresh: CacheState, parameters: tuple[Tensor, ...]) -> None:
     """Run every graph on a fresh state and drop what it returns; an outer torch.compile compiles them here."""
     with torch.no_grad():
         for state in (fresh, dataclasses.replace(fresh, cursor=Cursor(step=1, computed_at=0, reuse_until=1))):
