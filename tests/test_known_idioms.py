@@ -118,6 +118,13 @@ def largest_in_python(x: Tensor, lengths: Tensor) -> Tensor:
     return x[:, : max(list(lengths))] * min(list(lengths)) + torch.arange(max(bounds.tolist())).sum() + sum(lengths)
 
 
+def longest_of_a_tensor(x: Tensor, lengths: Tensor) -> Tensor:
+    mask = torch.zeros([len(lengths), x.shape[1], max(lengths)], dtype=torch.bool)
+    for i, length in enumerate(lengths):
+        mask[i, :, :length] = 1
+    return x[:, : max(lengths)] * mask.sum() * sum(range(min(lengths))) + sum(lengths) + max(lengths, key=lambda length: -length)
+
+
 def zero_dim_in_a_slice(x: Tensor, lengths: Tensor) -> Tensor:
     return x[:, lengths[0] - 1 : lengths[1]]
 
@@ -133,9 +140,25 @@ def repeated(x: Tensor, lengths: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [zero_dim_in_a_view, deep_copied, deep_copied_hidden_state, largest_in_python, zero_dim_in_a_slice, one_row, repeated],
+    [
+        zero_dim_in_a_view,
+        deep_copied,
+        deep_copied_hidden_state,
+        largest_in_python,
+        longest_of_a_tensor,
+        zero_dim_in_a_slice,
+        one_row,
+        repeated,
+    ],
 )
 def test_lengths_that_python_reads(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     x, t = OneStream().example(batch=2)
     cached = served(Reads(function), *((x, t, torch.tensor(lengths)) for lengths in ((2, 3), (3, 4), (2, 3))))
     assert cached.report().captures <= 2
+
+
+def test_max_and_min_of_python_are_restored_after_a_failed_capture() -> None:
+    before, model = (max, min), Reads(lambda x, _: x * len(range(int(max(x[0, :, 0]) * 9)))).eval()
+    with pytest.raises(bw.CaptureError, match=r"range\(int\(max\(x"):
+        bw.transform(model, OFF, example_args=(*OneStream().example(), torch.ones(1)))
+    assert (max, min) == before
