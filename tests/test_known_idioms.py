@@ -162,3 +162,21 @@ def test_max_and_min_of_python_are_restored_after_a_failed_capture() -> None:
     with pytest.raises(bw.CaptureError, match=r"range\(int\(max\(x"):
         bw.transform(model, OFF, example_args=(*OneStream().example(), torch.ones(1)))
     assert (max, min) == before
+
+
+class Described(OneStream):
+    """Reads whether guidance is on, and of the mask its type, shape and place alone."""
+
+    def forward(self, x: Tensor, t: Tensor, guided: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        assert mask.type() == "torch.LongTensor"
+        assert (mask.dtype, mask.device, mask.shape, mask.ndim, mask.is_cuda) == (torch.long, x.device, (6,), 1, False)
+        assert not any((mask.is_sparse, mask.is_quantized, mask.is_mps, mask.is_nested, mask.retains_grad, mask.is_xpu))
+        x = x * mask.type(x.dtype).view(-1, 1)
+        return super().forward(x, t) if guided else x
+
+
+def test_metadata_of_a_tensor_is_no_read_of_its_values() -> None:
+    masks = torch.ones(6, dtype=torch.long), torch.arange(6)
+    cached = served(Described(), *((*OneStream().example(), torch.tensor(True), mask) for mask in masks))
+    assert cached.report().captures == 1
+    assert [note.split(" are built in")[0] for note in cached.plan.notes if "built in" in note] == ["the values of guided"]
