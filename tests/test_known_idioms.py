@@ -120,6 +120,13 @@ def largest_in_python(x: Tensor, lengths: Tensor) -> Tensor:
     return x[:, : max(list(lengths))] * min(list(lengths)) + torch.arange(max(bounds.tolist())).sum() + sum(lengths)
 
 
+def longest_of_a_tensor(x: Tensor, lengths: Tensor) -> Tensor:
+    mask = torch.zeros([len(lengths), x.shape[1], max(lengths)], dtype=torch.bool)
+    for i, length in enumerate(lengths):
+        mask[i, :, :length] = 1
+    return x[:, : max(lengths)] * mask.sum() * sum(range(min(lengths))) + sum(lengths) + max(lengths, key=lambda length: -length)
+
+
 def zero_dim_in_a_slice(x: Tensor, lengths: Tensor) -> Tensor:
     return x[:, lengths[0] - 1 : lengths[1]]
 
@@ -135,9 +142,43 @@ def repeated(x: Tensor, lengths: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [zero_dim_in_a_view, deep_copied, deep_copied_hidden_state, largest_in_python, zero_dim_in_a_slice, one_row, repeated],
+    [
+        zero_dim_in_a_view,
+        deep_copied,
+        deep_copied_hidden_state,
+        largest_in_python,
+        longest_of_a_tensor,
+        zero_dim_in_a_slice,
+        one_row,
+        repeated,
+    ],
 )
 def test_lengths_that_python_reads(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     x, t = OneStream().example(batch=2)
     cached = served(Reads(function), *((x, t, torch.tensor(lengths)) for lengths in ((2, 3), (3, 4), (2, 3))))
     assert cached.report().captures <= 2
+
+
+def test_max_and_min_of_python_are_restored_after_a_failed_capture() -> None:
+    before, model = (max, min), Reads(lambda x, _: x * len(range(int(max(x[0, :, 0]) * 9)))).eval()
+    with pytest.raises(bw.CaptureError, match=r"range\(int\(max\(x"):
+        bw.transform(model, OFF, example_args=(*OneStream().example(), torch.ones(1)))
+    assert (max, min) == before
+
+
+class Described(OneStream):
+    """Reads whether guidance is on, and of the mask its type, shape and place alone."""
+
+    def forward(self, x: Tensor, t: Tensor, guided: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        assert mask.type() == "torch.LongTensor"
+        assert (mask.dtype, mask.device, mask.shape, mask.ndim, mask.is_cuda) == (torch.long, x.device, (6,), 1, False)
+        assert not any((mask.is_sparse, mask.is_quantized, mask.is_mps, mask.is_nested, mask.retains_grad, mask.is_xpu))
+        x = x * mask.type(x.dtype).view(-1, 1)
+        return super().forward(x, t) if guided else x
+
+
+def test_metadata_of_a_tensor_is_no_read_of_its_values() -> None:
+    masks = torch.ones(6, dtype=torch.long), torch.arange(6)
+    cached = served(Described(), *((*OneStream().example(), torch.tensor(True), mask) for mask in masks))
+    assert cached.report().captures == 1
+    assert [note.split(" are built in")[0] for note in cached.plan.notes if "built in" in note] == ["the values of guided"]

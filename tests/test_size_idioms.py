@@ -105,3 +105,21 @@ def test_sizes_that_travel_as_tensors() -> None:
 def test_arithmetic_on_tensors_of_sizes() -> None:
     cached = served(Blocky(), *((tokens(count, batch), {}) for count, batch in ((6, 2), (5, 3), (9, 4))))
     assert (cached.report().captures, len(cached.cached_programs)) == (2, 1)
+
+
+class Valid(OneStream):
+    """Multiplies by what a mask keeps and by a count, which Python reads; the time is as short, and is not read."""
+
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor, count: Tensor) -> Tensor:  # type: ignore[override]
+        kept = mask.sum(dim=1).tolist()
+        return super().forward(x, t) * sum(kept) * len(range(int(count)))
+
+
+def test_sizes_are_open_beside_values_that_python_reads() -> None:
+    mask, other, longer = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 0]]), torch.ones(1, 4, dtype=torch.long)
+    values = ((mask, 2), (other, 2), (longer, 2), (mask, 3), (mask, 2))
+    sizes = ((6, 2), (5, 3), (9, 4), (6, 2))
+    cached = served(Valid(), *(((*tokens(*size), m.clone(), torch.tensor(count)), {}) for m, count in values for size in sizes))
+    assert (cached.report().captures, len(cached.cached_programs)) == (5, 4), "one more for the first size, then one for each value"
+    built_in = [note.split(" are built in")[0] for note in cached.plan.notes if "built in" in note]
+    assert sorted(built_in) == ["the values of count", "the values of mask"]

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Interpreter
 
-from bwcache_compile.capture.known import KnownValues, inputs_of, sources
+from bwcache_compile.capture.known import KnownValues, Source, inputs_of, sources
 from bwcache_compile.errors import CaptureError, ConfigError, first_line
 from bwcache_compile.ir.call_signature import Reading, Signature
 from bwcache_compile.ir.compare import Reference
@@ -122,11 +122,15 @@ def _with_signature(model: nn.Module, signature: inspect.Signature) -> Iterator[
             vars(model)["forward"] = own
 
 
-def _all_open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Leave every size to the exporter to open: dimensions and Python ints. It fixes 0 and 1 always, so these are not asked for."""
+def _all_open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fixed: Iterable[Tensor]) -> dict[str, Any]:
+    """Leave every size to the exporter to open: dimensions and Python ints. It fixes 0 and 1 always, so these are not asked for.
+
+    The sizes of the tensors in `fixed` stay fixed.
+    """
+    kept = set(map(id, fixed))
 
     def of_leaf(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and id(leaf) not in kept:
             return {i: Dim.AUTO for i, size in enumerate(leaf.shape) if size > 1}
         return Dim.AUTO if type(leaf) is int and leaf > 1 else None
 
@@ -146,9 +150,13 @@ def _completed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return {name: shapes.get(name) for name in names}
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, mode: Mode) -> ModelProgram | _Failure:
-    known, values = KnownValues(), sources(model, args, kwargs) if mode == "reading" else {}
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opened: Any, mode: Mode, values: dict[Source, Tensor]
+) -> ModelProgram | _Failure:
+    """Trace a model in one way; Python may read `values`, and where `opened` asks for all sizes, theirs stay fixed."""
+    known = KnownValues()
     large = {i: leaf for i, leaf in inputs_of(args, kwargs).items() if i not in values} if mode == "reading" else {}
+    shapes = _all_open(model, args, kwargs, values.values()) if isinstance(opened, VaryingSizes) else opened
     with tracing():
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # it leaves marks on what it is given
         named = inspect.signature(model.forward) if shapes is None else _signature(model, args, kwargs)
@@ -187,19 +195,31 @@ def _serves(program: ModelProgram, seen: Sequence[CallSizes]) -> bool:
 
 
 def _attempts(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, modes: Sequence[Mode], seen: Sequence[CallSizes]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opened: Any, modes: Sequence[Mode]
 ) -> Iterator[tuple[Mode, ModelProgram | _Failure]]:
-    """Trace a model in one way after the other; strict tracing comes first where it alone leaves the sizes seen open."""
+    """Trace a model in one way after the other; strict tracing comes first where it alone leaves the sizes seen open.
+
+    When values are built in, the sizes of all tensors that Python may read are fixed first. If the model reads only some of them,
+    it is traced again with the sizes of the others open.
+    """
+
+    def attempt(mode: Mode, values: dict[Source, Tensor]) -> ModelProgram | _Failure:
+        try:
+            with torch.no_grad():
+                return _export(model, args, kwargs, opened, mode, values)
+        except Exception as error:  # what was exported opens no size, or decomposes into nothing that is supported
+            return _Failure(error, frozenset())
+
+    seen = opened.seen if isinstance(opened, VaryingSizes) else ()
     stopped, narrow = len(modes) == 1, None
     for mode in modes:
         if mode == "reading" and not stopped:
             return
-        outcome: ModelProgram | _Failure
-        try:
-            with torch.no_grad():
-                outcome = _export(model, args, kwargs, shapes, mode)
-        except Exception as error:  # what was exported opens no size, or decomposes into nothing that is supported
-            outcome = _Failure(error, frozenset())
+        values = sources(model, args, kwargs) if mode == "reading" else {}
+        outcome = attempt(mode, values)
+        if isinstance(opened, VaryingSizes) and isinstance(outcome, ModelProgram) and values.keys() - outcome.signature.read.keys():
+            wider = attempt(mode, {name: values[name] for name in outcome.signature.read})
+            outcome = wider if isinstance(wider, ModelProgram) else outcome
         stopped = stopped or isinstance(outcome, _Failure)
         serves = isinstance(outcome, ModelProgram) and _serves(outcome, seen)
         if mode == "non-strict" and isinstance(outcome, ModelProgram) and not serves:
@@ -280,15 +300,15 @@ def capture(
     """
     name = type(model).__name__
     opened = VaryingSizes() if dynamic_shapes == "auto" else dynamic_shapes
-    seen = opened.seen if isinstance(opened, VaryingSizes) else ()
-    shapes = _all_open(model, args, kwargs) if isinstance(opened, VaryingSizes) else _completed(model, args, kwargs, opened)
+    if not isinstance(opened, VaryingSizes):
+        opened = _completed(model, args, kwargs, opened)
     if reference is None:
         reference = Reference(model, args, kwargs)
     if reference.verify:
         reference.outputs()
     failures: list[str] = []
     modes = get_args(Mode)[-1:] if reading else get_args(Mode)
-    for mode, outcome in _attempts(model, args, kwargs, shapes, modes, seen):
+    for mode, outcome in _attempts(model, args, kwargs, opened, modes):
         if isinstance(outcome, _Failure):
             failures.append(outcome.describe(mode, model, _leaf_names(model, args, kwargs)))
             continue

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -111,6 +112,15 @@ def _small(tensors: Iterable[Tensor]) -> bool:
     return all(tensor.numel() <= _MOST for tensor in tensors)
 
 
+def _of_elements(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return torch.export's replacement of max or min for tracing, made to accept a single tensor, as Python's does."""
+
+    def reduced(*args: Any, **kwargs: Any) -> Any:
+        return function(*(map(list, args) if len(args) == 1 and isinstance(args[0], Tensor) else args), **kwargs)
+
+    return reduced
+
+
 def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Tensor]:
     """Return the tensors of a call, by position among its leaves."""
     leaves = pytree.tree_leaves((args, kwargs))
@@ -172,6 +182,7 @@ class KnownValues(TorchFunctionMode):
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             self._inputs.update({tensor: frozenset([i]) for i, tensor in inputs_of(args, kwargs).items()})
+            builtins.max, builtins.min = map(_of_elements, (builtins.max, builtins.min))
             traced = sources(model, args, kwargs)
             for name in real.keys() & traced.keys():
                 self._real[traced[name]] = real[name]
@@ -180,10 +191,11 @@ class KnownValues(TorchFunctionMode):
                 {tensor: (large[name], Reading(name, ())) for name, tensor in inputs_of(args, kwargs).items() if name in large}
             )
 
-        handle = model.register_forward_pre_hook(enter, with_kwargs=True)
+        handle, own = model.register_forward_pre_hook(enter, with_kwargs=True), (builtins.max, builtins.min)
         try:
             yield
         finally:
+            builtins.max, builtins.min = own
             handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -212,7 +212,7 @@ class ProgramCache:
         for text in notes.suspicious(loaded.program, changed_by_forward):
             warn(text)
         for other in alike:
-            if loaded.symbols(other) is not None and not loaded.program.signature.values:
+            if loaded.symbols(other) is not None and loaded.key.values in ((), other.values):
                 del self._loaded[other]
         self._loaded[loaded.key] = loaded
         self.captured += 1
