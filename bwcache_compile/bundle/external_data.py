@@ -1,4 +1,8 @@
-"""Which files an ONNX model reads its weights from, told from its bytes. Needs neither onnx nor torch."""
+"""Find the files that an ONNX model reads its weights from, in its bytes. Needs neither onnx nor torch.
+
+ONNX Runtime refuses paths outside the model's folder; this check also refuses files inside it that the manifest does not list, whose
+hashes nobody compared.
+"""
 
 from __future__ import annotations
 

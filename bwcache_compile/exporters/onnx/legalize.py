@@ -1,4 +1,7 @@
-"""What ONNX's operators take less of than torch's, rewritten in the graph to what they take."""
+"""Legalize ATen operators whose ONNX counterparts are more restrictive.
+
+torch.onnx translates one operator at a time and admits custom translations; these rewrites need the dtypes and shapes around it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def put(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, **kwargs: 
 
 
 def _without_idle_squeezes(graph: Graph) -> None:
-    """Take away squeezes of a dimension that is not 1: torch leaves the tensor as it is, ONNX's operator fails."""
+    """Remove squeezes of a dimension that is not 1: torch returns the tensor as it is, ONNX's operator fails."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.squeeze.dim):
         source, dimension = node.args
         assert isinstance(source, Node)

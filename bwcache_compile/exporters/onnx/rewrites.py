@@ -1,4 +1,4 @@
-"""Rewrites of ONNX models that torch.onnx made: names, shapes, constants, and what ONNX Runtime has no kernels for."""
+"""Rewrite ONNX models that torch.onnx made: names, shapes, constants, and operators that ONNX Runtime has no kernels for."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def simplify(model: ir.Model) -> None:
 
 
 def without_bool_where(graph: Any) -> None:
-    """Choose between flags by logic: ONNX Runtime has no `Where` on bool, which `masked_fill` of a mask becomes."""
+    """Replace `Where` on bool by logic: ONNX Runtime has no kernel for it, and no pass of onnx_ir or onnxscript does so."""
     import onnx_ir as ir
 
     for node in [node for node in graph.all_nodes() if node.op_type == "Where"]:
@@ -119,7 +119,10 @@ def store_transposed(model: ir.Model) -> None:
 
 
 def strip(model: ir.Model) -> None:
-    """Take away stack traces and whatever else speaks of the machine that exported."""
+    """Remove stack traces and whatever else describes the machine that exported.
+
+    onnx_ir's `ClearMetadataAndDocStringPass` leaves the metadata of the model and of its values.
+    """
     model.metadata_props.clear()
     model.doc_string = None
     for graph in model.graphs():

@@ -1,4 +1,7 @@
-"""Which operators of a bundle TensorRT's ONNX parser does not list. Needs onnx_ir, no TensorRT and no torch."""
+"""List the operators of a bundle that TensorRT's ONNX parser does not support. Needs onnx_ir, no TensorRT and no torch.
+
+The list is a copy, because the parser that could be asked comes with TensorRT's builder, which needs a GPU machine.
+"""
 
 from __future__ import annotations
 
