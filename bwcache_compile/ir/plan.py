@@ -20,6 +20,8 @@ from bwcache_compile.size_expressions import evaluated
 class Block:
     """One repeated block: `nodes` in execution order, `live_outs` the floating values that others read.
 
+    `name` is the path of the module that is called. Of a list of modules that are called one after the other, which is never called
+    itself, it has theirs: `layers.0.0+layers.0.1`.
     `feature` is the live-out that the indicator measures: the stream that reaches the model's output.
     """
 

@@ -14,21 +14,31 @@ from bwcache_compile.ir.plan import Block, BlockSearch, Rejection
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes.block_search.accept import accepted_stacks, convex_closure, follows, overlapping
 from bwcache_compile.passes.block_search.main_stacks import features, main_units
-from bwcache_compile.passes.block_search.stacks import Stack, Unit, live_outs, named_stacks, products, streams, structural_stacks
+from bwcache_compile.passes.block_search.stacks import (
+    Stack,
+    Unit,
+    called_members,
+    live_outs,
+    named_stacks,
+    products,
+    streams,
+    structural_stacks,
+)
 
 
 def _search(units: list[Unit], owner: dict[str, str], rejections: list[Rejection], graph: Graph, found: set[Node]) -> BlockSearch:
     each, rows = features(units, graph, found)
+    modules = [called_members(unit) for unit in units]
     blocks = tuple(
         Block(
-            name=unit.name,
+            name="+".join(called) or unit.name,
             stack=owner[unit.name],
-            module_type=unit.module_type,
+            module_type="+".join(called.values()) or unit.module_type,
             nodes=tuple(node.name for node in unit.nodes),
             live_outs=tuple(node.name for node in live_outs(unit, found)),
             feature=feature.name,
         )
-        for unit, feature in zip(units, each, strict=True)
+        for unit, called, feature in zip(units, modules, each, strict=True)
     )
     return BlockSearch(blocks, tuple(rejections), rows)
 
@@ -41,7 +51,7 @@ def _candidates(graph: Graph) -> list[Stack]:
 
 def _chosen(name: str, candidates: list[Stack], program: ModelProgram) -> list[Unit]:
     """Return the units that a name stands for: a module, else a stack of modules, else the stacks below a module."""
-    exact = [unit for stack in candidates for unit in stack.units if unit.name == name]
+    exact = [unit for stack in candidates for unit in stack.units if name in (unit.name, "+".join(called_members(unit)) or unit.name)]
     stacks = [stack for stack in candidates if stack.name == name]
     below = [stack for stack in candidates if stack.name.startswith(f"{name}.")]
     nearest = [stack for stack in below if stack.name.count(".") == min(s.name.count(".") for s in below)]

@@ -94,7 +94,7 @@ class ByName(Model):
 class ListsOfLists(Model):
     """Each layer is a list of its parts, called one by one: no module is a block."""
 
-    blocks_found = names("layers", 3)
+    blocks_found = tuple("+".join(f"layers.{i}.{j}" for j in range(4)) for i in range(3))
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+import bwcache_compile as bw
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.plan import BlockSearch, Rejection
 from bwcache_compile.passes import canonicalize, find_blocks
@@ -240,3 +241,31 @@ def test_candidates_that_are_passed_over_are_named_where_nothing_is_found() -> N
 mixers (2): mixers.0 has fewer than two matrix products (`linear_4` f32[1, 6, 8])
 trunk (1): trunk is a single module whose class is not repeated elsewhere""",
     )
+
+
+class Pairs(nn.Module):
+    """Two modules a layer in a list, which is never called itself."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(4, width), nn.Linear(width, 4)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([nn.Linear(width, width), nn.Sequential(nn.Linear(width, 16), nn.Linear(16, width))]) for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.into(x)
+        for mixing, feed_forward in self.layers:  # type: ignore[misc]
+            x = x + mixing(x)
+            x = x + feed_forward(x)
+        out: torch.Tensor = self.out(x)
+        return out
+
+
+def test_blocks_are_named_by_the_modules_that_are_called() -> None:
+    model, inputs = Pairs().eval(), (torch.ones(1, 6, 4),)
+    names = [f"layers.{i}.0+layers.{i}.1" for i in range(3)]
+    search = bw.find_blocks(model, example_args=inputs)
+    assert [(block.name, block.module_type) for block in search.blocks] == [(name, "Linear+Sequential") for name in names]
+    for chosen in (names[:2], ["layers.0", "layers.1"]):
+        assert [block.name for block in bw.find_blocks(model, blocks=chosen, example_args=inputs).blocks] == names[:2]

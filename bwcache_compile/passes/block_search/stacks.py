@@ -82,6 +82,23 @@ def user_path(path: object) -> str:
     return ".".join(part for part in str(path).split(".") if part != "_orig_mod")
 
 
+def called_members(unit: Unit) -> dict[str, str]:
+    """Return the members of a list of modules that are called in a unit, in order: path to class.
+
+    Empty where the unit is no list: a list is never called, and its members are numbered.
+    """
+    found: dict[str, str] = {}
+    if unit.module_type:
+        return found
+    for node in unit.nodes:
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            name = user_path(path)
+            if name.startswith(f"{unit.name}.") and name.removeprefix(f"{unit.name}.").split(".")[0].isdigit():
+                found.setdefault(name, (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2])
+                break
+    return found
+
+
 def _modules_of(node: Node, called: set[str]) -> Iterator[tuple[str, str, str]]:
     """List the modules that an operator ran in: path, class, and which call of the module it was.
 
