@@ -51,8 +51,8 @@ def test_settings(cached: bw.CachedModel, tmp_path: Path) -> None:
         lambda at: bw.export(changed, at),
         lambda at: bw.export(several, at),
         lambda at: bw.export(cached, at, signature=unread),
-        lambda at: bw.export(model, at),  # type: ignore[arg-type]
-        lambda at: bw.export(torch.compile(cached), at),  # type: ignore[arg-type]
+        lambda at: bw.export(model, at),
+        lambda at: bw.export(torch.compile(model), at),
         lambda at: bw.export(cached, at, format="tf"),
         lambda at: bw.export(cached, at, opset=9),
         lambda at: bw.export(cached, at, opset=20.0),  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def test_code_is_asked_for(bundle: Path) -> None:
     messages = [refusal(bundle, backend="torch")]
     edit(bundle, lambda manifest: manifest.update(graph_format="aoti"))
     messages.append(refusal(bundle, backend="torch"))
-    for arguments in ({}, {"backend": "torch", "allow_code": True, "outputs": "numpy"}):
+    for arguments in ({"backend": "onnxruntime"}, {"allow_code": True, "outputs": "numpy"}):
         with pytest.raises(bw.ConfigError) as error:
             bw.load(bundle, **arguments)
         messages.append(str(error.value).replace(str(bundle.parent), "..."))
@@ -57,8 +57,8 @@ def test_code_is_asked_for(bundle: Path) -> None:
 allow_code=True if you trust its author; bundles of format "onnx" contain no code.
 .../bundle has format "aoti": a package holds machine code, which runs when it is opened. Pass allow_code=True if you
 trust its author; bundles of format "onnx" contain no code.
-.../bundle holds graphs of format "aoti"; pass backend="torch".
-guarded, providers, options and outputs require backend="onnxruntime".""",
+backend must be "torch" for graphs of format "aoti", or left out, got 'onnxruntime'.
+guarded, providers, options and outputs require a bundle of format "onnx".""",
     )
 
 
