@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.sizes import Shape, hint, hint_shape, shape_of
-from bwcache_compile.passes.block_search.streams import LAYOUT, addends, operator_name
+from bwcache_compile.passes.block_search.streams import LAYOUT, addends, merged_skip, operator_name
 
 _ELSEWHERE, _TWICE = -1, -2
 
@@ -94,8 +94,16 @@ class _Numbered:
             left = torch.where(twice, _TWICE, torch.where(stream, left, torch.where(other, right, torch.maximum(left, right))))
         return left
 
+    def _stream_of(self, merged: list[Node]) -> Node | None:
+        """Return the one of several merged values that was made of all the others: the stream, which a skip brings an older value to."""
+        numbered = [node for node in merged if self.places.get(node) is not None]
+        streams = [node for node in numbered if all(self.flow.ancestors[node] >> self.flow.index[o] & 1 for o in merged if o is not node)]
+        return streams[0] if len(streams) == 1 else None
+
     def visit(self, node: Node) -> None:
         """Number a value, if it continues one that is numbered."""
+        if (stream := self._stream_of(merged_skip(node))) is not None:
+            self._settle(node, self.places[stream])
         sides = addends(node)
         if node in self.places or not any(self.places.get(side) is not None for side in sides):
             return
@@ -108,7 +116,8 @@ def arrangement(
     """Prove that element i of `output` is an element of one of the inputs plus something, for every i, and say which.
 
     Equal shapes prove nothing: rows and columns may have been exchanged on the way. So the element numbers of the inputs
-    are sent along the residual path through every re-arrangement.
+    are sent along the residual path through every re-arrangement. Where a linear layer merges a long skip into the stream, the path
+    goes on with the stream: what it returns stands at the same places in the same order, and the next block adds to it.
 
     Args:
         flow: Of the whole graph.

@@ -114,11 +114,11 @@ def _time_input(program: ModelProgram) -> str | None:
 def _entered(output: Node, blocks: tuple[Block, ...], nodes: dict[str, Node], inputs: list[Node]) -> list[Node]:
     """Return the inputs that the first block on an output's residual path continues; what is added on the way is none."""
     for block in blocks:
-        streams = [nodes[name] for name in block.live_outs if nodes[name] is output or continued(output, {nodes[name]})]
+        streams = [nodes[name] for name in block.live_outs if nodes[name] is output or continued(output, {nodes[name]}, through_skips=True)]
         if streams:
-            entered = {i for stream in streams for i in continued(stream, set(inputs))}
+            entered = {i for stream in streams for i in continued(stream, set(inputs), through_skips=True)}
             return [i for i in inputs if i in entered]
-    return [i for i in inputs if i in continued(output, set(inputs))]
+    return [i for i in inputs if i in continued(output, set(inputs), through_skips=True)]
 
 
 def _sources(

@@ -23,7 +23,6 @@ class Entry:
         streams: Block inputs that the blocks' outputs continue, in output order.
         rows: The rows that the output takes, of a stream that holds text or frames of the past beside them.
         in_turn: The stacks' blocks run in turn (spatial, temporal, spatial, ...) instead of stack after stack.
-        refused: Way of reuse to the first line of its refusal.
         continued: What the last block's outputs continue, from those inputs, where it is neither these nor these joined in order.
         warned: Way of reuse to the part of the model that a capture warns of, as it is large at this size and is not cached.
         never_captured: What the refusal says, where the model cannot be captured or cached at all.
@@ -37,7 +36,6 @@ class Entry:
     streams: tuple[str, ...] = ("hidden_states",)
     rows: slice = dataclasses.field(default_factory=lambda: slice(None))
     in_turn: bool = False
-    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     continued: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
     warned: Mapping[str, str] = dataclasses.field(default_factory=dict)
     never_captured: str | None = None
@@ -79,6 +77,3 @@ def time(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def rotary(places: int, width: int) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of a rotary embedding."""
     return noise("cos", 0, places, width), noise("sin", 0, places, width)
-
-
-NOT_CONTINUED = "reuse='residual' does not fit {}: no input of the blocks is proved to be what `{}`"

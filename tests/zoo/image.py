@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.zoo.entry import NOT_CONTINUED, Entry, noise, rotary, time
+from tests.zoo.entry import Entry, noise, rotary, time
 
 IMAGE = {
     "dit": Entry(
@@ -83,7 +83,6 @@ IMAGE = {
             "image_rotary_emb": rotary(16, 8),
         },
         {"blocks": 4},
-        refused={"residual": NOT_CONTINUED.format("HunyuanDiT2DModel", "add_29")},
     ),
     "z_image": Entry(
         "ZImageTransformer2DModel",

@@ -22,7 +22,7 @@ HEAD = """\
 
 Tiny configurations of diffusers model classes, built without a hub. For each, `tests/test_zoo.py` checks that four
 computed steps equal the model bit for bit, that the blocks are those of the main stacks, and that every way of reuse
-that is not refused equals an oracle in eager Python, and that the two guards agree bit for bit over four steps, two of
+equals an oracle in eager Python, and that the two guards agree bit for bit over four steps, two of
 them reused. This table is what `python -m tests.zoo.table` prints: seconds are CPU seconds of one core for capture and
 search at this tiny size; "refused" is a `ConfigError` that says which value no input is proved to continue.
 

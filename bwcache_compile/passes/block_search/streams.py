@@ -173,8 +173,31 @@ def addends(node: Node) -> list[Node]:
     return []
 
 
-def continued(node: Node, candidates: Collection[Node]) -> list[Node]:
-    """Return the candidates that a value continues: reached backwards through residual sums and re-arrangements alone."""
+def merged_skip(node: Node) -> list[Node]:
+    """Return the values of a long skip: those that a linear layer takes joined along channels, each of the shape that it returns.
+
+    U-ViT and HunyuanDiT bring the output of an early block back into a late one so: `linear(cat([x, skip], -1))`, with a norm between.
+    """
+    if operator_name(node) != "linear":
+        return []
+    joined = node.all_input_nodes[0]
+    while operator_name(joined) in ("layer_norm", "rms_norm", "to", "type_as", "_to_copy"):
+        joined = joined.all_input_nodes[0]
+    rank = len(_shape(node) or ())
+    if operator_name(joined) != "cat" or len(joined.args) < 2 or joined.args[1] not in (-1, rank - 1):
+        return []
+    parts = joined.all_input_nodes
+    return parts if len(parts) > 1 and all(_shape(part) == _shape(node) for part in parts) else []
+
+
+def continued(node: Node, candidates: Collection[Node], *, through_skips: bool = False) -> list[Node]:
+    """Return the candidates that a value continues: reached backwards through residual sums and re-arrangements alone.
+
+    Args:
+        node: The value.
+        candidates: What it may continue.
+        through_skips: Go through the linear layers that merge a long skip into the stream too.
+    """
     found: list[Node] = []
     seen: set[Node] = set()
     stack = [node]
@@ -186,5 +209,5 @@ def continued(node: Node, candidates: Collection[Node]) -> list[Node]:
         if current in candidates and current is not node:
             found.append(current)
         else:
-            stack += addends(current)
+            stack += addends(current) or (merged_skip(current) if through_skips else [])
     return found
