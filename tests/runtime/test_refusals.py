@@ -124,8 +124,7 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
         _shaping_setting,
         bw.ConfigError,
         "the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.\n  "
-        "Can be changed: calls_per_step, decide, num_steps, reuse_interval, steps_mask (of the same "
-        "length), tail, threshold, warmup_steps.",
+        "Can be changed: calls_per_step, decide, num_steps, reuse_fraction, reuse_interval, steps_mask, tail, threshold, warmup_steps.",
     ),
 }
 
