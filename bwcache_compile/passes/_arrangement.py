@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.sizes import Shape, hint, hint_shape, shape_of
-from bwcache_compile.passes.block_search.streams import LAYOUT, addends, merged_skip, operator_name
+from bwcache_compile.passes.block_search.streams import LAYOUT, addends, merged_stream, operator_name
 
 _ELSEWHERE, _TWICE = -1, -2
 
@@ -35,17 +35,19 @@ class _Numbered:
 
     Each input's elements have numbers of their own, those that enter the first block the smaller ones. Dynamic sizes take part
     with the values they were captured at. Values of one shape at every size and of equal numbers are one value, whatever blocks
-    have added to it meanwhile; the first of them stands for all.
+    have added to it meanwhile; the first of them stands for all. `merges` counts the long skips merged into a value.
     """
 
     def __init__(self, flow: DataFlow, entered: Sequence[Node], late: Sequence[Node]) -> None:
         self.flow = flow
         self.places: dict[Node, Any] = {}
         self.first: dict[Node, Node] = {}
+        self.merges: dict[Node, int] = {}
         self._distinct: dict[Shape, list[tuple[Tensor, Node]]] = {}
         count = self.limit = 0
         for number, node in enumerate([*entered, *late]):
             shape = torch.Size(hint_shape(node.meta["val"]))
+            self.merges[node] = 0
             self._settle(node, torch.arange(count, count + shape.numel(), dtype=torch.int32).view(shape))
             count += shape.numel()
             if number < len(entered):
@@ -87,26 +89,23 @@ class _Numbered:
         return torch.where(places >= self.limit, _ELSEWHERE, places)  # what is only added on the way: a hint
 
     def _sum(self, sides: list[Node]) -> Tensor:
-        left, *others = (self._side(side, sides) for side in sides if self.places.get(side) is not None)
-        for right in others:
+        first, *others = sorted((side for side in sides if self.places.get(side) is not None), key=self.merges.__getitem__)
+        left = self._side(first, sides)
+        for side in others:
+            right, again = self._side(side, sides), self.merges[side] == self.merges[first]
             stream, other = (left >= 0) & (left < self.limit), (right >= 0) & (right < self.limit)
-            twice = (stream & other) | (left == _TWICE) | (right == _TWICE)  # x + x continues nothing, whatever is added to it
+            # x + x continues nothing, whatever is added to it; x + merge(x, skip) holds x once
+            twice = (stream & other & (again | (left != right))) | (left == _TWICE) | (right == _TWICE)
             left = torch.where(twice, _TWICE, torch.where(stream, left, torch.where(other, right, torch.maximum(left, right))))
         return left
 
-    def _stream_of(self, merged: list[Node]) -> Node | None:
-        """Return the one of several merged values that was made of all the others: the stream, which a skip brings an older value to."""
-        numbered = [node for node in merged if self.places.get(node) is not None]
-        streams = [node for node in numbered if all(self.flow.ancestors[node] >> self.flow.index[o] & 1 for o in merged if o is not node)]
-        return streams[0] if len(streams) == 1 else None
-
     def visit(self, node: Node) -> None:
         """Number a value, if it continues one that is numbered."""
-        if (stream := self._stream_of(merged_skip(node))) is not None:
-            self._settle(node, self.places[stream])
-        sides = addends(node)
-        if node in self.places or not any(self.places.get(side) is not None for side in sides):
+        sides = addends(node) or merged_stream(node, self.flow)
+        merges = [self.merges[side] for side in sides if self.places.get(side) is not None]
+        if node in self.places or not merges:
             return
+        self.merges[node] = min(merges) + (not addends(node))
         self._settle(node, self._replay(node) if operator_name(node) in LAYOUT else self._sum(sides))
 
 
@@ -116,8 +115,7 @@ def arrangement(
     """Prove that element i of `output` is an element of one of the inputs plus something, for every i, and say which.
 
     Equal shapes prove nothing: rows and columns may have been exchanged on the way. So the element numbers of the inputs
-    are sent along the residual path through every re-arrangement. Where a linear layer merges a long skip into the stream, the path
-    goes on with the stream: what it returns stands at the same places in the same order, and the next block adds to it.
+    are sent along the residual path through every re-arrangement, and with the stream through a merged skip (`merged_stream`).
 
     Args:
         flow: Of the whole graph.

@@ -83,7 +83,8 @@ def multiply_adds(node: Node, module: GraphModule) -> int:
     return 0
 
 
-def _module_of(node: Node, depth: int) -> str:
+def module_of(node: Node, depth: int | None = None) -> str:
+    """Return the path of the module that a node ran in, or its first `depth` names."""
     paths = [user_path(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
     return ".".join(paths[-1].split(".")[:depth]) if paths else ""
 
@@ -94,7 +95,7 @@ def _by_module(work: Mapping[Node, int]) -> Counter[str]:
     for depth in range(1, 5):
         grouped = Counter()
         for node, count in work.items():
-            grouped[_module_of(node, depth)] += count
+            grouped[module_of(node, depth)] += count
         if len(grouped) > 1:
             break
     return grouped

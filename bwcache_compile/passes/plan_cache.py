@@ -21,8 +21,8 @@ from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.sizes import has_no_size, hint, hint_shape, shape_of, size_of
 from bwcache_compile.ir.source_lines import node_line
 from bwcache_compile.passes._arrangement import arrangement
-from bwcache_compile.passes._work import work_share
-from bwcache_compile.passes.block_search.streams import continued
+from bwcache_compile.passes._work import module_of, work_share
+from bwcache_compile.passes.block_search.streams import continued, merged_skip, path_ends
 from bwcache_compile.policies import POLICIES, REUSES, SmallSlot
 from bwcache_compile.size_expressions import evaluated, largest
 
@@ -111,14 +111,23 @@ def _time_input(program: ModelProgram) -> str | None:
     return found[0].name if len(found) == 1 and found[0].meta["val"].dtype == torch.float32 else None
 
 
-def _entered(output: Node, blocks: tuple[Block, ...], nodes: dict[str, Node], inputs: list[Node]) -> list[Node]:
+def _entered(output: Node, blocks: tuple[Block, ...], nodes: dict[str, Node], inputs: list[Node], flow: DataFlow) -> list[Node]:
     """Return the inputs that the first block on an output's residual path continues; what is added on the way is none."""
     for block in blocks:
-        streams = [nodes[name] for name in block.live_outs if nodes[name] is output or continued(output, {nodes[name]}, through_skips=True)]
+        streams = [nodes[name] for name in block.live_outs if nodes[name] is output or continued(output, {nodes[name]}, flow)]
         if streams:
-            entered = {i for stream in streams for i in continued(stream, set(inputs), through_skips=True)}
+            entered = {i for stream in streams for i in continued(stream, set(inputs), flow)}
             return [i for i in inputs if i in entered]
-    return [i for i in inputs if i in continued(output, set(inputs), through_skips=True)]
+    return [i for i in inputs if i in continued(output, set(inputs), flow)]
+
+
+def _ended(output: Node, members: list[Node], flow: DataFlow) -> str:
+    """Say at which modules the residual path of an output ends, and between which values it cannot choose there."""
+    ends = []
+    for end in path_ends(output, set(members), flow)[-_NEAREST:]:
+        module, merged = module_of(end), " and ".join(f"`{value.name}`" for value in merged_skip(end))
+        ends.append(f"`{end.name}`{module and f' of {module}'}{merged and f', which merges {merged}, none of them made of the others'}")
+    return f"\n  Followed back through sums and re-arrangements, its residual path ends at {' and at '.join(ends)}.\n " if ends else ""
 
 
 def _sources(
@@ -135,7 +144,7 @@ def _sources(
     arrangements: dict[str, dict[str, str]] = {}
     advice = "" if config.granularity == "stack" else "granularity='stack' with "
     for output in (nodes[name] for name in region.outputs):
-        entered = _entered(output, blocks, nodes, inputs)
+        entered = _entered(output, blocks, nodes, inputs, flow)
         proved = [a for a in [arrangement(flow, members, inputs, entered, output)] if a is not None]
         if not proved and len(entered) > 1:  # of two that are summed, one may be added again and again, as an embedding of places
             single = [arrangement(flow, members, inputs, [alone], output) for alone in entered]
@@ -144,7 +153,8 @@ def _sources(
             shapes = ", ".join(f"{i.name} {format_value(i.meta.get('val'))}" for i in inputs)
             raise ConfigError(
                 f"reuse={config.reuse!r} does not fit {program.model_name}: no input of the blocks is proved to be what `{output.name}`"
-                f" {format_value(output.meta.get('val'))} continues (inputs: {shapes}). Use {advice}reuse='output' or 'taylor'."
+                f" {format_value(output.meta.get('val'))} continues (inputs: {shapes})."
+                f"{_ended(output, members, flow)} Use {advice}reuse='output' or 'taylor'."
             )
         sources[output.name] = proved[0].node.name
         for node, operands in proved[0].copied.items():

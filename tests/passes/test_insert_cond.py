@@ -272,7 +272,9 @@ def test_block_granularity_needs_a_residual() -> None:
         folded(str(error.value)),
         """\
 reuse='residual' does not fit PostNorm: no input of the blocks is proved to be what `layer_norm` f32[1, 6, 8] continues
-(inputs: linear f32[1, 6, 8], linear_1 f32[1, 1, 8]). Use granularity='stack' with reuse='output' or 'taylor'.""",
+(inputs: linear f32[1, 6, 8], linear_1 f32[1, 1, 8]).
+  Followed back through sums and re-arrangements, its residual path ends at `layer_norm` of blocks.0.
+  Use granularity='stack' with reuse='output' or 'taylor'.""",
     )
 
 

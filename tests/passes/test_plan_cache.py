@@ -159,7 +159,9 @@ def test_residual_of_a_post_norm() -> None:
         refused(PostNorm(), ConfigError, reuse="residual"),
         """\
 reuse='residual' does not fit PostNorm: no input of the blocks is proved to be what `layer_norm_1` f32[1, 6, 8]
-continues (inputs: linear f32[1, 6, 8], linear_1 f32[1, 1, 8]). Use reuse='output' or 'taylor'.""",
+continues (inputs: linear f32[1, 6, 8], linear_1 f32[1, 1, 8]).
+  Followed back through sums and re-arrangements, its residual path ends at `layer_norm_1` of blocks.1.
+  Use reuse='output' or 'taylor'.""",
     )
 
 

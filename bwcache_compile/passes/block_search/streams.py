@@ -27,6 +27,13 @@ LAYOUT = {
     "select", "stack", "slice_scatter", "select_scatter",
 }  # fmt: skip
 
+# Which operands stand unchanged in a result: `lerp` is start + weight * (end - start), `copy` the functional form of `copy_`.
+_UNCHANGED = {
+    **dict.fromkeys(("add", "add_"), slice(2)),
+    **dict.fromkeys(("sub", "sub_", "lerp", "addcmul"), slice(1)),
+    "copy": slice(1, 2),
+}
+
 
 def operator_name(node: Node) -> str:
     """Return the name of an operator without its namespace and overload."""
@@ -162,12 +169,8 @@ def _shape(node: Node) -> Shape | None:
 def addends(node: Node) -> list[Node]:
     """Return the operands whose values stand unchanged in a sum, a re-arrangement or a cast."""
     name = operator_name(node)
-    shape = _shape(node)
-    if name in ("add", "sub", "add_", "sub_") and node.kwargs.get("alpha", 1) == 1:
-        sides = node.args[:2] if name.startswith("add") else node.args[:1]
-        return [a for a in sides if isinstance(a, Node) and _shape(a) == shape]
-    if name == "copy":  # the functional form of `copy_`: the value is the second operand's
-        return [a for a in node.args[1:2] if isinstance(a, Node) and _shape(a) == shape]
+    if name in _UNCHANGED and node.kwargs.get("alpha", 1) == 1:
+        return [a for a in node.args[_UNCHANGED[name]] if isinstance(a, Node) and _shape(a) == _shape(node)]
     if name in LAYOUT:
         return node.all_input_nodes if name in ("cat", "stack", "slice_scatter", "select_scatter") else node.all_input_nodes[:1]
     return []
@@ -176,27 +179,43 @@ def addends(node: Node) -> list[Node]:
 def merged_skip(node: Node) -> list[Node]:
     """Return the values of a long skip: those that a linear layer takes joined along channels, each of the shape that it returns.
 
-    U-ViT and HunyuanDiT bring the output of an early block back into a late one so: `linear(cat([x, skip], -1))`, with a norm between.
+    U-ViT, HunyuanDiT and Hunyuan3D bring the output of an early block back into a late one so: `linear(cat([x, skip], -1))`, with a
+    norm before or after the linear layer.
     """
-    if operator_name(node) != "linear":
+
+    def without_norms(value: Node) -> Node:
+        while operator_name(value) in ("layer_norm", "rms_norm", "to", "type_as", "_to_copy"):
+            value = value.all_input_nodes[0]
+        return value
+
+    linear = without_norms(node)
+    if operator_name(linear) != "linear":
         return []
-    joined = node.all_input_nodes[0]
-    while operator_name(joined) in ("layer_norm", "rms_norm", "to", "type_as", "_to_copy"):
-        joined = joined.all_input_nodes[0]
-    rank = len(_shape(node) or ())
+    joined, rank = without_norms(linear.all_input_nodes[0]), len(_shape(node) or ())
     if operator_name(joined) != "cat" or len(joined.args) < 2 or joined.args[1] not in (-1, rank - 1):
         return []
     parts = joined.all_input_nodes
     return parts if len(parts) > 1 and all(_shape(part) == _shape(node) for part in parts) else []
 
 
-def continued(node: Node, candidates: Collection[Node], *, through_skips: bool = False) -> list[Node]:
+def merged_stream(node: Node, flow: DataFlow) -> list[Node]:
+    """Return the stream that a long skip is merged into: the only one of the merged values that is made of all the others.
+
+    What the linear layer returns takes the stream's place: it has the stream's shape, each of its tokens is made of the stream's token at
+    the same place, and later blocks add to it as earlier ones added to the stream.
+    """
+    parts = merged_skip(node)
+    others = flow.mask(parts)
+    return [part for part in parts if flow.ancestors[part] & others == others]
+
+
+def continued(node: Node, candidates: Collection[Node], flow: DataFlow | None = None) -> list[Node]:
     """Return the candidates that a value continues: reached backwards through residual sums and re-arrangements alone.
 
     Args:
         node: The value.
         candidates: What it may continue.
-        through_skips: Go through the linear layers that merge a long skip into the stream too.
+        flow: Of the graph, to go on with the stream where a linear layer merges a long skip into it.
     """
     found: list[Node] = []
     seen: set[Node] = set()
@@ -209,5 +228,22 @@ def continued(node: Node, candidates: Collection[Node], *, through_skips: bool =
         if current in candidates and current is not node:
             found.append(current)
         else:
-            stack += addends(current) or (merged_skip(current) if through_skips else [])
+            stack += addends(current) or (merged_stream(current, flow) if flow is not None else [])
     return found
+
+
+def path_ends(node: Node, region: Collection[Node], flow: DataFlow) -> list[Node]:
+    """Return the nodes of a region where a value's residual path, followed backwards, ends before an input of the region."""
+    ends: list[Node] = []
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen or current not in region:
+            continue
+        seen.add(current)
+        sides = addends(current) or merged_stream(current, flow)
+        streams = [a for a in sides if operator_name(current) not in LAYOUT and all(flow.ancestors[b] >> flow.index[a] & 1 for b in sides)]
+        stack += streams or sides  # x + f(x) continues x
+        ends += [] if sides else [current]
+    return sorted(ends, key=flow.index.__getitem__)
