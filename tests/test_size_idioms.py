@@ -83,8 +83,9 @@ class Blocky(OneStream):
     """Arithmetic on tensors of sizes, 0-dim tensors among them."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        shape = torch.tensor(x.shape[:2])
+        shape = x.new_tensor(x.shape[:2], dtype=torch.int64).unsqueeze(0)[0]
         batch, count = shape.unbind()
+        assert torch.div(shape, 2, rounding_mode="floor").cumsum(0).tolist()[1] <= shape[None].prod(dtype=torch.int32).item()
         half = (shape // 1 + 1 - 1).prod() // shape[0]
         out = super().forward(x, t).view(batch, half, 4)
         return out[:, : max([count, half])] * torch.ones(count.item(), 1)

@@ -228,9 +228,13 @@ class KnownValues(TorchFunctionMode):
             return func(*args, **kwargs)
         held = self._sizes.run(name, args, kwargs, leaves, self._real)
         if held is not UNKNOWN:
-            result = held if name in READS_OF_SIZES else func(*args, **kwargs)
-            if name not in READS_OF_SIZES:
-                self._sizes.keep(result, held)
+            if name in READS_OF_SIZES:
+                return held
+            if name == "new_tensor":  # it would fix the sizes
+                result = self._sizes.tensor(held, {"dtype": args[0].dtype, "device": args[0].device, **kwargs})
+            else:
+                result = func(*args, **kwargs)
+            self._sizes.keep(result, held)
             return result
         told = not any(part in name for part in _UNTOLD)
         told = told and not any(isinstance(leaf, _SYMBOLS) for leaf in leaves)

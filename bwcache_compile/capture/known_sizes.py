@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,10 @@ _MADE = {"tensor", "as_tensor", "scalar_tensor"}
 READS_OF_SIZES: dict[str, Callable[[Nested], Any]] = {
     "item": lambda held: held, "tolist": lambda held: held, "__bool__": bool, "__int__": int, "__index__": int,
 }  # fmt: skip
-_FOLLOWED = {*_ELEMENTWISE, *_REDUCTIONS, *_SAME, *_MADE, *READS_OF_SIZES, "stack", "cat", "unbind", "__getitem__", "new_tensor"}
+_FOLLOWED = {
+    *_ELEMENTWISE, *_REDUCTIONS, *_SAME, *_MADE, *READS_OF_SIZES,
+    "stack", "cat", "unbind", "unsqueeze", "__getitem__", "new_tensor", "div", "cumsum",
+}  # fmt: skip
 
 
 class _NotFollowedError(Exception):
@@ -63,6 +67,8 @@ def _indexed(held: Nested, index: tuple[Any, ...]) -> Nested:
     if not index:
         return held
     first, *rest = index
+    if first is None:
+        return [_indexed(held, tuple(rest))]
     if not isinstance(held, list):
         raise _NotFollowedError
     if type(first) is int:
@@ -87,6 +93,12 @@ class KnownSizes:
         """Return what a tensor of one size holds; None where it is none."""
         held = self._held.get(tensor)
         return None if isinstance(held, list) else held
+
+    def tensor(self, held: Nested, options: dict[str, Any]) -> Tensor:
+        """Return a tensor of sizes in which they stay open."""
+        if isinstance(held, list):
+            return torch.stack([self.tensor(part, options) for part in held])
+        return torch.scalar_tensor(held, **options)
 
     def forget(self, written: list[Tensor]) -> None:
         """Forget what shares memory with tensors that are written to."""
@@ -137,6 +149,8 @@ class KnownSizes:
             return args[0]
         if name in _MADE or name == "new_tensor":
             return _listed(args[-1] if name == "new_tensor" else args[0])
+        if name == "div" and kwargs == {"rounding_mode": "floor"}:
+            name, kwargs = "floor_divide", {}
         if name in _ELEMENTWISE and not kwargs:
             return _mapped(_ELEMENTWISE[name], *args)
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
@@ -144,9 +158,13 @@ class KnownSizes:
             return list(args[0]) if name == "stack" else [value for part in args[0] for value in part]
         if name == "unbind" and dim in (None, 0):
             return list(args[0])
+        if name == "unsqueeze" and dim == 0:
+            return [args[0]]
+        if name == "cumsum" and dim in (0, -1) and isinstance(args[0], list) and not isinstance(args[0][0], list):
+            return list(itertools.accumulate(args[0]))
         if name == "__getitem__":
             return _indexed(args[0], args[1] if isinstance(args[1], tuple) else (args[1],))
-        if name in _REDUCTIONS and set(kwargs) <= {"dim"}:
+        if name in _REDUCTIONS and set(kwargs) <= {"dim", "dtype"}:
             return self._reduced(name, args[0], dim)
         raise _NotFollowedError
 

@@ -22,6 +22,7 @@ from bwcache_compile.ir.program import REGION_MARK, ModelProgram
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.size_expressions import evaluate, evaluated
+from bwcache_compile.sizes import hint_shape
 from bwcache_compile.stepping import Cursor
 
 _TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -133,7 +134,7 @@ def _inputs_at(program: ModelProgram, step: int, known: Mapping[str, int], padde
         if not isinstance(value, Tensor):
             flat.append(value if not isinstance(value, torch.SymInt) else None)
             continue
-        shape = evaluated(sizes.inputs[i], known) if sizes and isinstance(sizes.inputs[i], tuple) else tuple(value.shape)  # type: ignore[arg-type]
+        shape = evaluated(sizes.inputs[i], known) if sizes and isinstance(sizes.inputs[i], tuple) else hint_shape(value)  # type: ignore[arg-type]
         if i in program.signature.read:
             flat.append(program.signature.read[i].clone().to(device))
         else:

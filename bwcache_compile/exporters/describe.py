@@ -187,7 +187,8 @@ def check_sizes(program: ModelProgram, conditions: Sequence[str], sizes: Iterabl
         except BundleError as error:
             raise ExportError(
                 f"the size {text!r} of {program.model_name} is no integer arithmetic over the sizes of its inputs.\n"
-                "  If values decide it (`u0`), pass them as Python numbers, or cut the output outside; else export with fixed sizes."
+                "  If values decide it (`u0`), pass them as Python numbers, or cut the output outside;"
+                " else transform with dynamic_shapes=None, which fixes every size."
             ) from error
         if text in conditions and not holds:
             raise ExportError(f"shape constraint violated: the exported graphs of {program.model_name} require {text}, got {known}.")
