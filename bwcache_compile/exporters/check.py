@@ -19,10 +19,10 @@ from bwcache_compile.ir.examples import input_at, is_maskable
 from bwcache_compile.ir.layout import in_order, slot_order
 from bwcache_compile.ir.policy_tensors import policy_parameters
 from bwcache_compile.ir.program import REGION_MARK, ModelProgram
+from bwcache_compile.ir.sizes import hint_shape
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.size_expressions import evaluate, evaluated
-from bwcache_compile.sizes import hint_shape
 from bwcache_compile.stepping import Cursor
 
 _TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
