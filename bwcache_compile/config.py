@@ -35,6 +35,10 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_in_unit_interval(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _may_change() -> str:
     """List the settings that graphs do not depend on."""
     shaping = {field.name for field in dataclasses.fields(GraphSettings)}
@@ -189,9 +193,9 @@ class CacheConfig:
             raise ConfigError(f"reuse_interval is {interval!r} and reuse_fraction is {fraction!r}; set one of them.")
         if interval is not None and not (_is_int(interval) and interval >= 1):
             raise ConfigError(f"reuse_interval is {interval!r}; it must be an int >= 1. For a fraction of the steps set reuse_fraction.")
-        if fraction is not None and not (isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and 0 < fraction <= 1):
+        if fraction is not None and not (_is_in_unit_interval(fraction) and fraction > 0):
             raise ConfigError(f"reuse_fraction is {fraction!r}; it must be in (0, 1]. For a number of steps set reuse_interval.")
-        if not (isinstance(self.tail, (int, float)) and not isinstance(self.tail, bool) and 0 <= self.tail <= 1):
+        if not _is_in_unit_interval(self.tail):
             raise ConfigError(f"tail is {self.tail!r}; it must be in [0, 1].")
         if self.tail_ratio()[1] > _FINEST:
             raise ConfigError(f"tail is {self.tail!r}; its exact fraction does not fit in 64 bits. Use fewer digits.")
@@ -268,8 +272,7 @@ class CacheConfig:
         if shaping:
             raise ConfigError(
                 f"the graphs depend on {', '.join(name for name in shaping if name != 'mask_steps')}, so it cannot be changed"
-                " now. Transform"
-                f" the model again, or export it again.\n  Can be changed: {_may_change()}."
+                f" now. Transform the model again, or export it again.\n  Can be changed: {_may_change()}."
             )
         return new
 

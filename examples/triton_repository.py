@@ -107,7 +107,7 @@ def write(
         bundle: What `export(..., guarded=True)` wrote.
         directory: The model repository; gets a folder `name`, which must not be there yet.
         name: Of the model.
-        sizes: Of an dynamic size, by the input and dimension that it is read from (`"x[1]"`); the captured one by default.
+        sizes: Of a dynamic size, by the input and dimension that it is read from (`"x[1]"`); the captured one by default.
         idle_seconds: How long a sequence may wait for its next step before Triton drops it.
 
     Returns:

@@ -13,7 +13,7 @@ from bwcache_compile.graph_io import cache_in
 
 Range = tuple[int, int, int]
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-"""Of each input with an dynamic size: its smallest, usual and largest shape."""
+"""Of each input with a dynamic size: its smallest, usual and largest shape."""
 
 
 def _holding(manifest: Manifest, values: Mapping[str, int]) -> str:
@@ -63,7 +63,7 @@ def symbols_at(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, int]:
 
     Args:
         manifest: Of a bundle.
-        sizes: Of an dynamic size, by the input and dimension that it is read from (`"x[1]"`).
+        sizes: Of a dynamic size, by the input and dimension that it is read from (`"x[1]"`).
 
     Raises:
         ConfigError: A size is unknown, or the graphs do not hold there.
@@ -79,7 +79,7 @@ def profile(manifest: Manifest, kind: str, sizes: Mapping[str, Range] | None = N
     Args:
         manifest: Of a bundle.
         kind: `compute`, `reuse` or `guarded`.
-        sizes: Of an dynamic size, by the input and dimension that it is read from (`"x[1]"`): smallest, usual, largest. One
+        sizes: Of a dynamic size, by the input and dimension that it is read from (`"x[1]"`): smallest, usual, largest. One
             that is not named goes from half to twice what was captured.
 
     Raises:

@@ -89,7 +89,7 @@ class OutputsEntry(Entry):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SymbolEntry(Entry):
-    """An dynamic size: `factor * symbol + offset` is what an input has in that dimension. `example` is its value at the capture."""
+    """A dynamic size: `factor * symbol + offset` is what an input has in that dimension. `example` is its value at the capture."""
 
     name: str
     input: str

@@ -327,7 +327,7 @@ class KnownValues(TorchFunctionMode):
                 count = tensor.dim() - sum(taken) + 1
             if is_mask:
                 for size, expected in zip(tensor.shape[dimension : dimension + count], part.shape, strict=True):
-                    if size != expected:  # which fixes an dynamic size
+                    if size != expected:  # which fixes a dynamic size
                         raise IndexError(f"the shape of the mask {tuple(part.shape)} does not match the tensor's, {tuple(tensor.shape)}")
             found += self._places(part, tuple(part.shape)) if is_mask else [part]
             dimension += count

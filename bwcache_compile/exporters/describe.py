@@ -141,7 +141,7 @@ def describe_outputs(program: ModelProgram) -> OutputsEntry:
     """Return the model's output.
 
     Raises:
-        ExportError: It holds an dynamic Python number, or something else that a manifest does not.
+        ExportError: It holds a dynamic Python number, or something else that a manifest does not.
     """
     io, returned = program.io("compute"), program.compute.graph.output_node().args[0]
     assert isinstance(returned, (list, tuple))
@@ -163,7 +163,7 @@ def _describe_slot(slot: CacheSlot) -> SlotEntry:
 
 
 def _describe_symbol(symbol: Symbol, read_from: str) -> SymbolEntry:
-    assert symbol.dimension is not None, "an dynamic Python number was refused"
+    assert symbol.dimension is not None, "a dynamic Python number was refused"
     return SymbolEntry(
         name=symbol.name,
         input=read_from,

@@ -21,7 +21,7 @@ _DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f
 
 
 def format_value(value: Any) -> str:
-    """Describe a tensor as `dtype[shape]`, an dynamic size as arithmetic; anything else by its type."""
+    """Describe a tensor as `dtype[shape]`, a dynamic size as arithmetic; anything else by its type."""
     if isinstance(value, torch.Tensor):
         name = str(value.dtype).removeprefix("torch.")
         return f"{_DTYPES.get(name, name)}[{', '.join(map(str, value.shape))}]"

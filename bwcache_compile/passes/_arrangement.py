@@ -101,11 +101,12 @@ class _Numbered:
 
     def visit(self, node: Node) -> None:
         """Number a value, if it continues one that is numbered."""
-        sides = addends(node) or merged_stream(node, self.flow)
+        summed = addends(node)
+        sides = summed or merged_stream(node, self.flow)
         merges = [self.merges[side] for side in sides if self.places.get(side) is not None]
         if node in self.places or not merges:
             return
-        self.merges[node] = min(merges) + (not addends(node))
+        self.merges[node] = min(merges) + (not summed)
         self._settle(node, self._replay(node) if operator_name(node) in LAYOUT else self._sum(sides))
 
 

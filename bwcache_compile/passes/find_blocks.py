@@ -17,6 +17,7 @@ from bwcache_compile.passes.block_search.main_stacks import features, main_units
 from bwcache_compile.passes.block_search.stacks import (
     Stack,
     Unit,
+    block_name,
     called_members,
     live_outs,
     named_stacks,
@@ -28,17 +29,16 @@ from bwcache_compile.passes.block_search.stacks import (
 
 def _search(units: list[Unit], owner: dict[str, str], rejections: list[Rejection], graph: Graph, found: set[Node]) -> BlockSearch:
     each, rows = features(units, graph, found)
-    modules = [called_members(unit) for unit in units]
     blocks = tuple(
         Block(
-            name="+".join(called) or unit.name,
+            name=block_name(unit),
             stack=owner[unit.name],
-            module_type="+".join(called.values()) or unit.module_type,
+            module_type="+".join(called_members(unit).values()) or unit.module_type,
             nodes=tuple(node.name for node in unit.nodes),
             live_outs=tuple(node.name for node in live_outs(unit, found)),
             feature=feature.name,
         )
-        for unit, called, feature in zip(units, modules, each, strict=True)
+        for unit, feature in zip(units, each, strict=True)
     )
     return BlockSearch(blocks, tuple(rejections), rows)
 
@@ -51,7 +51,7 @@ def _candidates(graph: Graph) -> list[Stack]:
 
 def _chosen(name: str, candidates: list[Stack], program: ModelProgram) -> list[Unit]:
     """Return the units that a name stands for: a module, else a stack of modules, else the stacks below a module."""
-    exact = [unit for stack in candidates for unit in stack.units if name in (unit.name, "+".join(called_members(unit)) or unit.name)]
+    exact = [unit for stack in candidates for unit in stack.units if name in (unit.name, block_name(unit))]
     stacks = [stack for stack in candidates if stack.name == name]
     below = [stack for stack in candidates if stack.name.startswith(f"{name}.")]
     nearest = [stack for stack in below if stack.name.count(".") == min(s.name.count(".") for s in below)]
@@ -94,8 +94,7 @@ def _as_told(program: ModelProgram, names: Sequence[str]) -> BlockSearch:
         if not live_outs(unit, found):
             raise ConfigError(
                 f"blocks={list(names)}: {unit.name} of {program.model_name} has no floating-point output of rank 2 or more that"
-                " is read later."
-                " Name modules that pass on the hidden state."
+                " is read later. Name modules that pass on the hidden state."
             )
     for unit, following in itertools.pairwise(units):
         if not follows(following, unit, flow):

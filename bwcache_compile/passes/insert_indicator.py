@@ -31,7 +31,7 @@ def _append(after: Node, target: OpOverload, args: tuple[Any, ...], name: str, *
 
 
 def _passed_in(program: ModelProgram, call: Node, size: Size) -> Node | int:
-    """Return a size inside a region: an int stands for itself, an dynamic size becomes an input of the region."""
+    """Return a size inside a region: an int stands for itself, a dynamic size becomes an input of the region."""
     outer = size_node(program, size)
     if isinstance(outer, int):
         return outer

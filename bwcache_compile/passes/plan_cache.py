@@ -39,8 +39,7 @@ def _cached_blocks(program: ModelProgram, search: BlockSearch, config: CacheConf
             f"no repeated transformer blocks in {program.model_name}.{evidence}\n"
             "  A stack is cached if its modules have the same class or run the same operators, and each one takes the output of the"
             " one before it, with the same number of tokens.\n  Pass `blocks=[...]` with the paths of yours, or run"
-            " `bwcache_compile.find_blocks(model, example_kwargs=...)` to"
-            " see every candidate."
+            " `bwcache_compile.find_blocks(model, example_kwargs=...)` to see every candidate."
         )
     count, first, last = len(search.blocks), config.compute_first, config.compute_last
     if first + last >= count:

@@ -297,7 +297,8 @@ class CachedModel(ModelWrapper):
         if isinstance(state, GuardedState) and torch.compiler.is_compiling():
             if parameters is None:
                 raise ConfigError(
-                    "inside torch.compile, pass parameters=cached.policy_parameters() to cached.step: settings are inputs of the graph."
+                    "inside torch.compile, pass parameters=cached.policy_parameters() to cached.functional_step: settings are inputs of"
+                    " the graph."
                 )
             check_inputs(self._programs.only, flat)
             return guarded_step(self._programs.only, flat, state, parameters)

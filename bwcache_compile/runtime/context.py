@@ -71,8 +71,7 @@ def check_values(context: ModelContext, fit: ProgramMatch, num_steps: int | None
     if names and context.key._replace(values=()) == fit.key._replace(values=()) and 0 < step < (num_steps or 0):
         raise StateError(
             f"the values of `{names[0]}` changed after step {step - 1}. The model reads them in Python, so they are constants"
-            " of the captured"
-            " graph, and nothing can be reused.\n"
+            " of the captured graph, and nothing can be reused.\n"
             f"    at {fit.loaded.program.signature.read_at}\n"
             "  Remove that Python (a branch, .item(), .tolist()) from the model's forward. If the previous run was interrupted, call"
             " cached.reset()."

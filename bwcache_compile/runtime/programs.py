@@ -285,13 +285,14 @@ class ProgramCache:
         """
         if len(self._loaded) != 1:
             raise StateError(
-                f"cached.step inside torch.compile requires exactly one captured signature, and the model has {len(self._loaded)}:"
-                " transform the model with guard='graph' and example_args / example_kwargs, and call it with inputs of those shapes."
+                "cached.functional_step inside torch.compile requires exactly one captured signature, and the model has"
+                f" {len(self._loaded)}: transform the model with guard='graph' and example_args / example_kwargs, and call it with inputs"
+                " of those shapes."
             )
         if next(iter(self._loaded.values())).key.values:
             raise StateError(
-                "cached.step inside torch.compile cannot tell whether values that the model reads in Python have changed; call"
-                " cached.step as it is, or torch.compile the cached model."
+                "cached.functional_step inside torch.compile cannot tell whether values that the model reads in Python have changed; call"
+                " cached.functional_step as it is, or torch.compile the cached model."
             )
         return next(iter(self._loaded.values()))
 

@@ -56,7 +56,7 @@ def main() -> None:
     """Print the listing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
-    parser.add_argument("--size", action="append", default=[], metavar="INPUT[DIMENSION]=SIZE", help="of an dynamic size; may be repeated")
+    parser.add_argument("--size", action="append", default=[], metavar="INPUT[DIMENSION]=SIZE", help="of a dynamic size; may be repeated")
     args = parser.parse_args()
     sizes = {place: int(size) for place, _, size in (given.partition("=") for given in args.size)}
     for line in lines(open_bundle(args.bundle).manifest, sizes):

@@ -178,9 +178,9 @@ granularity='block' requires reuse='residual', got 'output': a reused output wou
 decide='joint' requires guard='host': a guard inside the graph sees one context only.
 decide='joint' requires guard='host': a guard inside the graph sees one context only.
 granularity='block' requires indicator_blocks="all", got 2.
-ConfigError('inside torch.compile, pass parameters=cached.policy_parameters() to cached.step: settings are inputs of the
-graph.')
+ConfigError('inside torch.compile, pass parameters=cached.policy_parameters() to cached.functional_step: settings are
+inputs of the graph.')
 StateError('x is torch.float32[s33, 6, 4], but the program was captured for torch.float32[1, 6, 4].')
-StateError("cached.step inside torch.compile requires exactly one captured signature, and the model has 2: transform the
-model with guard='graph' and example_args / example_kwargs, and call it with inputs of those shapes.")""",
+StateError("cached.functional_step inside torch.compile requires exactly one captured signature, and the model has 2:
+transform the model with guard='graph' and example_args / example_kwargs, and call it with inputs of those shapes.")""",
     )

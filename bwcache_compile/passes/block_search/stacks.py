@@ -82,6 +82,10 @@ def user_path(path: object) -> str:
     return ".".join(part for part in str(path).split(".") if part != "_orig_mod")
 
 
+def _class_name(kind: Any) -> str:
+    return str(kind if isinstance(kind, str) else kind.__qualname__)
+
+
 def called_members(unit: Unit) -> dict[str, str]:
     """Return the members of a list of modules that are called in a unit, in order: path to class.
 
@@ -94,9 +98,14 @@ def called_members(unit: Unit) -> dict[str, str]:
         for path, kind in (node.meta.get("nn_module_stack") or {}).values():
             name = user_path(path)
             if name.startswith(f"{unit.name}.") and name.removeprefix(f"{unit.name}.").split(".")[0].isdigit():
-                found.setdefault(name, (kind if isinstance(kind, str) else kind.__qualname__).rpartition(".")[2])
+                found.setdefault(name, _class_name(kind).rpartition(".")[2])
                 break
     return found
+
+
+def block_name(unit: Unit) -> str:
+    """Return the name of a unit as a block: its path, or those of the members of a list, joined."""
+    return "+".join(called_members(unit)) or unit.name
 
 
 def _modules_of(node: Node, called: set[str]) -> Iterator[tuple[str, str, str]]:
@@ -116,8 +125,7 @@ def _modules_of(node: Node, called: set[str]) -> Iterator[tuple[str, str, str]]:
             prefix = ".".join(parts[:i])
             if part.isdigit() and prefix not in called:
                 yield prefix, "", prefix
-        type_name = kind if isinstance(kind, str) else kind.__qualname__
-        yield path, type_name, f"{path}@{key.rpartition('@')[2]}" if "@" in key else path
+        yield path, _class_name(kind), f"{path}@{key.rpartition('@')[2]}" if "@" in key else path
 
 
 def named_stacks(graph: Graph) -> list[Stack]:
