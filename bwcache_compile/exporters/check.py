@@ -14,7 +14,7 @@ from bwcache_compile.bundle.session import Session
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.graphs import PlainGraph, under_autocast
-from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out, policy_input
 from bwcache_compile.ir.examples import input_at, is_maskable
 from bwcache_compile.ir.layout import in_order, slot_order
 from bwcache_compile.ir.policy_tensors import policy_parameters
@@ -98,6 +98,7 @@ class TorchRun:
         plan = self.program.planned()
         self.slots = {slot.name: slot.fresh(self.sizes, plan.device) for slot in plan.slots}
         self.cursor = Cursor()
+        self.parameters = [policy_input(parameter.name) for parameter in plan.settings.parameters]
 
     def step(self, step: int, flat: list[Any]) -> tuple[list[Any], bool, Tensor | None]:
         """Run one step; return the outputs, whether it computed, and the indicator."""
@@ -106,7 +107,7 @@ class TorchRun:
         computes = not cursor.reuses
         io = program.io("compute" if computes else "reuse")
         values = dict(zip(io.users, flat, strict=True)) | {cache_in(name): value for name, value in self.slots.items()}
-        values |= dict(zip(io.policy_inputs, policy_parameters(self.config, self.num_steps, device), strict=False))
+        values |= dict(zip(self.parameters, policy_parameters(self.config, self.num_steps, device), strict=True))
         values[STEP] = torch.tensor([step], device=device)
         returned = io.unpack(getattr(program, io.kind)(*io.pack(values)))
         if computes:

@@ -247,5 +247,5 @@ def declared_shapes(manifest: Manifest) -> dict[str, Sequence[Size]]:
     shapes: dict[str, Sequence[Size]] = {entry.name: entry.shape for entry in manifest.outputs.items}
     shapes |= {entry.name: graph_shape(entry) for entry in manifest.inputs}
     shapes |= {name(slot.name): slot.shape for slot in manifest.slots for name in (cache_in, cache_out)}
-    shapes |= {entry.name: [entry.length] for entry in policy_inputs(manifest.config)}
+    shapes |= {entry.name: entry.shape for entry in policy_inputs(manifest.config)}
     return shapes | {STEP: [1], REUSE_LEFT: [1], INDICATOR: [len(manifest.measured)]}

@@ -19,6 +19,7 @@ from bwcache_compile.ir.program import OURS, ModelProgram
 from bwcache_compile.ir.sizes import Size, Symbol, hint_shape, size_of
 from bwcache_compile.ir.torch_compat import FakeTensor, FakeTensorMode, make_fx
 from bwcache_compile.ir.tracing import tracing
+from bwcache_compile.policies import Parameter
 from bwcache_compile.size_expressions import evaluate, evaluated, names_in
 
 CACHE = f"{OURS}cache"
@@ -93,6 +94,17 @@ def graph_input(graph: Graph, role: str, value: Tensor) -> Node:
         node = new_input(graph, role, value)
     node.meta[_ROLE] = role
     return node
+
+
+def parameter_value(program: ModelProgram, parameter: Parameter) -> Tensor:
+    """Describe the value of one of the settings that graphs take."""
+    plan = program.planned()
+    return fake(plan.settings.shape(parameter), getattr(torch, parameter.dtype), plan.device)
+
+
+def parameter_inputs(program: ModelProgram, graph: Graph, parameters: Sequence[Parameter]) -> dict[str, Node]:
+    """Return a graph's inputs for some of the settings, by their names; those that are not there are added."""
+    return {p.name: graph_input(graph, f"policy_{p.name}", parameter_value(program, p)) for p in parameters}
 
 
 def step_input(program: ModelProgram) -> Node:

@@ -217,7 +217,7 @@ class CachedModel(ModelWrapper):
             synchronize_decisions(context, self._contexts.values(), config, num_steps)
         state, events = state_for(context, advance, fit)
         kind = loaded.kind(state)
-        operands = loaded.operands(flat, state, () if kind == "reuse" else loaded.parameters(config, num_steps))
+        operands = loaded.operands(flat, state, loaded.parameters(config, num_steps))
         if state.step != 0 or state.cursor.computed_at >= 0:
             first = None
         return _Call(context, advance, fit, state, events, renumbered, num_steps, kind, operands, first)

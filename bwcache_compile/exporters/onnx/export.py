@@ -76,7 +76,8 @@ def export_onnx(
                 writer.save(written[kind], folder / f"{kind}.onnx", weights)
             report = check_structure(plain, written)
             if guarded:
-                written["guarded"] = writer.guarded_graph(folder, guarded_io(program.io("compute")), len(manifest.measured))
+                io = guarded_io(program.io("compute"), program.io("reuse"))
+                written["guarded"] = writer.guarded_graph(folder, io, len(manifest.measured))
                 writer.save(written["guarded"], folder / "guarded.onnx", weights)
         for kind, graph in written.items():
             values = (graph.model.graph.inputs, graph.model.graph.outputs)
