@@ -132,7 +132,7 @@ class CacheConfig:
             continues the line through two, and so on.
         damping: How far to go from the polynomial of order `order - 1` to the one of order `order`, usually in [0, 1].
         weights: One row for each step of `steps_mask`: how much of each anchor a reused step takes, the last computed step first.
-            A row sums to 1. None, for a step or for all, leaves it to `order` and `damping`. `calibrate` finds them.
+            A row sums to 1; those of computed steps are not used. None, for a step or for all, leaves it to `order` and `damping`. `calibrate` finds them.
         cut: What is kept and summed: what the "blocks" return, or the model's "output". With "output" a reused step runs nothing
             of the model, and an anchor is as small as the model's output.
         indicator: How the change of a block's features is measured: "l1" is the paper's relative L1 change; or one that was
@@ -267,7 +267,7 @@ class CacheConfig:
         if anchors == 1:
             raise ConfigError(f"weights needs two anchors or more; reuse={self.reuse!r} keeps one. Set anchors.")
         for step, row in enumerate(weights):
-            if row is None:
+            if row is None or not mask[step]:
                 continue
             if len(row) != anchors or not all(map(math.isfinite, row)) or abs(sum(row) - 1) > _SUM_TOLERANCE:
                 raise ConfigError(f"weights[{step}] is {row}; it must hold {anchors} finite numbers, one for each anchor, that sum to 1.")
@@ -331,7 +331,15 @@ class CacheConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(given) - set(names)):
             raise ConfigError(f"unknown CacheConfig settings: {', '.join(unknown)}.\n  There are: {', '.join(names)}.")
-        return dataclasses.replace(config, **given) if isinstance(config, CacheConfig) else cls(**given)
+        return config._with(given) if isinstance(config, CacheConfig) else cls(**given)
+
+    def _with(self, changes: Mapping[str, Any]) -> CacheConfig:
+        """Return the settings with some of them changed; of two that say one thing, the one that is set replaces the other."""
+        changes = dict(changes)
+        for one, other in (("reuse_interval", "reuse_fraction"), ("reuse_fraction", "reuse_interval")):
+            if changes.get(one) is not None:
+                changes.setdefault(other, None)
+        return dataclasses.replace(self, **changes)
 
     @property
     def graph_settings(self) -> GraphSettings:
@@ -349,10 +357,7 @@ class CacheConfig:
         names = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(set(changes) - names):
             raise ConfigError(f"unknown CacheConfig settings: {', '.join(unknown)}.\n  Can be changed: {_may_change()}.")
-        for one, other in (("reuse_interval", "reuse_fraction"), ("reuse_fraction", "reuse_interval")):
-            if changes.get(one) is not None:
-                changes.setdefault(other, None)
-        new = dataclasses.replace(self, **changes)
+        new = self._with(changes)
         old_graphs, new_graphs = self.graph_settings, new.graph_settings
         shaping = [name for name, value in vars(old_graphs).items() if value != getattr(new_graphs, name)]
         if shaping == ["mask_steps"]:

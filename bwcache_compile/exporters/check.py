@@ -180,6 +180,12 @@ def _forced(config: CacheConfig, threshold: float) -> CacheConfig:
     return config if at_threshold is None else at_threshold(config, threshold, _STEPS + 1)
 
 
+def _checked_steps(mask: Sequence[int]) -> int:
+    """Return how many steps of a mask to run: two of those that reuse are among them, if there are as many."""
+    reused = [step for step, reuses in enumerate(mask) if reuses][:2]
+    return min(len(mask), max(8, *(step + 2 for step in reused)))
+
+
 @dataclasses.dataclass
 class _Compared:
     """Runs of a session beside torch's, and the worst that was seen."""
@@ -266,7 +272,7 @@ def check_runs(
         ExportError: A file does not open, or they differ; the message names the step and the output or slot.
     """
     compared = _Compared(program, manifest, tolerance, to_session)
-    steps = min(len(config.steps_mask), 8) if config.steps_mask is not None else _STEPS
+    steps = _STEPS if config.steps_mask is None else _checked_steps(config.steps_mask)
     pattern, elsewhere, padding = "", other_sizes(program, manifest.conditions), _takes_padding(program, config)
     for opened in sessions.values():
         try:

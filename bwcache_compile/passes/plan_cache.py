@@ -287,7 +287,11 @@ def plan_cache(program: ModelProgram, search: BlockSearch, config: CacheConfig) 
         regions = tuple(_make_region(program, flow, nodes, (block,), m, config, str(i)) for i, (block, m) in each)
     else:
         regions = (_make_region(program, flow, nodes, blocks, measured, config, ""),)
-    found = regions[0].nodes if config.cut == "blocks" and len(regions) == 1 and blocks == search.blocks else [n.name for n in _region(flow, search.blocks)]
+    found = (
+        regions[0].nodes
+        if config.cut == "blocks" and len(regions) == 1 and blocks == search.blocks
+        else [n.name for n in _region(flow, search.blocks)]
+    )
     sources = {name: region.continued_inputs(name) for region in regions for name in region.outputs}
     time_input = _time_input(program) if config.graph_settings.way.needs_time else None
     feature = nodes[blocks[-1].feature].meta["val"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -360,13 +361,23 @@ class CachedModel(ModelWrapper):
         """
         self._contexts.drop(StepInfo(name, group=group).key)
 
-    def configure(self, **changes: Any) -> None:
-        """Change policy settings; they take effect at the next computed step and recompile nothing.
+    def configure(self, config: CacheConfig | Mapping[str, Any] | None = None, /, **changes: Any) -> None:
+        """Change settings, or replace them all by a `CacheConfig`.
+
+        Those that are inputs of the graphs (thresholds, a mask, weights) take effect at the next computed step and recompile nothing.
+        Those that shape the graphs (`CacheConfig.graph_settings`) make the graphs anew from what is captured already, and every
+        context begins a new generation.
 
         Raises:
-            ConfigError: A value is bad, or the setting is built into the graphs (transform the model again for those).
+            ConfigError, UnsupportedGraphError: A value is bad or does not fit the model. The settings stay what they were.
         """
-        self.cache_config = self._changed_config(changes)
+        given = CacheConfig.of(self.cache_config if config is None or isinstance(config, Mapping) else config)
+        new = CacheConfig.of(given, **{**(config if isinstance(config, Mapping) else {}), **changes})
+        new.check_guard(self._toolchain.guard)
+        if new.graph_settings != self.cache_config.graph_settings:
+            self._programs.rebuild(new)
+            self._contexts.clear()
+        self.cache_config = new
 
     def invalidate(self) -> None:
         """Take the weights for changed: each context drops what it cached at its next call and keeps its step.

@@ -249,11 +249,14 @@ class ProgramCache:
 
     def _built(self, captured: ModelProgram, request: Request) -> RunnableProgram:
         program = self._toolchain.build(captured, request.config)
-        signature, plan, key = program.signature, program.planned(), request.key
+        signature, key = program.signature, request.key
         others = [other.sizes for other in self._loaded if other.kind == key.kind]
         noted = [*notes.built_in(signature), *notes.fixed_sizes(signature, key, others, self._fixed.get(key.kind, ""))]
-        program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted)))
-        loaded = RunnableProgram(program, key._replace(values=signature.values))
+        return self._runnable(program, key._replace(values=signature.values), tuple(noted))
+
+    def _runnable(self, program: ModelProgram, key: CallKey, noted: tuple[str, ...]) -> RunnableProgram:
+        plan = program.planned()
+        loaded = RunnableProgram(program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted))), key, noted)
         if self._compile_options is not None:
             loaded.compile(self._compile_options)
         return loaded
@@ -295,6 +298,28 @@ class ProgramCache:
                 " cached.functional_step as it is, or torch.compile the cached model."
             )
         return next(iter(self._loaded.values()))
+
+    def rebuild(self, config: CacheConfig) -> None:
+        """Make the graphs of every program anew, for settings that shape them. Nothing is captured again.
+
+        Each is compared with the model once more at its next call.
+
+        Raises:
+            ConfigError, UnsupportedGraphError: The settings do not fit the model. Every program is what it was.
+        """
+        with self._lock:
+            self.gate.wait_until_idle()
+            made = OrderedDict((key, self._rebuilt(loaded, config)) for key, loaded in self._loaded.items())
+            last = self._last
+            self._last = next((made[key] for key, loaded in self._loaded.items() if loaded is last), None)
+            self._loaded = made
+            self._alive.update(made.values())
+
+    def _rebuilt(self, loaded: RunnableProgram, config: CacheConfig) -> RunnableProgram:
+        program = self._toolchain.build(loaded.program.fresh(), config)
+        again = self._runnable(program, loaded.key, loaded.notes)
+        again.checked.clear()
+        return again
 
     def explain(self, config: CacheConfig) -> dict[str, GraphDiff]:
         """Return what each pass changed in the program used last."""

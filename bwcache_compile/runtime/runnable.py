@@ -72,12 +72,13 @@ class RunnableProgram:
         eager: The same as functions, to be run as they are.
         graphs: The same again, compiled where asked for.
         addresses: Where the tensors lie in memory that the graphs hold.
+        notes: What the capture adds to the notes of the plan.
         input_kinds: Shape and dtype of each of the user's inputs; None where it is no tensor or a size is open.
     """
 
-    def __init__(self, program: ModelProgram, key: CallKey) -> None:
+    def __init__(self, program: ModelProgram, key: CallKey, notes: tuple[str, ...] = ()) -> None:
         """Wrap a program that was captured for a call like this one; nothing is compiled yet."""
-        self.program, self.key = program, key
+        self.program, self.key, self.notes = program, key, notes
         self.checked = {key.sizes}
         self.refused: set[CallSizes] = set()
         self.plan = program.planned()
