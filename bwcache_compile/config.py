@@ -132,7 +132,8 @@ class CacheConfig:
             continues the line through two, and so on.
         damping: How far to go from the polynomial of order `order - 1` to the one of order `order`, usually in [0, 1].
         weights: One row for each step of `steps_mask`: how much of each anchor a reused step takes, the last computed step first.
-            A row sums to 1; those of computed steps are not used. None, for a step or for all, leaves it to `order` and `damping`. `calibrate` finds them.
+            A row sums to 1; those of computed steps are not used. None, for a step or for all, leaves it to `order` and
+            `damping`. `calibrate` finds them.
         cut: What is kept and summed: what the "blocks" return, or the model's "output". With "output" a reused step runs nothing
             of the model, and an anchor is as small as the model's output.
         indicator: How the change of a block's features is measured: "l1" is the paper's relative L1 change; or one that was

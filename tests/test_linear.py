@@ -90,7 +90,7 @@ def test_what_a_plan_prints_is_what_a_state_holds(model: OneStream) -> None:
 def test_mask_and_table_are_replaced_without_a_capture(model: OneStream) -> None:
     cached = bw.transform(model, **LINEAR, cut="output")
     generation(cached, model)
-    program, other = cached.program, tuple(MASK[:6] + (0,) + MASK[7:])
+    program, other = cached.program, (*MASK[:6], 0, *MASK[7:])
     weights = tuple(row if reuses else None for row, reuses in zip(WEIGHTS, other, strict=True))
     for mask, table in ((MASK, WEIGHTS), (other, weights)):
         cached.configure(steps_mask=mask, weights=table)
@@ -201,7 +201,8 @@ def test_settings_that_shape_graphs_make_them_anew_without_a_capture(model: OneS
         ({"weights": WEIGHTS[:4]}, "weights has 4 rows but steps_mask has 10 entries; weights holds a row or None for each step of"),
         ({"weights": 3}, "weights must hold a row of numbers or None for each step, got 3."),
         ({"weights": [None] * 3 + [(1, 1, 0)] + [None] * 6}, r"weights\[3\] is \(1.0, 1.0, 0.0\); it must hold 3 finite numbers"),
-        ({"weights": [None, (0.5, 0.5, 0.0)] + [None] * 8}, r"weights\[1\] is \(0.5, 0.5, 0.0\), but only 1 steps were computed before"),
+        ({"weights": WEIGHTS, "anchors": 4}, r"weights\[3\] is .*; it must hold 4 finite numbers"),
+        ({"steps_mask": (0, 1), "weights": [None, (0.5, 0.5, 0.0)]}, r"weights\[1\] is \(0.5, 0.5, 0.0\), but only 1 steps were computed"),
         ({"anchors": 1, "weights": WEIGHTS}, "weights needs two anchors or more; reuse='linear' keeps one."),
         ({"cut": "middle"}, "cut is 'middle'; choose one of 'blocks', 'output'."),
         ({"cut": "output", "reuse": "residual"}, "cut='output' keeps the model's output, which continues no input"),

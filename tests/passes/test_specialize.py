@@ -59,7 +59,7 @@ return linear_6""",
 
 def test_taylor() -> None:
     assert_expected_inline(
-        format_graph(specialized(OneStream(depth=2), reuse="taylor").reuse),
+        format_graph(specialized(OneStream(depth=2), reuse="taylor").reuse).replace("_times, ", "_times,\n    "),
         """\
 x: f32[1, 6, 4] = input
 t: f32[1] = input
@@ -71,7 +71,8 @@ policy_anchor_steps: f32[1, 2] = input
 policy_order: i64[1] = input
 policy_damping: f32[1] = input
 step: i64[1] = input
-reuse_0: f32[1, 6, 8] = call(reuse_0, cache_in_output_0, cache_in_previous_0, t, step, cache_in_times, policy_weights, policy_anchor_steps, policy_order, policy_damping)
+reuse_0: f32[1, 6, 8] = call(reuse_0, cache_in_output_0, cache_in_previous_0, t, step, cache_in_times,
+    policy_weights, policy_anchor_steps, policy_order, policy_damping)
   arg0_1: f32[1, 6, 8] = input
   arg1_1: f32[1, 6, 8] = input
   arg2_1: f32[1] = input
