@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bwcache_compile.bundle.load import load
     from bwcache_compile.bundle.manifest import Manifest
     from bwcache_compile.bundle.session import Session
+    from bwcache_compile.calibration import CalibrationPlan, calibrate
     from bwcache_compile.ir.graph_text import graph_diff
     from bwcache_compile.ir.plan import BlockSearch, CachePlan
     from bwcache_compile.report import Report
@@ -36,9 +37,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "BlockSearch": "ir.plan",
     "CachePlan": "ir.plan",
+    "CalibrationPlan": "calibration",
     "CacheState": "runtime",
     "CachedModel": "runtime",
     "GuardedState": "runtime",
+    "calibrate": "calibration",
     "export": "api",
     "find_blocks": "api",
     "graph_diff": "ir.graph_text",
@@ -57,6 +60,7 @@ __all__ = [
     "CacheState",
     "CacheWarning",
     "CachedModel",
+    "CalibrationPlan",
     "CaptureError",
     "ConfigError",
     "ExportError",
@@ -68,6 +72,7 @@ __all__ = [
     "Session",
     "StateError",
     "UnsupportedGraphError",
+    "calibrate",
     "export",
     "find_blocks",
     "graph_diff",

@@ -23,9 +23,10 @@ MAY_IMPORT = {
     "capture": BASE | {"ir"},
     "passes": BASE | {"ir"},
     "runtime": BASE | {"ir"},
+    "calibration": BASE | {"ir", "runtime"},
     "bundle": BASE,
     "exporters": BASE | {"ir", "bundle"},
-    "api": BASE | {"ir", "capture", "passes", "runtime", "bundle", "exporters"},
+    "api": BASE | {"ir", "capture", "passes", "runtime", "bundle", "exporters", "calibration"},
 }
 RUNNERS = "bundle/runners"
 """Runs graphs with torch's own tensors, so it may import `ir`."""

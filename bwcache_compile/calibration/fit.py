@@ -1,0 +1,86 @@
+"""Fit the weights of reused steps so that each brings the next latents nearest to those of the full generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bwcache_compile.calibration.generation import Generation
+from bwcache_compile.calibration.recording import RecordedStep
+from bwcache_compile.calibration.rules import rule_weights
+from bwcache_compile.calibration.sampler_map import SamplerMap
+
+RIDGE = 1e-3
+
+
+def solve_weights(candidates: Tensor, target: Tensor, prior: Tensor, ridge: float) -> Tensor:
+    """Return the weights with sum 1 whose combination of candidates is nearest to a target, drawn towards a prior.
+
+    Args:
+        candidates: float64[K, M].
+        target: float64[M].
+        prior: float64[K], with sum 1.
+        ridge: Strength of the pull towards the prior, relative to the candidates' mean squared difference.
+    """
+    if len(candidates) == 1:
+        return prior.clone()
+    apart = candidates[:-1] - candidates[-1:]
+    gram = apart @ apart.T
+    strength = ridge * float(torch.diagonal(gram).mean())
+    if strength == 0:
+        return prior.clone()
+    missing = target - prior @ candidates
+    change = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=gram.dtype), apart @ missing)
+    return prior + torch.cat([change, -change.sum().reshape(1)])
+
+
+class DriftCorrection:
+    """Solves for the weights of each reused step while a generation runs."""
+
+    def __init__(self, full: Sequence[RecordedStep], sampler: SamplerMap, ridge: float = RIDGE) -> None:
+        """Bring generations back to a full one.
+
+        Args:
+            full: The generation in which every step was computed.
+            sampler: Its sampler's steps.
+            ridge: See `solve_weights`.
+        """
+        self._full, self._sampler, self._ridge = full, sampler, ridge
+
+    def __call__(self, run: Generation, key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the weights of the step that `run` is at."""
+        step, count = run.recorder.step, run.cut.anchors
+        anchors = run.anchors[key]
+        prior = rule_weights("linear", anchors, step, count)
+        if step + 1 >= len(self._full):
+            return prior
+        factors = self._sampler.output_coefficients(step)
+        target = -self._sampler.known(run.recorder.steps, self._full, step)
+        candidates = torch.zeros(len(anchors), len(target), dtype=torch.float64)
+        for name in self._full[step].outputs:
+            outputs = self._candidates(run, name, key, args, kwargs, len(anchors)) if name in run.states else None
+            for piece, output in enumerate(self._full[step].outputs[name]):
+                factor = factors.get((name, piece), 0.0)
+                if outputs is None or factor == 0:
+                    continue
+                target += factor * output.double()
+                candidates += factor * torch.stack([pieces[piece] for pieces in outputs]).double()
+        weights = torch.zeros(count, dtype=torch.float64)
+        weights[: len(anchors)] = solve_weights(candidates, target, prior[: len(anchors)], self._ridge)
+        return weights
+
+    def _candidates(
+        self, run: Generation, name: str, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], count: int
+    ) -> list[tuple[Tensor, ...]]:
+        """Return a context's output for each anchor alone, as recorded elements."""
+        moving_input = run.recorder.moving_input
+        assert moving_input is not None, "a sampler map needs the latents"
+        if name != key and run.cut.reads_inputs:
+            current = moving_input.tensor(args, kwargs)
+            assert current is not None, "the recorder found it"
+            args, kwargs = moving_input.replaced(*self._full[run.recorder.step].calls[name], current)
+        hot = torch.eye(run.cut.anchors, dtype=torch.float64)[:count]
+        return [moving_input.read_output(run.cut.reuse(args, kwargs, run.states[name], weights)) for weights in hot]

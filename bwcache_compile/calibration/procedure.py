@@ -1,0 +1,156 @@
+"""Calibrate: find out, on one prompt, which steps to compute and how to reuse the others."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+import bwcache_compile
+from bwcache_compile.calibration import masks
+from bwcache_compile.calibration.cut_model import CutModel, OutputCut
+from bwcache_compile.calibration.evaluate import Candidate, Evaluator, Generate, fixed_rule
+from bwcache_compile.calibration.plan import CalibrationPlan, PlanEntry, Provenance, dtype_of, fingerprint
+from bwcache_compile.calibration.progress import Progress
+from bwcache_compile.calibration.recording import RecordedStep, context_names
+from bwcache_compile.calibration.sampler_map import SamplerMap, first_difference, recover_map
+from bwcache_compile.calibration.search import Search
+from bwcache_compile.errors import ConfigError, warn
+
+Effort = Literal["quick", "thorough"]
+LIMITS: dict[str, float] = {"quick": 4.0, "thorough": 10.0}
+"""What a calibration may cost, in full generations."""
+_LEAST_STEPS = 4
+
+_NOT_DETERMINISTIC = {
+    "noise": "it starts from other noise each time. Create the random generator inside generate, with a fixed seed",
+    "model": "the model returns other outputs for equal inputs. Put it into evaluation mode, and choose deterministic kernels",
+    "sampler": (
+        "the sampler is not deterministic: equal latents and outputs were followed by other latents. It draws noise at its steps; pass it"
+        " a random generator with a fixed seed, created inside generate, or choose a deterministic sampler"
+    ),
+}
+
+
+def calibrate(
+    model: nn.Module | CutModel,
+    generate: Generate,
+    *,
+    budgets: Sequence[float] = (0.4, 0.3, 0.2),
+    anchors: int = 4,
+    effort: Effort = "quick",
+    progress: bool = True,
+    fewer_steps: Callable[[Any, int], Any] | None = None,
+) -> CalibrationPlan:
+    """Find, for each budget, which steps to compute and how to combine the last computed steps at the others.
+
+    `generate` is called several times: once with every step computed, then with steps reused. Nothing needs to be known of the
+    sampler: its steps are recovered from two generations, and the weights are fitted so that each reused step leads back to the
+    latents of the full generation. Results are compared by PSNR.
+
+    Args:
+        model: The transformer, compiled or not, in evaluation mode; or another cut of it.
+        generate: Makes one video with the model that it is given and returns it: `lambda model: pipe(...).frames` after
+            `pipe.transformer = model`, or a loop. The seed must be fixed inside.
+        budgets: Shares of computed steps.
+        anchors: Computed steps that a reused step combines. Each costs one output per context.
+        effort: "quick" costs at most 4 full generations, "thorough" at most 10.
+        progress: Whether to show a progress bar (where tqdm is installed) and say what is recorded.
+        fewer_steps: Makes the same video with the plain model and another number of steps, `(model, steps) -> result`, to compare
+            with; not counted in `effort`.
+
+    Returns:
+        The plan: an entry for each budget, and what it was made for.
+
+    Raises:
+        ConfigError: A setting is out of range, `generate` does not use its model, or it is not deterministic.
+    """
+    if effort not in get_args(Effort):
+        raise ConfigError(f"effort must be one of {', '.join(map(repr, get_args(Effort)))}, got {effort!r}.")
+    if not budgets:
+        raise ConfigError("budgets is empty. Pass shares of computed steps, such as (0.4, 0.3, 0.2).")
+    for budget in budgets:
+        masks.computed_count(budget, 2)
+    cut = OutputCut(model, anchors) if isinstance(model, nn.Module) else model
+    with Progress(progress, LIMITS[effort]) as bar:
+        evaluator = Evaluator(cut, generate, bar.advance)
+        bar.expect(evaluator.calls)
+        if evaluator.steps < _LEAST_STEPS:
+            raise ConfigError(f"generate made {evaluator.steps} steps, and fewer than {_LEAST_STEPS} leave nothing to calibrate.")
+        sampler = _sampler_map(evaluator)
+        counts = sorted({masks.computed_count(budget, evaluator.steps) for budget in budgets}, reverse=True)
+        found = Search(evaluator, sampler if sampler and sampler.explained else None, LIMITS[effort]).run(counts)
+    entries = [_entry(found[count], evaluator, fewer_steps) for count in counts]
+    return CalibrationPlan(tuple(entries), _provenance(cut, evaluator, sampler))
+
+
+def _sampler_map(evaluator: Evaluator) -> SamplerMap | None:
+    """Recover the sampler's steps with a probe; None where the latents were not found.
+
+    Raises:
+        ConfigError: The generation is not deterministic.
+    """
+    mask = masks.probe_mask(evaluator.steps)
+    probe, _ = evaluator.run(mask, fixed_rule("linear"))
+    if evaluator.full[0].moving is None:
+        warn(
+            "no input of the model moves from step to step and has the output's shape, so weights cannot be fitted: fixed rules of reuse"
+            " are compared instead."
+        )
+        return None
+    origin = first_difference(probe.recorder.steps, evaluator.full, mask)
+    if origin != "same":
+        raise ConfigError(f"generate cannot be calibrated: {_NOT_DETERMINISTIC[origin]}.")
+    sampler = recover_map([probe.recorder.steps], evaluator.full)
+    if not sampler.explained:
+        step = max(range(len(sampler.residuals)), key=lambda i: sampler.residuals[i])
+        warn(
+            f"the sampler's steps are not a linear combination of latents and outputs (step {step}: {sampler.residual:.1%} unexplained):"
+            " it draws noise, clips, or scales guidance by the outputs' size. Fixed rules of reuse are compared instead of fitted weights."
+        )
+    return sampler
+
+
+def _entry(candidate: Candidate, evaluator: Evaluator, fewer_steps: Callable[[Any, int], Any] | None) -> PlanEntry:
+    plain = None if fewer_steps is None else evaluator.plain(sum(candidate.mask), fewer_steps)
+    return PlanEntry(candidate.mask, candidate.table, candidate.psnr, candidate.rule, plain)
+
+
+def _timesteps(steps: Sequence[RecordedStep]) -> tuple[float, ...]:
+    """Return the time at each step: the first input that goes one way only."""
+    for path in steps[0].times:
+        values = [step.times.get(path, ()) for step in steps]
+        if not all(values):
+            continue
+        times = [max(value) for value in values]
+        rises = {a < b for a, b in itertools.pairwise(times) if a != b}
+        if len(rises) == 1:
+            return tuple(times)
+    return ()
+
+
+def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None) -> Provenance:
+    if sampler is None:
+        words = "latents not found"
+    elif sampler.explained:
+        words = f"sampler recovered from {sampler.depth + 1} step{'s' * (sampler.depth > 0)} (residual {sampler.residual:.0e})"
+    else:
+        words = f"sampler not linear (residual {sampler.residual:.0e})"
+    module = cut.module
+    versions = {"bwcache_compile": bwcache_compile.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return Provenance(
+        model=type(module).__name__,
+        weights=fingerprint(module),
+        dtype=dtype_of(module),
+        timesteps=_timesteps(evaluator.full),
+        contexts=context_names(evaluator.full),
+        cut="output" if not cut.reads_inputs else "blocks",
+        sampler=words,
+        prompts=1,
+        cost=round(evaluator.cost, 3),
+        versions=versions,
+    )
