@@ -134,6 +134,8 @@ class CacheConfig:
         weights: One row for each step of `steps_mask`: how much of each anchor a reused step takes, the last computed step first.
             A row sums to 1; those of computed steps are not used. None, for a step or for all, leaves it to `order` and
             `damping`. `calibrate` finds them.
+        timesteps: The time at each step that `weights` were made for; a run at other times is refused. None checks nothing.
+        calibrated_for: The model that `weights` were made for, as `calibrate` names it; another one is refused. None checks nothing.
         cut: What is kept and summed: what the "blocks" return, or the model's "output". With "output" a reused step runs nothing
             of the model, and an anchor is as small as the model's output.
         indicator: How the change of a block's features is measured: "l1" is the paper's relative L1 change; or one that was
@@ -169,6 +171,8 @@ class CacheConfig:
     order: int = 1
     damping: float = 1.0
     weights: Weights | None = None
+    timesteps: tuple[float, ...] | None = None
+    calibrated_for: str | None = None
     cut: Cut = "blocks"
     indicator: str = "l1"
     granularity: Granularity = "stack"
@@ -190,6 +194,8 @@ class CacheConfig:
             object.__setattr__(self, "steps_mask", _as_mask(self.steps_mask))
         if self.weights is not None:
             object.__setattr__(self, "weights", _as_weights(self.weights))
+        if self.timesteps is not None:
+            object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
         self._check_choices()
         self._check_anchors()
         self._check_numbers()
@@ -200,6 +206,7 @@ class CacheConfig:
             raise ConfigError(f"steps_mask is only read by policy={readers}; remove it or choose that policy.")
         if self.weights is not None:
             self._check_weights(self.weights)
+        self._check_calibrated()
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -275,6 +282,13 @@ class CacheConfig:
             known = sum(not entry for entry in mask[:step])
             if any(row[known:]):
                 raise ConfigError(f"weights[{step}] is {row}, but only {known} steps were computed before it; set the other weights to 0.")
+
+    def _check_calibrated(self) -> None:
+        """Check what says for which run and model weights were made."""
+        if self.timesteps is not None and len(self.timesteps) != len(self.steps_mask or ()):
+            raise ConfigError(f"timesteps has {len(self.timesteps)} entries; it holds the time of each of the steps of steps_mask.")
+        if self.calibrated_for is not None and not isinstance(self.calibrated_for, str):
+            raise ConfigError(f"calibrated_for is {self.calibrated_for!r}; it must be the text that calibrate gives.")
 
     def _check_numbers(self) -> None:
         if not (isinstance(self.threshold, (int, float)) and self.threshold >= 0):

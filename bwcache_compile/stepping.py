@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from bwcache_compile.errors import StateError
@@ -140,6 +140,32 @@ def _compare(old: _Sample, new: _Sample) -> tuple[bool, int]:
 
 Verdict = Literal["none", "forward", "back", "repeated", "unsure"]
 """What the inputs say of the time: nothing; it went on; it went against the run; it is the one before; it may be."""
+
+
+_SAME_TIME = 1e-2
+"""Relative difference of times that are taken for equal: one in bfloat16 is off by 4e-3."""
+
+
+def check_time(step: int, expected: Sequence[float] | None, inputs: Iterable[TimeInput]) -> None:
+    """Refuse a step at another time than the one that weights were calibrated for.
+
+    Args:
+        step: Index of the step.
+        expected: The time at each step; None checks nothing.
+        inputs: Inputs that may be the time; one of them must be the expected one.
+
+    Raises:
+        StateError: None is.
+    """
+    if expected is None:
+        return
+    found = [values for values in (tuple(value.read()) for value in inputs if value.rank < 2) if values]
+    want = expected[step]
+    if found and not any(abs(max(values) - want) <= _SAME_TIME * max(abs(want), abs(max(values))) for values in found):
+        raise StateError(
+            f"the weights were calibrated for time {want:g} at step {step}, but this run has {max(found[0]):g}. Calibrate with this"
+            " scheduler and this number of steps, or set weights=None and timesteps=None."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,8 +141,8 @@ def test_paper_settings_measure_everything() -> None:
 
 MASK = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0))
 MAY_CHANGE = """
-  Can be changed: calls_per_step, damping, decide, num_steps, order, reuse_fraction, reuse_interval, steps_mask, tail,\
- threshold, warmup_steps, weights."""
+  Can be changed: calibrated_for, calls_per_step, damping, decide, num_steps, order, reuse_fraction, reuse_interval, steps_mask,\
+ tail, threshold, timesteps, warmup_steps, weights."""
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from bwcache_compile.contexts import Context, ContextTable
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, cache_in, cache_out
 from bwcache_compile.report import RawStep, Report
-from bwcache_compile.stepping import HALF, Cursor, StepInfo, TimeInput, may_be_time
+from bwcache_compile.stepping import HALF, Cursor, StepInfo, TimeInput, check_time, may_be_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,8 @@ class Session:
                 state = self._fresh(context, call, advance.step)
             else:
                 state = dataclasses.replace(context.state, cursor=context.state.cursor.at(advance.step))
+            if self.cache_config.timesteps is not None and not state.cursor.reuses:
+                check_time(advance.step, self.cache_config.timesteps, self._times(call).values())
             returned, following, record = self._run(context, state, call, num_steps)
             outputs = {item.name: self._runner.to_output(returned[item.name]) for item in self.manifest.outputs.items}
             if following.slots is not state.slots:  # the two sets of buffers take turns

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-
 from bwcache_compile.calibration.masks import mask_text
-from bwcache_compile.errors import ConfigError, StateError, warn
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.contexts import UNNAMED_PREFIX
+from bwcache_compile.errors import ConfigError, warn
 
 FORMAT = "bwcache-calibration"
 VERSION = 1
-_SAMPLE = 64
 _BUDGET_SLACK = 0.02
 
 
@@ -68,9 +63,7 @@ class Provenance:
     """What a plan was made for.
 
     Attributes:
-        model: Class of the model.
-        weights: Fingerprint of its weights, see `fingerprint`.
-        dtype: Of its first parameter.
+        model: Its class, dtype and a fingerprint of its weights, see `model_identity`.
         timesteps: The time at each step; empty where none was found.
         contexts: Names of the calls of a step.
         cut: Where the anchors are taken.
@@ -81,8 +74,6 @@ class Provenance:
     """
 
     model: str
-    weights: str
-    dtype: str
     timesteps: tuple[float, ...]
     contexts: tuple[str, ...]
     cut: str
@@ -118,7 +109,7 @@ class CalibrationPlan:
         """Lay the frontier out as a table."""
         made = self.provenance
         lines = [
-            f"calibration of {made.model} for {self.steps} steps, {self.anchors} anchors at the {made.cut},"
+            f"calibration of {made.model.partition(',')[0]} for {self.steps} steps, {self.anchors} anchors at the {made.cut},"
             f" {made.prompts} prompt{'s' * (made.prompts > 1)}; {made.sampler}",
             f"{'computed':>9} {'speed-up':>9} {'PSNR':>9} {'fewer steps':>12}  weights  steps (# computed, . reused)",
         ]
@@ -129,7 +120,29 @@ class CalibrationPlan:
             lines.append(f"{numbers}  {entry.rule:7}  {mask_text(entry.mask)}{advice}")
         return "\n".join(lines)
 
-    def at(self, *, budget: float | None = None, psnr: float | None = None, speedup: float | None = None) -> PlanEntry:
+    def at(self, budget: float | None = None, *, psnr: float | None = None, speedup: float | None = None) -> CacheConfig:
+        """Return the settings for a target, for `cached.configure` or `transform`.
+
+        A run at other times, or of another model, is refused by them. See `entry` for the targets.
+
+        Raises:
+            ConfigError: Not exactly one target is given.
+        """
+        entry, made = self.entry(budget, psnr=psnr, speedup=speedup), self.provenance
+        unnamed = sum(name.startswith(UNNAMED_PREFIX) for name in made.contexts)
+        return CacheConfig(
+            policy="static",
+            steps_mask=tuple(int(not computed) for computed in entry.mask),
+            reuse="linear",
+            anchors=self.anchors,
+            cut="output" if made.cut == "output" else "blocks",
+            weights=tuple(None if computed else row for computed, row in zip(entry.mask, entry.weights, strict=True)),
+            timesteps=made.timesteps or None,
+            calibrated_for=made.model,
+            calls_per_step=max(1, unnamed),
+        )
+
+    def entry(self, budget: float | None = None, *, psnr: float | None = None, speedup: float | None = None) -> PlanEntry:
         """Return the entry for a target; warn and return the nearest one where the target cannot be met.
 
         Args:
@@ -142,7 +155,7 @@ class CalibrationPlan:
         """
         targets = {name: value for name, value in (("budget", budget), ("psnr", psnr), ("speedup", speedup)) if value is not None}
         if len(targets) != 1:
-            raise ConfigError(f"at() takes exactly one of budget, psnr and speedup, got {', '.join(targets) or 'none'}.")
+            raise ConfigError(f"exactly one target is needed of budget, psnr and speedup, got {', '.join(targets) or 'none'}.")
         if budget is not None:
             entry = min(self.entries, key=lambda e: abs(e.budget - budget))
             met = abs(entry.budget - budget) <= _BUDGET_SLACK
@@ -161,43 +174,6 @@ class CalibrationPlan:
                 f" ({entry.psnr:.1f} dB, {entry.speedup:.2f}x). Calibrate with other budgets, or choose from the plan:\n{self}"
             )
         return entry
-
-    def check_model(self, model: nn.Module) -> None:
-        """Refuse a model that the plan was not made for.
-
-        Raises:
-            StateError: Class, dtype or weights differ.
-        """
-        made, model = self.provenance, getattr(model, "_orig_mod", model)
-        facts = (("class", made.model, type(model).__name__), ("dtype", made.dtype, dtype_of(model)))
-        for name, then, now in facts:
-            if then != now:
-                raise StateError(f"this plan was calibrated for a model of {name} {then}, got {now}. Calibrate this model.")
-        if made.weights != fingerprint(model):
-            raise StateError(f"this plan was calibrated for a {made.model} with other weights. Calibrate again with these weights.")
-
-    def check_run(self, *, timesteps: Sequence[float] = (), contexts: Sequence[str] = ()) -> None:
-        """Refuse a generation that the plan was not made for. What is left out, or was not known at calibration, is not compared.
-
-        Raises:
-            StateError: Timesteps or contexts differ.
-        """
-        made = self.provenance
-        if contexts and tuple(contexts) != made.contexts:
-            raise StateError(
-                f"this plan was calibrated with the contexts {', '.join(made.contexts)}, but this run has {', '.join(contexts)}."
-                " Calibrate with the same guidance."
-            )
-        if not timesteps or not made.timesteps:
-            return
-        if len(timesteps) != len(made.timesteps):
-            raise StateError(f"this plan was calibrated for {self.steps} steps, but this run has {len(timesteps)}. Calibrate for them.")
-        for step, (then, now) in enumerate(zip(made.timesteps, timesteps, strict=True)):
-            if abs(then - now) > 1e-2 * max(abs(then), abs(now)):  # a time in bfloat16 is off by 4e-3
-                raise StateError(
-                    f"this plan was calibrated with time {then:g} at step {step}, but this run has {now:g}. Calibrate with this scheduler"
-                    " and number of steps."
-                )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -239,22 +215,3 @@ def _entry(read: dict[str, Any]) -> PlanEntry:
 
 def _provenance(read: dict[str, Any]) -> Provenance:
     return Provenance(**{**read, "timesteps": tuple(read["timesteps"]), "contexts": tuple(read["contexts"])})
-
-
-def dtype_of(model: nn.Module) -> str:
-    """Return the dtype of a model's first parameter; empty if it has none."""
-    first = next(model.parameters(), None)
-    return "" if first is None else str(first.dtype).removeprefix("torch.")
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """Return a hash over the names, shapes and dtypes of a model's weights, and over a sample of their values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE]
-        values = torch.view_as_real(sample) if sample.is_complex() else sample
-        digest.update(np.ascontiguousarray(values.double().cpu().numpy()).tobytes())
-    return digest.hexdigest()[:32]

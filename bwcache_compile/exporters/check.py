@@ -177,6 +177,7 @@ def _error(actual: Any, expected: Any, least: float = 1e-30) -> float:
 def _forced(config: CacheConfig, threshold: float) -> CacheConfig:
     """Return settings under which both branches are taken, where the policy reads a threshold; else these."""
     at_threshold = POLICIES[config.policy].at_threshold
+    config = config.changed(timesteps=None)  # the check makes up times of its own
     return config if at_threshold is None else at_threshold(config, threshold, _STEPS + 1)
 
 
