@@ -122,7 +122,9 @@ class CacheConfig:
             the paper.
         tail: The last `floor(tail * k)` steps are computed, where `k` is the step that triggered. Higher protects
             more of the end of the run.
-        policy: "schedule" measures the indicator and follows the paper; "static" follows `steps_mask`; or one that was registered.
+        policy: "schedule" measures the indicator and follows the paper; "adaptive" reuses for as long as the change that is to be
+            expected stays below the threshold, at most `reuse_interval` steps in a row; "static" follows `steps_mask`; or one that
+            was registered.
         reuse: What a reused step returns: "output" holds the cached outputs; "residual" adds what the blocks last
             added to their input; "linear" sums the outputs of the last `anchors` computed steps; "taylor" is that for two, which
             extrapolates; or one that was registered.
@@ -239,10 +241,6 @@ class CacheConfig:
                 raise ConfigError(f"policy={self.policy!r} and reuse={self.reuse!r} both have {what} named {min(clash)!r}; rename one.")
         if self.cut == "output":
             self._check_cut(way)
-        if self.decide == "joint" and policy.measures and [slot.name for slot in policy.slots] != ["trigger"]:
-            raise ConfigError(
-                f"decide='joint' requires a policy with a slot `trigger`, and policy={self.policy!r} has none. Use decide='separate'."
-            )
         if self.granularity == "block" and self.indicator_blocks != "all":
             raise ConfigError(f"granularity='block' requires indicator_blocks=\"all\", got {self.indicator_blocks!r}.")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from bwcache_compile.errors import ConfigError
+from bwcache_compile.policies.adaptive import ADAPTIVE
 from bwcache_compile.policies.definitions import Policy, Reuse, check_indicator, check_policy, check_reuse
 from bwcache_compile.policies.l1 import relative_change
 from bwcache_compile.policies.reuse.linear import linear
@@ -16,6 +17,7 @@ Kind = TypeVar("Kind")
 
 POLICIES: dict[str, Policy] = {
     "schedule": SCHEDULE,
+    "adaptive": ADAPTIVE,
     "static": STATIC,
 }
 INDICATORS: dict[str, Callable[..., Any]] = {

@@ -28,7 +28,7 @@ class ModelContext(Context):
         version: Structure and weights of the model at the last call.
         renumbered: Whether a Python number changed at the last call.
         agreed_at: The last computed step after which contexts decided together.
-        trigger: int64[1], the trigger that they decided on.
+        decided: What the policy kept of their decision, in the order of its slots.
     """
 
     def __init__(self, info: StepInfo, created: int) -> None:
@@ -40,11 +40,11 @@ class ModelContext(Context):
         self.version = (-1, -1)
         self.renumbered = False
         self.agreed_at = -1
-        self.trigger: Tensor | None = None
+        self.decided: tuple[Tensor, ...] | None = None
 
     def release(self) -> None:
         """Drop the cache and the program; the step is kept."""
-        self.state = self.fit = self.trigger = None
+        self.state = self.fit = self.decided = None
         self.agreed_at = -1
 
 

@@ -163,14 +163,15 @@ class RunnableProgram:
         self._last_settings = config, num_steps, found
         return found
 
-    def decide(self, change: Tensor, trigger: Tensor, step: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the graph's own policy apart from the graph: the trigger afterwards, and how many steps reuse."""
+    def decide(self, change: Tensor, kept: Sequence[Tensor], step: Tensor, *parameters: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Run the graph's own policy apart from the graph: what it keeps afterwards, and how many steps reuse."""
         policy = POLICIES[self.plan.settings.policy]
-        named = {"change": change, "trigger": trigger, "step": step}
+        named = {"change": change, "step": step, **dict(zip((slot.name for slot in policy.slots), kept, strict=True))}
         named |= {parameter.name: value for parameter, value in zip(self.plan.settings.parameters, parameters, strict=True)}
         operands = [named[name] for name in takes(policy.decide)]
-        returned: tuple[Tensor, Tensor] = self.program.compute.get_submodule(f"{OURS}policy")(*operands)
-        return returned
+        returned = self.program.compute.get_submodule(f"{OURS}policy")(*operands)
+        *after, left = returned if policy.slots else (returned,)
+        return tuple(after), left
 
     def kind(self, state: CacheState) -> str:
         """Name the graph that runs next."""
