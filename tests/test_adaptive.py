@@ -28,7 +28,7 @@ def expected(indicator: float, computed_at: int, step: int, threshold: float, lo
     if computed_at < 0 or step + 1 < warmup or threshold == 0 or not math.isfinite(indicator):
         return 0
     rate = indicator / (step - computed_at)
-    room = longest if rate == 0 else min(longest, math.floor(threshold / rate))
+    room = longest if rate == 0 else math.floor(min(longest, threshold / rate))
     return max(0, min(room, num_steps - 2 - step))
 
 
