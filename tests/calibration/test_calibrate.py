@@ -98,7 +98,7 @@ def test_a_model_that_draws_noise_is_named() -> None:
         bw.calibrate(Dropping(), generate(), progress=False)
 
 
-def test_fixed_rules_are_compared_where_the_sampler_is_not_linear() -> None:
+def test_fixed_rules_are_tried_too_where_the_sampler_is_not_linear() -> None:
     def clipped(model: nn.Module) -> Tensor:
         x, scheduler = torch.ones(1, 4, 8, 8), SCHEDULERS["euler"](STEPS)
         for time in scheduler.timesteps:
@@ -107,7 +107,8 @@ def test_fixed_rules_are_compared_where_the_sampler_is_not_linear() -> None:
 
     with pytest.warns(bw.CacheWarning, match=r"^the sampler's steps are not a linear combination of latents and outputs \(step \d+: "):
         plan = bw.calibrate(Denoiser(), clipped, budgets=(0.5,), progress=False)
-    assert plan.entries[0].rule in ("hold", "linear", "damped")
+    assert plan.entries[0].rule in ("fitted", "outputs", "hold", "linear", "damped")
+    assert plan.provenance.sampler.startswith("sampler not linear")
 
 
 def test_fixed_rules_are_compared_where_the_latents_are_not_found() -> None:
