@@ -11,6 +11,7 @@ from bwcache_compile.calibration.generation import Generation, Mask, Rule, Stand
 from bwcache_compile.calibration.quality import psnr
 from bwcache_compile.calibration.recording import RecordedStep, Recorder
 from bwcache_compile.calibration.rules import rule_weights
+from bwcache_compile.calibration.sampler_map import difference
 from bwcache_compile.errors import ConfigError
 
 Generate = Callable[[Any], Any]
@@ -28,12 +29,14 @@ class Candidate:
         table: The weights of each step.
         psnr: Against the full generation.
         rule: How the weights were found.
+        drift: At each step, the distance of the latents from the full generation's; empty where they were not found.
     """
 
     mask: Mask
     table: Table
     psnr: float
     rule: str
+    drift: tuple[float, ...] = ()
 
 
 def fixed_rule(name: str) -> Rule:
@@ -96,12 +99,15 @@ class Evaluator:
             )
         return run, psnr(result, self._reference)
 
-    def candidate(self, mask: Mask, rule: Rule, name: str) -> tuple[Candidate, Generation]:
+    def candidate(self, mask: Mask, rule: Rule, name: str) -> Candidate:
         """Run one generation; return it with its weights as a candidate."""
         run, quality = self.run(mask, rule)
         zeros = (0.0,) * self.cut.anchors
         table = tuple(tuple(run.weights[step].tolist()) if step in run.weights else zeros for step in range(self.steps))
-        return Candidate(mask, table, quality, name), run
+        drift: tuple[float, ...] = ()
+        if self.full[0].moving is not None:
+            drift = tuple(float(difference(run.recorder.steps, self.full, step, "", 0).norm()) for step in range(self.steps))
+        return Candidate(mask, table, quality, name, drift)
 
     def plain(self, steps: int, generate: Callable[[Any, int], Any]) -> float:
         """Return the PSNR of the plain model with fewer steps."""

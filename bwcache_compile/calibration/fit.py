@@ -40,12 +40,12 @@ def solve_weights(candidates: Tensor, target: Tensor, prior: Tensor, ridge: floa
 class DriftCorrection:
     """Solves for the weights of each reused step while a generation runs."""
 
-    def __init__(self, full: Sequence[RecordedStep], sampler: SamplerMap, ridge: float = RIDGE) -> None:
+    def __init__(self, full: Sequence[RecordedStep], sampler: SamplerMap | None, ridge: float = RIDGE) -> None:
         """Bring generations back to a full one.
 
         Args:
             full: The generation in which every step was computed.
-            sampler: Its sampler's steps.
+            sampler: Its sampler's steps; without them each step's outputs are fitted, which corrects no drift.
             ridge: See `solve_weights`.
         """
         self._full, self._sampler, self._ridge = full, sampler, ridge
@@ -57,20 +57,31 @@ class DriftCorrection:
         prior = rule_weights("linear", anchors, step, count)
         if step + 1 >= len(self._full):
             return prior
-        factors = self._sampler.output_coefficients(step)
-        target = -self._sampler.known(run.recorder.steps, self._full, step)
-        candidates = torch.zeros(len(anchors), len(target), dtype=torch.float64)
-        for name in self._full[step].outputs:
-            outputs = self._candidates(run, name, key, args, kwargs, len(anchors)) if name in run.states else None
-            for piece, output in enumerate(self._full[step].outputs[name]):
-                factor = factors.get((name, piece), 0.0)
-                if outputs is None or factor == 0:
-                    continue
-                target += factor * output.double()
-                candidates += factor * torch.stack([pieces[piece] for pieces in outputs]).double()
+        target, candidates = self._system(run, key, args, kwargs, len(anchors))
         weights = torch.zeros(count, dtype=torch.float64)
         weights[: len(anchors)] = solve_weights(candidates, target, prior[: len(anchors)], self._ridge)
         return weights
+
+    def _system(self, run: Generation, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> tuple[Tensor, Tensor]:
+        """Return what the weighted sum of the candidates is to equal, float64[M], and the candidates, float64[K, M].
+
+        With a sampler's map, these are parts of the next latents; without, the outputs of this step one after another.
+        """
+        step = run.recorder.step
+        factors = {} if self._sampler is None else self._sampler.output_coefficients(step)
+        targets, sums = [], []
+        for name, recorded in self._full[step].outputs.items():
+            if name not in run.states:
+                continue
+            outputs = self._candidates(run, name, key, args, kwargs, count)
+            for piece, output in enumerate(recorded):
+                factor = 1.0 if self._sampler is None else factors.get((name, piece), 0.0)
+                targets.append(factor * output.double())
+                sums.append(factor * torch.stack([pieces[piece] for pieces in outputs]).double())
+        if self._sampler is None:
+            return torch.cat(targets), torch.cat(sums, 1)
+        known = self._sampler.known(run.recorder.steps, self._full, step)
+        return torch.stack(targets).sum(0) - known, torch.stack(sums).sum(0)
 
     def _candidates(
         self, run: Generation, name: str, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], count: int

@@ -10,30 +10,35 @@ import torch
 from torch import Tensor
 
 from bwcache_compile.ir.torch_compat import pytree
+from bwcache_compile.ir.tree_paths import Path, leaf_paths
 
 MAX_ELEMENTS = 2**18
 """Elements recorded of an input or an output; larger ones are sampled. A fit of a few coefficients needs no more."""
 _MOST_PIECES = 4
 
-Path = tuple[Any, ...]
+
+def _paths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[Path, Any], pytree.TreeSpec]:
+    """Return the leaves of a call by their path in `(args, kwargs)`, in order, and its structure."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    return dict(zip(leaf_paths(spec), leaves, strict=True)), spec
 
 
-def float_leaves(tree: Any) -> dict[Path, Tensor]:
-    """Return the floating-point tensors of a call or an output by their path, in order."""
-    leaves, _ = pytree.tree_flatten_with_path(tree)
-    return {path: leaf for path, leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+def float_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Path, Tensor]:
+    """Return the floating-point tensors of a call by their path, in order."""
+    leaves, _ = _paths(args, kwargs)
+    return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.is_floating_point()}
 
 
 def first_output(output: Any) -> Tensor:
     """Return the first floating-point tensor of an output."""
-    return next(iter(float_leaves(output).values()))
+    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
 def time_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Path, tuple[float, ...]]:
     """Return the values of the inputs that may be the time: numbers, and tensors of at most one dimension."""
-    leaves, _ = pytree.tree_flatten_with_path((args, kwargs))
+    leaves, _ = _paths(args, kwargs)
     times: dict[Path, tuple[float, ...]] = {}
-    for path, leaf in leaves:
+    for path, leaf in leaves.items():
         if isinstance(leaf, Tensor):
             if leaf.dim() <= 1 and 0 < leaf.numel() <= 64 and not leaf.is_complex() and leaf.dtype is not torch.bool:
                 times[path] = tuple(leaf.detach().double().reshape(-1).tolist())
@@ -47,7 +52,7 @@ def candidates(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) ->
 
     The dimension that differs holds channels: inputs carry more where a condition is appended, outputs where a variance is learned.
     """
-    leaves = float_leaves((args, kwargs))
+    leaves = float_leaves(args, kwargs)
     exact = {path: leaf for path, leaf in leaves.items() if leaf.shape == output.shape}
     close = {path: leaf for path, leaf in leaves.items() if leaf.dim() > 1 and _channel_dim(leaf.shape, output.shape) is not None}
     return exact | {path: leaf for path, leaf in close.items() if path not in exact}
@@ -110,7 +115,7 @@ class MovingInput:
 
     def tensor(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Return the input itself; None where a call has none."""
-        return float_leaves((args, kwargs)).get(self.path)
+        return float_leaves(args, kwargs).get(self.path)
 
     def read_input(self, tensor: Tensor) -> Tensor:
         """Return the recorded elements of the latents, on the host."""
@@ -122,8 +127,8 @@ class MovingInput:
 
     def replaced(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a call with this input replaced."""
-        leaves, spec = pytree.tree_flatten_with_path((args, kwargs))
-        return pytree.tree_unflatten([value if path == self.path else leaf for path, leaf in leaves], spec)
+        leaves, spec = _paths(args, kwargs)
+        return pytree.tree_unflatten(list((leaves | {self.path: value}).values()), spec)
 
 
 def _repeats(tensor: Tensor, pieces: int) -> bool:

@@ -91,7 +91,7 @@ def calibrate(
             raise ConfigError(f"generate made {evaluator.steps} steps, and fewer than {_LEAST_STEPS} leave nothing to calibrate.")
         sampler = _sampler_map(evaluator)
         counts = sorted({masks.computed_count(budget, evaluator.steps) for budget in budgets}, reverse=True)
-        found = Search(evaluator, sampler if sampler and sampler.explained else None, LIMITS[effort]).run(counts)
+        found = Search(evaluator, sampler, LIMITS[effort]).run(counts)
     entries = [_entry(found[count], evaluator, fewer_steps) for count in counts]
     return CalibrationPlan(tuple(entries), _provenance(target, evaluator, sampler))
 
@@ -134,7 +134,7 @@ def _sampler_map(evaluator: Evaluator) -> SamplerMap | None:
         step = max(range(len(sampler.residuals)), key=lambda i: sampler.residuals[i])
         warn(
             f"the sampler's steps are not a linear combination of latents and outputs (step {step}: {sampler.residual:.1%} unexplained):"
-            " it draws noise, clips, or scales guidance by the outputs' size. Fixed rules of reuse are compared instead of fitted weights."
+            " it clips values, or scales guidance by the outputs' size. Fixed rules of reuse are tried beside fitted weights."
         )
     return sampler
 

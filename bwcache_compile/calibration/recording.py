@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bwcache_compile.calibration.moving_input import MovingInput, Path, candidates, first_output, float_leaves, time_of
+from bwcache_compile.calibration.moving_input import MovingInput, candidates, first_output, float_leaves, time_of
 from bwcache_compile.contexts import UNNAMED_PREFIX
 from bwcache_compile.errors import StateError
+from bwcache_compile.ir.tree_paths import Path
 from bwcache_compile.stepping import UNNAMED, StepInfo
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -123,7 +124,7 @@ class Recorder:
             return
         moving = self.moving_input.tensor(args, kwargs)
         if moving is None:
-            raise StateError(f"step {self.step} has no input at {_words(self.moving_input.path)}, where the latents were before.")
+            raise StateError(f"step {self.step} has no input {_words(self.moving_input.path)}, where the latents were before.")
         self.steps[-1].moving = self._current = self.moving_input.read_input(moving)
 
     def _keys(self) -> Sequence[str]:
@@ -133,7 +134,7 @@ class Recorder:
         same_time = times == self.steps[-1].times
         unseen = bool(name) and name not in self._keys()
         if self._first is not None and self._first.inputs:
-            leaves = float_leaves((args, kwargs))
+            leaves = float_leaves(args, kwargs)
             path, before = next(iter(self._first.inputs.items()))
             same = path in leaves and leaves[path].shape == before.shape and torch.equal(leaves[path], before)
             return not (same_time and (same or unseen))
@@ -149,7 +150,7 @@ class Recorder:
         """At the first call of the second step: find the latents among the inputs, and record the first step."""
         if self._first is None or not self.steps:
             return
-        first, leaves = self._first, float_leaves((args, kwargs))
+        first, leaves = self._first, float_leaves(args, kwargs)
         self._first = None
         output = next(iter(first.outputs.values()))
         for path, before in first.inputs.items():
@@ -188,4 +189,5 @@ def context_names(steps: Sequence[RecordedStep]) -> tuple[str, ...]:
 
 
 def _words(path: Path) -> str:
-    return "".join(map(str, path))
+    """Name an input by its path in `(args, kwargs)`."""
+    return ("argument " if path[0] == 0 else "") + ".".join(map(str, path[1:]))
