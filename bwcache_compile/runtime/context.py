@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bwcache_compile.clock import HALF, TimeInput, may_be_time
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import Context
 from bwcache_compile.errors import StateError, warn
@@ -15,7 +16,7 @@ from bwcache_compile.runtime.programs import ProgramMatch
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.size_expressions import evaluated
-from bwcache_compile.stepping import HALF, Advance, StepInfo, TimeInput, may_be_time
+from bwcache_compile.stepping import Advance, StepInfo
 
 
 class ModelContext(Context):
