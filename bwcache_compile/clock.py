@@ -57,7 +57,7 @@ class _Sample:
         return bool(self.values) and all(value == self.values[0] for value in self.values)
 
 
-def compare(old: _Sample, new: _Sample) -> tuple[bool, int]:
+def _compare(old: _Sample, new: _Sample) -> tuple[bool, int]:
     """Return whether two samples are equal, and 1 or -1 where every difference rises or falls, else 0.
 
     Two prompts' embeddings differ both ways. Their masks may not, but hold nothing but 0 and 1.
@@ -125,7 +125,7 @@ class Clock:
             return self, "none"
         keys = [key for key in (self.signs or self.samples) if key in inputs]
         samples = {key: inputs[key].sample() for key in keys}
-        compared = {key: compare(self.samples[key], samples[key]) for key in keys}
+        compared = {key: _compare(self.samples[key], samples[key]) for key in keys}
         signs = {key: sign for key, (_, sign) in compared.items() if sign}
         if not self.signs:
             verdict = "forward" if signs else _unmoved(samples, compared)
@@ -140,6 +140,11 @@ class Clock:
         if not signs and recast:  # as near as rounding: a scheduler's cast after the first step, or the first step of another run
             return dataclasses.replace(self, samples=samples, moved=False), "unsure"
         return dataclasses.replace(self, samples=samples), "back" if signs else "unsure" if half else "repeated"
+
+    def shows_time_of(self, other: Clock) -> bool:
+        """Whether the inputs that are the time have the values that another clock saw last."""
+        times = [(self.samples[key], other.samples.get(key)) for key in self.signs]
+        return all(theirs is not None and _compare(mine, theirs)[0] for mine, theirs in times)
 
     def doubting(self, verdict: Verdict) -> Clock:
         """Return the clock of calls without a context name: after a repeated time two moves in a row end the doubt."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Mapping
 
-from bwcache_compile.clock import HALF, Clock, TimeInput, Verdict, compare, may_be_time
+from bwcache_compile.clock import HALF, Clock, TimeInput, Verdict, may_be_time
 from bwcache_compile.errors import StateError
 
 __all__ = ["HALF", "UNNAMED", "Advance", "Cursor", "StepInfo", "TimeInput", "Tracker", "may_be_time"]
@@ -170,8 +170,7 @@ class Tracker:
     def is_beside(self, other: Tracker) -> bool:
         """Whether two contexts were last called at the same step of one run, as far as step index or time can tell."""
         if self.clock.signs:
-            times = [(self.clock.samples[key], other.clock.samples.get(key)) for key in self.clock.signs]
-            return all(theirs is not None and compare(mine, theirs)[0] for mine, theirs in times)
+            return self.clock.shows_time_of(other.clock)
         return not other.clock.samples and self.next_step == other.next_step
 
     def _began(self, info: StepInfo, signature: Hashable, num_steps: int | None, verdict: Verdict) -> tuple[str, str]:
