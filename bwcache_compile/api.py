@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from bwcache_compile import passes
 from bwcache_compile.bundle.files import FORMATS
 from bwcache_compile.bundle.manifest import Manifest
-from bwcache_compile.capture.capture import capture, flat_program
+from bwcache_compile.capture.capture import capture
+from bwcache_compile.capture.flatten import flat_program
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError, StateError
 from bwcache_compile.exporters.onnx.export import export_onnx
