@@ -13,7 +13,8 @@ from torch import SymInt, Tensor, nn
 
 from bwcache_compile.capture.arguments import all_open, completed, leaf_names, signature_of, with_signature
 from bwcache_compile.capture.flatten import flat_program
-from bwcache_compile.capture.known import KnownValues, Source, inputs_of, sources
+from bwcache_compile.capture.known import KnownValues
+from bwcache_compile.capture.sources import Source, inputs_of, sources
 from bwcache_compile.errors import CaptureError, first_line
 from bwcache_compile.ir.call_signature import Reading
 from bwcache_compile.ir.compare import Reference

@@ -6,110 +6,39 @@ import builtins
 import contextlib
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import SymBool, SymFloat, SymInt, Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bwcache_compile.capture.functions import (
+    MADE_LIKE,
+    MADE_OF_NUMBERS,
+    MAKES,
+    METADATA_UNLESS_TENSOR,
+    READS,
+    SYMBOLS,
+    TAKES_SIZES,
+    is_metadata,
+    is_random,
+    leaves_of,
+    mapped,
+    tensors_in,
+    written_by,
+)
 from bwcache_compile.capture.known_sizes import READS_OF_SIZES, UNKNOWN, KnownSizes
+from bwcache_compile.capture.sources import Origin, Source, inputs_of, is_short, sources
 from bwcache_compile.ir.call_signature import OPERAND, Reading
 from bwcache_compile.ir.source_lines import class_files, source_line
 from bwcache_compile.ir.torch_compat import OpOverload, OpOverloadPacket, disable_current_modes, pytree
-
-_MOST = 4096
-"""Elements of the largest tensor that is followed: grids, lengths and offsets are short."""
-
-_MADE_OF_NUMBERS = {"tensor", "as_tensor", "arange", "zeros", "ones", "full", "eye", "linspace"}
-_MADE_BESIDE = {"new_tensor", "new_zeros", "new_ones", "new_full"}
-"""They take a tensor's dtype and device, and nothing else of it."""
-_UNTOLD = ("rand", "normal", "bernoulli", "multinomial", "dropout", "empty", "uniform", "poisson", "exponential", "geometric", "cauchy")
-"""In the names of functions whose results do not follow from what they are given."""
-_IN_PLACE = {
-    "__setitem__",
-    *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")),
-}
-_STATIC = {
-    "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
-    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_tensor",
-}  # fmt: skip
-_STATIC_PROPERTIES = {
-    "shape",
-    "dtype",
-    "device",
-    "ndim",
-    "layout",
-    "is_cuda",
-    "is_cpu",
-    "is_meta",
-    "requires_grad",
-    "names",
-    "itemsize",
-    "nbytes",
-}
-"""Metadata queries; they never read tensor data."""
-_STATIC_OR_TENSOR = {"__get__", "type"}
-"""Metadata queries too where they return no tensor."""
-_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "equal", "allclose"}
-_SYMBOLS = (SymInt, SymFloat, SymBool)
-_ATOMS = {Tensor, nn.Parameter, *_SYMBOLS, int, float, bool, str, type(None), torch.dtype, torch.device}
-_NEW = {"zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "eye"}
-_TAKES_SIZES = _NEW | {
-    "view", "reshape", "expand", "broadcast_to", "repeat", "tile", "unflatten", "permute", "split", "narrow", "chunk", "roll", "pad",
-    "new_zeros", "new_ones", "new_full", "new_empty", "unfold", "interpolate", "flatten", "as_strided", "repeat_interleave",
-}  # fmt: skip
-"""Functions that take 0-dim tensors for ints and read them out of sight."""
-
-Source = int | str
-"""Where a value comes from that the model does not make itself: a position among the leaves of the call, or a buffer's name."""
-Origin = Source | Reading
-"""A source, or what was computed of one that is too large to be followed itself."""
-
-
-def _is_static(func: Any, name: str) -> bool:
-    return name in _STATIC or (name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _STATIC_PROPERTIES)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    """Return what a call was given, the bounds of slices too.
-
-    This runs at every function that a traced model calls, so what nearly all calls consist of goes past `pytree`.
-    """
-    kind = type(tree)
-    if kind in _ATOMS:
-        return [tree]
-    if kind is tuple or kind is list:
-        return [leaf for part in tree for leaf in _leaves(part)]
-    if kind is dict:
-        return [leaf for part in tree.values() for leaf in _leaves(part)]
-    if kind is slice:
-        return [tree.start, tree.stop, tree.step]
-    found = pytree.tree_leaves(tree)
-    return [tree] if len(found) == 1 and found[0] is tree else [leaf for part in found for leaf in _leaves(part)]
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in _leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _mapped(function: Any, tree: Any) -> Any:
-    """Apply a function to each leaf of what a call was given, to the bounds of slices too."""
-
-    def of_leaf(leaf: Any) -> Any:
-        return slice(*map(function, (leaf.start, leaf.stop, leaf.step))) if isinstance(leaf, slice) else function(leaf)
-
-    return pytree.tree_map(of_leaf, tree)
 
 
 def _constant(real: Tensor) -> Tensor:
     """Write a known tensor into the graph."""
     return torch.tensor(real.tolist(), dtype=real.dtype, device=real.device).reshape(tuple(real.shape))
-
-
-def _small(tensors: Iterable[Tensor]) -> bool:
-    return all(tensor.numel() <= _MOST for tensor in tensors)
 
 
 def _of_elements(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,26 +48,6 @@ def _of_elements(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*(map(list, args) if len(args) == 1 and isinstance(args[0], Tensor) else args), **kwargs)
 
     return reduced
-
-
-def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Tensor]:
-    """Return the tensors of a call, by position among its leaves."""
-    leaves = pytree.tree_leaves((args, kwargs))
-    return {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-
-
-def sources(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Source, Tensor]:
-    """Return what a model may read in Python beside shapes: short masks, lengths and sizes of a call, and short buffers."""
-    found: dict[Source, Tensor] = dict(inputs_of(args, kwargs).items())
-    found |= {name: buffer for name, buffer in model.named_buffers() if buffer is not None}
-    static = {name: t for name, t in found.items() if all(isinstance(size, int) for size in t.shape)}
-    return {name: t for name, t in static.items() if _small([t]) and (t.dim() <= 1 or isinstance(name, str) or not t.is_floating_point())}
-
-
-def _written(name: str, args: Any, kwargs: Any) -> list[Tensor]:
-    """Return the tensors that a function writes to, going by its name."""
-    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name not in ("detach_", "requires_grad_"))
-    return _tensors((args[:1] if in_place else (), kwargs.get("out")))
 
 
 class KnownValues(TorchFunctionMode):
@@ -201,14 +110,14 @@ class KnownValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function, and take down on which inputs its result depends."""
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if _is_static(func, name):
+        if is_metadata(func, name):
             return func(*args, **kwargs)
-        depends = frozenset().union(*(self._inputs.get(tensor, ()) for tensor in _tensors((args, kwargs))))
-        if name in _READS:
+        depends = frozenset().union(*(self._inputs.get(tensor, ()) for tensor in tensors_in((args, kwargs))))
+        if name in READS:
             self.asked = depends
         result = self._run_with_values(func, types, args, kwargs)
         if depends:
-            for tensor in (*_tensors(result), *_written(name, args, kwargs)):
+            for tensor in (*tensors_in(result), *written_by(name, args, kwargs)):
                 self._inputs[tensor] = self._inputs.get(tensor, frozenset()) | depends
         return result
 
@@ -219,9 +128,9 @@ class KnownValues(TorchFunctionMode):
             return self.__torch_function__(torch.clone, types, args[:1])
         if name == "__iter__" and (args[0] in self._real or self._sizes.knows(args[0])):
             return iter(self.__torch_function__(torch.unbind, types, args))
-        if name in _TAKES_SIZES or name in ("__getitem__", "__setitem__"):
+        if name in TAKES_SIZES or name in ("__getitem__", "__setitem__"):
             args, kwargs = self._with_sizes(name, args, kwargs)
-        name, leaves = getattr(func, "__name__", ""), _leaves((args, kwargs))
+        name, leaves = getattr(func, "__name__", ""), leaves_of((args, kwargs))
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if isinstance(func, (OpOverload, OpOverloadPacket)):  # called by itself, it may write to anything
             self._forget(given)
@@ -236,18 +145,18 @@ class KnownValues(TorchFunctionMode):
                 result = func(*args, **kwargs)
             self._sizes.keep(result, held)
             return result
-        told = not any(part in name for part in _UNTOLD)
-        told = told and not any(isinstance(leaf, _SYMBOLS) for leaf in leaves)
+        told = not is_random(name)
+        told = told and not any(isinstance(leaf, SYMBOLS) for leaf in leaves)
         if told and given and all(tensor in self._real for tensor in given):
             real, origins = self._run(func, args, kwargs), self._origins_of(given)
-            written = _written(name, args, kwargs)
-            if not _tensors(real) and not written:
-                self._reads(origins if name not in _STATIC_OR_TENSOR else frozenset())
+            written = written_by(name, args, kwargs)
+            if not tensors_in(real) and not written:
+                self._reads(origins if name not in METADATA_UNLESS_TENSOR else frozenset())
                 return real
             for tensor in (other for one in written for other in self._sharing(one)):
                 self._origins[tensor] = origins | self._origins_of([tensor])
             return self._beside(func(*args, **kwargs), real, origins)
-        self._forget(_written(name, args, kwargs))
+        self._forget(written_by(name, args, kwargs))
         if len(args) == 2 and not kwargs and name == "__getitem__":
             args = (args[0], self._without_masks(args[0], args[1]))
         elif len(args) == 2 and not kwargs and name == "masked_select" and args[1] in self._real:
@@ -255,11 +164,11 @@ class KnownValues(TorchFunctionMode):
             if all(isinstance(size, int) for size in spread):
                 func, args = torch.Tensor.__getitem__, (args[0].expand(spread), self._places(args[1], spread))
         result = func(*args, **kwargs)
-        if told and len(given) == 1 and given[0] in self._large and not _written(name, args, kwargs):
+        if told and len(given) == 1 and given[0] in self._large and not written_by(name, args, kwargs):
             return self._reduced(result, func, args, kwargs)
-        if told and name in _MADE_OF_NUMBERS and not given and _small(_tensors(result)):
+        if told and name in MADE_OF_NUMBERS and not given and all(map(is_short, tensors_in(result))):
             return self._beside(result, self._run(func, args, kwargs))
-        if told and name in _MADE_BESIDE and not _tensors((args[1:], kwargs)) and _small([result]):
+        if told and name in MADE_LIKE and not tensors_in((args[1:], kwargs)) and is_short(result):
             with disable_current_modes():
                 like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
                 return self._beside(result, func(like, *args[1:], **kwargs))
@@ -269,7 +178,7 @@ class KnownValues(TorchFunctionMode):
         def lookup(leaf: Any) -> Any:
             return self._real[leaf] if isinstance(leaf, Tensor) else leaf
 
-        real_args, real_kwargs = _mapped(lookup, (args, kwargs))
+        real_args, real_kwargs = mapped(lookup, (args, kwargs))
         with disable_current_modes():
             return func(*real_args, **real_kwargs)
 
@@ -296,12 +205,12 @@ class KnownValues(TorchFunctionMode):
             return self._real[leaf].item()
 
         def bounds(leaf: Any) -> Any:
-            return _mapped(number, leaf) if isinstance(leaf, slice) else leaf
+            return mapped(number, leaf) if isinstance(leaf, slice) else leaf
 
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], pytree.tree_map(bounds, args[1]), *args[2:])
         else:
-            first = args[:1] if args and isinstance(args[0], Tensor) and name not in _NEW else ()
+            first = args[:1] if args and isinstance(args[0], Tensor) and name not in MAKES else ()
             args, kwargs = (*first, *pytree.tree_map(number, tuple(args[len(first) :]))), pytree.tree_map(number, kwargs)
         self._reads(origins)
         return args, kwargs
@@ -335,15 +244,15 @@ class KnownValues(TorchFunctionMode):
 
     def _reduced(self, result: Any, func: Any, args: Any, kwargs: Any) -> Any:
         """Follow what is computed of a large input as long as it is short or a truth value for each element; know one truth value."""
-        (operand,) = _tensors((args, kwargs))
+        (operand,) = tensors_in((args, kwargs))
         real, reading = self._large[operand]
         if not isinstance(result, Tensor):
             return result
-        short = all(isinstance(size, int) for size in result.shape) and _small([result])
+        short = all(isinstance(size, int) for size in result.shape) and is_short(result)
         truth = result.dtype is torch.bool
         if not short and not truth:
             return result
-        step = (func, *_mapped(lambda leaf: OPERAND if isinstance(leaf, Tensor) else leaf, (args, kwargs)))
+        step = (func, *mapped(lambda leaf: OPERAND if isinstance(leaf, Tensor) else leaf, (args, kwargs)))
         reading = Reading(reading.source, (*reading.steps, step))
         with disable_current_modes():
             value = reading.apply(real).clone()
@@ -354,19 +263,19 @@ class KnownValues(TorchFunctionMode):
 
     def _beside(self, result: Any, real: Any, origins: frozenset[Origin] = frozenset()) -> Any:
         """Know what a function returned; where it returned sizes that a tracer does not know, put a constant instead."""
-        known = {id(traced): value for traced, value in zip(_tensors(result), _tensors(real), strict=True)}
-        if any(isinstance(size, SymInt) for traced in _tensors(result) for size in traced.shape):
+        known = {id(traced): value for traced, value in zip(tensors_in(result), tensors_in(real), strict=True)}
+        if any(isinstance(size, SymInt) for traced in tensors_in(result) for size in traced.shape):
             self._reads(origins)
             result = pytree.tree_map_only(Tensor, lambda traced: self._told(_constant(known[id(traced)]), known[id(traced)]), result)
             return result
-        for traced in _tensors(result):
-            if _small([known[id(traced)]]):
+        for traced in tensors_in(result):
+            if is_short(known[id(traced)]):
                 self._real[traced] = known[id(traced)]
                 self._origins[traced] = origins | self._origins_of([traced])
         return result
 
     def _told(self, constant: Tensor, real: Tensor) -> Tensor:
-        if _small([real]):
+        if is_short(real):
             self._real[constant] = real
         return constant
 
