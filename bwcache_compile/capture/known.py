@@ -1,4 +1,4 @@
-"""What Python may read of tensors while a model is traced: values that follow from shapes and numbers alone."""
+"""Let Python read tensors while a model is traced, where their values follow from shapes and numbers alone."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from bwcache_compile.capture.functions import (
     written_by,
 )
 from bwcache_compile.capture.known_sizes import READS_OF_SIZES, UNKNOWN, KnownSizes
+from bwcache_compile.capture.masks import without_masks
 from bwcache_compile.capture.sources import Origin, Source, inputs_of, is_short, sources
 from bwcache_compile.ir.call_signature import OPERAND, Reading
 from bwcache_compile.ir.source_lines import class_files, source_line
@@ -37,7 +38,7 @@ from bwcache_compile.ir.torch_compat import OpOverload, OpOverloadPacket, disabl
 
 
 def _constant(real: Tensor) -> Tensor:
-    """Write a known tensor into the graph."""
+    """Return a known tensor as a constant of the graph."""
     return torch.tensor(real.tolist(), dtype=real.dtype, device=real.device).reshape(tuple(real.shape))
 
 
@@ -51,12 +52,13 @@ def _of_elements(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class KnownValues(TorchFunctionMode):
-    """While active, a tensor that was made of shapes and numbers is read in Python as what it holds.
+    """Let Python read the values of tensors that were made of shapes and numbers, while this mode is active.
 
     Original video models carry sizes around as tensors (`torch.tensor(x.shape[2:])`, and `.tolist()` in every block). A
-    tracer knows no tensor's values, and would give each number that is read a symbol. Here a real tensor stands beside
-    each one that is made of numbers, every function of such tensors is run on the real ones too, and what Python reads is
-    read off those. The graph is traced as ever. Nothing that depends on an input, a weight or chance is known.
+    tracer does not know the values of tensors: it would make a symbol of each number that Python reads. This mode keeps a
+    real tensor for each traced one that was made of numbers, runs every function of such tensors on the real ones too, and
+    returns to Python what the real ones hold. The graph itself is traced as usual. A value that depends on an input, a
+    weight or a random number is not known.
     """
 
     def __init__(self) -> None:
@@ -79,12 +81,14 @@ class KnownValues(TorchFunctionMode):
 
     @contextlib.contextmanager
     def knowing(self, model: nn.Module, values: dict[Source, Tensor], large: dict[int, Tensor]) -> Iterator[None]:
-        """Know these values too while the model is traced; `read` says afterwards on which the graph depends, `read_at` since where.
+        """Let Python read these values too while the model is traced.
+
+        Afterwards `read` holds those that Python has read, on which the graph depends, and `read_at` the first line that did so.
 
         Args:
             model: The model.
-            values: Of short inputs and buffers.
-            large: Of the other inputs: what is reduced to a short tensor, such as `torch.all(x == 0)`, is known.
+            values: Short inputs and buffers.
+            large: The other inputs: what the model reduces one to, such as `torch.all(x == 0)`, is known where it is short.
         """
         self._files = class_files(model.modules())
         real = {name: value.clone() for name, value in values.items()}  # what the model writes in place is written to these too
@@ -108,7 +112,7 @@ class KnownValues(TorchFunctionMode):
             handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function, and take down on which inputs its result depends."""
+        """Run a function, and record on which inputs its result depends."""
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if is_metadata(func, name):
             return func(*args, **kwargs)
@@ -122,7 +126,7 @@ class KnownValues(TorchFunctionMode):
         return result
 
     def _run_with_values(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """Run a function; where it follows from what is known, run it on the known values too."""
+        """Run a function; if all its arguments are known, run it on their values too."""
         name = getattr(func, "__name__", "")
         if name == "__deepcopy__" and not isinstance(args[0], nn.Parameter):
             return self.__torch_function__(torch.clone, types, args[:1])
@@ -130,49 +134,65 @@ class KnownValues(TorchFunctionMode):
             return iter(self.__torch_function__(torch.unbind, types, args))
         if name in TAKES_SIZES or name in ("__getitem__", "__setitem__"):
             args, kwargs = self._with_sizes(name, args, kwargs)
-        name, leaves = getattr(func, "__name__", ""), leaves_of((args, kwargs))
+        leaves = leaves_of((args, kwargs))
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if isinstance(func, (OpOverload, OpOverloadPacket)):  # called by itself, it may write to anything
             self._forget(given)
             return func(*args, **kwargs)
-        held = self._sizes.run(name, args, kwargs, leaves, self._real)
-        if held is not UNKNOWN:
-            if name in READS_OF_SIZES:
-                return held
-            if name == "new_tensor":  # it would fix the sizes
-                result = self._sizes.tensor(held, {"dtype": args[0].dtype, "device": args[0].device, **kwargs})
-            else:
-                result = func(*args, **kwargs)
-            self._sizes.keep(result, held)
-            return result
-        told = not is_random(name)
-        told = told and not any(isinstance(leaf, SYMBOLS) for leaf in leaves)
-        if told and given and all(tensor in self._real for tensor in given):
-            real, origins = self._run(func, args, kwargs), self._origins_of(given)
-            written = written_by(name, args, kwargs)
-            if not tensors_in(real) and not written:
-                self._reads(origins if name not in METADATA_UNLESS_TENSOR else frozenset())
-                return real
-            for tensor in (other for one in written for other in self._sharing(one)):
-                self._origins[tensor] = origins | self._origins_of([tensor])
-            return self._beside(func(*args, **kwargs), real, origins)
-        self._forget(written_by(name, args, kwargs))
-        if len(args) == 2 and not kwargs and name == "__getitem__":
-            args = (args[0], self._without_masks(args[0], args[1]))
-        elif len(args) == 2 and not kwargs and name == "masked_select" and args[1] in self._real:
-            spread = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
-            if all(isinstance(size, int) for size in spread):
-                func, args = torch.Tensor.__getitem__, (args[0].expand(spread), self._places(args[1], spread))
+        sizes = self._sizes.run(name, args, kwargs, leaves, self._real)
+        if sizes is not UNKNOWN:
+            return sizes if name in READS_OF_SIZES else self._run_on_sizes(func, args, kwargs, sizes)
+        determined = not is_random(name) and not any(isinstance(leaf, SYMBOLS) for leaf in leaves)
+        if determined and given and all(tensor in self._real for tensor in given):
+            return self._run_on_known(func, args, kwargs, given)
+        written = written_by(name, args, kwargs)
+        self._forget(written)
+        if len(args) == 2 and not kwargs:
+            func, args = self._with_places(func, args)
         result = func(*args, **kwargs)
-        if told and len(given) == 1 and given[0] in self._large and not written_by(name, args, kwargs):
+        if not determined:
+            return result
+        if len(given) == 1 and given[0] in self._large and not written:
             return self._reduced(result, func, args, kwargs)
-        if told and name in MADE_OF_NUMBERS and not given and all(map(is_short, tensors_in(result))):
+        if name in MADE_OF_NUMBERS and not given and all(map(is_short, tensors_in(result))):
             return self._beside(result, self._run(func, args, kwargs))
-        if told and name in MADE_LIKE and not tensors_in((args[1:], kwargs)) and is_short(result):
+        if name in MADE_LIKE and not tensors_in((args[1:], kwargs)) and is_short(result):
             with disable_current_modes():
                 like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
                 return self._beside(result, func(like, *args[1:], **kwargs))
         return result
+
+    def _run_on_sizes(self, func: Any, args: Any, kwargs: Any, sizes: Any) -> Any:
+        """Run a function that returns a tensor of these sizes, and know them."""
+        if getattr(func, "__name__", "") == "new_tensor":  # it would fix the sizes
+            result = self._sizes.tensor(sizes, {"dtype": args[0].dtype, "device": args[0].device, **kwargs})
+        else:
+            result = func(*args, **kwargs)
+        self._sizes.keep(result, sizes)
+        return result
+
+    def _run_on_known(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
+        """Run a function on known values too; what it returns to Python is read off these."""
+        name = getattr(func, "__name__", "")
+        real, origins = self._run(func, args, kwargs), self._origins_of(given)
+        written = written_by(name, args, kwargs)
+        if not tensors_in(real) and not written:
+            self._reads(origins if name not in METADATA_UNLESS_TENSOR else frozenset())
+            return real
+        for tensor in (other for one in written for other in self._sharing(one)):
+            self._origins[tensor] = origins | self._origins_of([tensor])
+        return self._beside(func(*args, **kwargs), real, origins)
+
+    def _with_places(self, func: Any, args: Any) -> tuple[Any, Any]:
+        """Return a selection by known masks as one by indices; any other function as it is."""
+        name = getattr(func, "__name__", "")
+        if name == "__getitem__":
+            return func, (args[0], without_masks(args[0], args[1], self._real, self._places))
+        if name == "masked_select" and args[1] in self._real:
+            spread = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
+            if all(isinstance(size, int) for size in spread):
+                return torch.Tensor.__getitem__, (args[0].expand(spread), self._places(args[1], spread))
+        return func, args
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         def lookup(leaf: Any) -> Any:
@@ -183,7 +203,7 @@ class KnownValues(TorchFunctionMode):
             return func(*real_args, **real_kwargs)
 
     def _reads(self, origins: frozenset[Origin]) -> None:
-        """Take down that the graph depends on the values of these, and the first line that makes it so."""
+        """Record that the graph depends on these values, and the first line of the model that reads one."""
         if origins and not self.read:
             self.read_at = source_line(traceback.extract_stack(), self._files)
         self.read |= origins
@@ -192,7 +212,7 @@ class KnownValues(TorchFunctionMode):
         return frozenset().union(*(self._origins.get(tensor, ()) for tensor in given))
 
     def _with_sizes(self, name: str, args: Any, kwargs: Any) -> Any:
-        """Put numbers for known 0-dim tensors where a function takes sizes or bounds."""
+        """Replace known 0-dim tensors by numbers where a function takes sizes or bounds."""
         origins: frozenset[Origin] = frozenset()
 
         def number(leaf: Any) -> Any:
@@ -216,34 +236,14 @@ class KnownValues(TorchFunctionMode):
         return args, kwargs
 
     def _places(self, mask: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Return where a known mask is true, once spread over a shape: an index of known size for each dimension."""
+        """Return where a known mask, expanded to a shape, is true: one index tensor for each dimension, of known size."""
         with disable_current_modes():
             found = self._real[mask].expand(shape).nonzero(as_tuple=True)
         self._reads(self._origins_of([mask]))
         return tuple(map(_constant, found))
 
-    def _without_masks(self, tensor: Tensor, index: Any) -> Any:
-        """Put indices for known masks, which leave as many rows as they leave; a tracer knows no such size."""
-        parts = index if isinstance(index, tuple) else (index,)
-        masks = [isinstance(part, Tensor) and part.dtype is torch.bool and part.dim() > 0 and part in self._real for part in parts]
-        if not any(masks):
-            return index
-        taken = [part.dim() if isinstance(part, Tensor) and part.dtype is torch.bool else int(part is not None) for part in parts]
-        found: list[Any] = []
-        dimension = 0
-        for part, is_mask, count in zip(parts, masks, taken, strict=True):
-            if part is Ellipsis:
-                count = tensor.dim() - sum(taken) + 1
-            if is_mask:
-                for size, expected in zip(tensor.shape[dimension : dimension + count], part.shape, strict=True):
-                    if size != expected:  # which fixes a dynamic size
-                        raise IndexError(f"the shape of the mask {tuple(part.shape)} does not match the tensor's, {tuple(tensor.shape)}")
-            found += self._places(part, tuple(part.shape)) if is_mask else [part]
-            dimension += count
-        return tuple(found)
-
     def _reduced(self, result: Any, func: Any, args: Any, kwargs: Any) -> Any:
-        """Follow what is computed of a large input as long as it is short or a truth value for each element; know one truth value."""
+        """Follow what is computed from a large input while it is short or boolean; a single boolean becomes known."""
         (operand,) = tensors_in((args, kwargs))
         real, reading = self._large[operand]
         if not isinstance(result, Tensor):
@@ -262,7 +262,7 @@ class KnownValues(TorchFunctionMode):
         return self._beside(result, value, frozenset([dataclasses.replace(reading, value=value)]))
 
     def _beside(self, result: Any, real: Any, origins: frozenset[Origin] = frozenset()) -> Any:
-        """Know what a function returned; where it returned sizes that a tracer does not know, put a constant instead."""
+        """Record what a function returned; a result whose sizes the tracer does not know is replaced by a constant."""
         known = {id(traced): value for traced, value in zip(tensors_in(result), tensors_in(real), strict=True)}
         if any(isinstance(size, SymInt) for traced in tensors_in(result) for size in traced.shape):
             self._reads(origins)
@@ -280,7 +280,7 @@ class KnownValues(TorchFunctionMode):
         return constant
 
     def _forget(self, written: list[Tensor]) -> None:
-        """Forget tensors that something unknown is written to, and all that share memory with them."""
+        """Forget tensors that an unknown value is written to, and all tensors that share memory with them."""
         self._sizes.forget(written)
         for tensor in written:
             for other in [other for other in self._large if other.untyped_storage()._cdata == tensor.untyped_storage()._cdata]:
