@@ -27,7 +27,7 @@ from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes import Guard
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.runtime import CachedModel, Toolchain
-from bwcache_compile.runtime.watch import refuse_hooks
+from bwcache_compile.runtime.hooks import refuse_hooks
 
 
 def _names(blocks: Sequence[str] | None) -> tuple[str, ...]:
