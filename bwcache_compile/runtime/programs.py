@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -12,16 +11,15 @@ from torch import nn
 from torch.fx import GraphModule
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError, warn
+from bwcache_compile.errors import StateError, warn
 from bwcache_compile.ir.compare import Reference, Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.program import ModelProgram
-from bwcache_compile.ir.sizes import VaryingSizes
-from bwcache_compile.runtime import notes
 from bwcache_compile.runtime.gate import CaptureGate
+from bwcache_compile.runtime.maker import ProgramMaker, differ_in_sizes
 from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.signature import CallKey, generation_kind
-from bwcache_compile.runtime.trial import Request, Toolchain, Trial
+from bwcache_compile.runtime.trial import Request, Toolchain
 from bwcache_compile.runtime.watch import ModelWatch
 
 MAX_PROGRAMS = 8
@@ -70,17 +68,14 @@ class ProgramCache:
 
     def __init__(self, model: nn.Module, toolchain: Toolchain, dynamic_shapes: Any = None, verify: Verify = "bitwise") -> None:
         """Capture nothing yet."""
-        self._model, self._toolchain, self._shapes, self._verify = model, toolchain, dynamic_shapes, verify
+        self._model, self._toolchain, self._verify = model, toolchain, verify
         self.gate = CaptureGate()
         self._lock = self.gate.lock
         self.watch = ModelWatch(model)
+        self._maker = ProgramMaker(model, toolchain, dynamic_shapes, self.watch)
         self._loaded: OrderedDict[CallKey, RunnableProgram] = OrderedDict()
-        self._alive: weakref.WeakSet[RunnableProgram] = weakref.WeakSet()
         self._last: RunnableProgram | None = None
-        self._fixed: dict[Hashable, str] = {}
         self._structure = self.watch.structure
-        self._compile_options: dict[str, Any] | None = None
-        self._ran = False
         self.captured = 0
 
     def __len__(self) -> int:
@@ -144,7 +139,7 @@ class ProgramCache:
         self.watch.glance() if glance else self.watch.poll()
         if self._structure != self.watch.structure:
             self._loaded.clear()
-            self._fixed.clear()
+            self._maker.fixed.clear()
             self._structure = self.watch.structure
 
     def _find(self, request: Request) -> tuple[RunnableProgram, list[Any] | None] | None:
@@ -164,22 +159,18 @@ class ProgramCache:
                 loaded.checked.add(key.sizes)
                 return loaded, first
             loaded.refused.add(key.sizes)
-            self._fixed[key.kind] = f"the graph with dynamic sizes differs from the model at {key.sizes}: {wrong}"
+            self._maker.fixed[key.kind] = f"the graph with dynamic sizes differs from the model at {key.sizes}: {wrong}"
         return None
 
     def _difference(self, loaded: RunnableProgram, request: Request) -> tuple[str | None, list[Any]]:
         """Say how a program's outputs differ from the model's at a size that it has not served yet, and return them."""
         request.reference.outputs()
-        self.watch.accept_changes(self._live())  # the model ran
+        self.watch.accept_changes(self._maker.addresses())  # the model ran
         try:
             first = request.first_step(loaded)
         except RuntimeError as error:
             return f"it fails with {str(error).splitlines()[0]}", []
         return request.reference.difference(first[: loaded.program.signature.out_spec.num_leaves]), first
-
-    def _live(self) -> frozenset[int]:
-        """Return the addresses of the tensors that programs hold."""
-        return frozenset().union(*(loaded.addresses for loaded in self._alive))
 
     def _captured(self, request: Request) -> tuple[RunnableProgram, list[Any] | None]:
         """Capture the model while no program runs, unless another thread did so meanwhile."""
@@ -187,31 +178,8 @@ class ProgramCache:
         return self._find(request) or self._capture(request)
 
     def _capture(self, request: Request) -> tuple[RunnableProgram, list[Any] | None]:
-        key = request.key
-        alike = [other for other in self._loaded if other.kind == key.kind and other.sizes != key.sizes]
-        varying = VaryingSizes(tuple(other.sizes for other in alike)) if alike else None
-        asked = self._shapes if self._shapes is not None else varying
-        if alike and key.kind in self._fixed:
-            asked = None
-        try:
-            if not self._ran:
-                request.reference.outputs()  # exporting a model that never ran can damage it
-                self._ran = True
-            try:
-                loaded, first = self._make(request, asked)
-            except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
-                if asked is None or not alike:
-                    raise
-                self._fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
-                loaded, first = self._make(request, None)
-        except BaseException:
-            self.watch.accept_changes(self._live())  # the model ran, also where it could not be captured
-            raise
-        self._alive.add(loaded)
-        changed_by_forward = self.watch.accept_changes(self._live())
-        for text in notes.suspicious(loaded.program, changed_by_forward):
-            warn(text)
-        for other in alike:
+        loaded, first = self._maker.make(request, self._loaded)
+        for other in [other for other in self._loaded if differ_in_sizes(other, request.key)]:
             if loaded.symbols(other) is not None and loaded.key.values in ((), other.values):
                 del self._loaded[other]
         self._loaded[loaded.key] = loaded
@@ -226,37 +194,6 @@ class ProgramCache:
                 f" changes between calls: an input (a Python number that could be a tensor?), or the model's modules{changed}."
             )
         return loaded, first
-
-    def _make(self, request: Request, shapes: Any) -> tuple[RunnableProgram, list[Any] | None]:
-        reference, trial = request.reference, Trial(lambda captured: self._built(captured, request), request)
-
-        def capture(reading: bool) -> ModelProgram:
-            return self._toolchain.capture(
-                self._model, reference.args, reference.kwargs, shapes, reading, reference=reference, run=trial.run
-            )
-
-        captured = capture(False)
-        try:
-            return trial.result(captured)
-        except (NoBlocksFoundError, UnsupportedGraphError) as error:
-            if not captured.has_unsized_values:
-                raise
-            try:
-                captured = capture(True)
-            except CaptureError:
-                raise error from None
-            return trial.result(captured)
-
-    def _built(self, captured: ModelProgram, request: Request) -> RunnableProgram:
-        program = self._toolchain.build(captured, request.config)
-        signature, plan, key = program.signature, program.planned(), request.key
-        others = [other.sizes for other in self._loaded if other.kind == key.kind]
-        noted = [*notes.built_in(signature), *notes.fixed_sizes(signature, key, others, self._fixed.get(key.kind, ""))]
-        program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted)))
-        loaded = RunnableProgram(program, key._replace(values=signature.values))
-        if self._compile_options is not None:
-            loaded.compile(self._compile_options)
-        return loaded
 
     @property
     def latest(self) -> RunnableProgram:
@@ -303,9 +240,7 @@ class ProgramCache:
     def compile(self, options: dict[str, Any]) -> None:
         """Compile every program with these options of `torch.compile`, those captured later too."""
         with self._lock:
-            self._compile_options = options
-            for loaded in self._alive:
-                loaded.compile(options)
+            self._maker.compile(options)
 
     def touch(self) -> None:
         """Take the weights for changed: something was called that may write to them where nothing counts it."""
