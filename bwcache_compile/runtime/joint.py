@@ -78,15 +78,15 @@ def _decide(members: list[ModelContext], config: CacheConfig, num_steps: int | N
     first = members[0]
     assert first.fit is not None
     assert first.state is not None
-    computed_at, loaded = first.state.cursor.computed_at, first.fit.loaded
-    step = loaded.step_tensor(computed_at)
+    computed_at, runnable = first.state.cursor.computed_at, first.fit.loaded
+    step = runnable.step_tensor(computed_at)
     # what each graph decided on its own is dropped: the trigger goes on from the last common decision
     triggers = [torch.full_like(step, -1), *(member.trigger for member in members if member.trigger is not None)]
     changes = [_change(member) for member in members]
     with torch.no_grad():
         change = torch.cat([c.to(step.device) for c in changes if c is not None])
         trigger = torch.stack(triggers).amax(dim=0)  # equal, unless one joined late or lost its cache
-        trigger, left = loaded.decide(change, trigger, step, *loaded.parameters(config, num_steps))
+        trigger, left = runnable.decide(change, trigger, step, *runnable.parameters(config, num_steps))
     for member in members:
         assert member.state is not None
         at, slots = _trigger(member), member.state.slots

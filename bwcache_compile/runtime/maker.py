@@ -41,13 +41,13 @@ class ProgramMaker:
 
     def addresses(self) -> frozenset[int]:
         """Return the addresses of the tensors that programs hold."""
-        return frozenset().union(*(program.addresses for program in self._alive))
+        return frozenset().union(*(runnable.addresses for runnable in self._alive))
 
     def compile(self, options: dict[str, Any]) -> None:
         """Compile every program with these options of `torch.compile`, those made later too."""
         self._compile_options = options
-        for program in self._alive:
-            program.compile(options)
+        for runnable in self._alive:
+            runnable.compile(options)
 
     def make(self, request: Request, kept: Collection[CallKey]) -> tuple[RunnableProgram, list[Any] | None]:
         """Capture the model for a call and make a program; with dynamic sizes where a call of another size was captured before.
@@ -73,20 +73,20 @@ class ProgramMaker:
                 request.reference.outputs()  # exporting a model that never ran can damage it
                 self._ran = True
             try:
-                program, first = self._attempt(request, asked, kept)
+                runnable, first = self._attempt(request, asked, kept)
             except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
                 if asked is None or not alike:
                     raise
                 self.fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
-                program, first = self._attempt(request, None, kept)
+                runnable, first = self._attempt(request, None, kept)
         except BaseException:
             self._watch.accept_changes(self.addresses())  # the model ran, also where it could not be captured
             raise
-        self._alive.add(program)
+        self._alive.add(runnable)
         changed_by_forward = self._watch.accept_changes(self.addresses())
-        for text in notes.suspicious(program.program, changed_by_forward):
+        for text in notes.suspicious(runnable.program, changed_by_forward):
             warn(text)
-        return program, first
+        return runnable, first
 
     def _attempt(self, request: Request, shapes: Any, kept: Collection[CallKey]) -> tuple[RunnableProgram, list[Any] | None]:
         reference, trial = request.reference, Trial(lambda captured: self._built(captured, request, kept), request)

@@ -73,13 +73,13 @@ class ProgramCache:
         self._lock = self.gate.lock
         self.watch = ModelWatch(model)
         self._maker = ProgramMaker(model, toolchain, dynamic_shapes, self.watch)
-        self._loaded: OrderedDict[CallKey, RunnableProgram] = OrderedDict()
+        self._kept: OrderedDict[CallKey, RunnableProgram] = OrderedDict()
         self._last: RunnableProgram | None = None
         self._structure = self.watch.structure
         self.captured = 0
 
     def __len__(self) -> int:
-        return len(self._loaded)
+        return len(self._kept)
 
     def fit(
         self,
@@ -114,20 +114,20 @@ class ProgramCache:
             self._poll(glance=reuses)
             first: list[Any] | None = None
             if held is not None and self._serves(held, key, args, kwargs):
-                loaded, sizes = held.loaded, held.sizes
+                runnable, sizes = held.loaded, held.sizes
             else:
                 request = Request(key, Reference(self._model, args, kwargs, self._verify), config, num_steps)
-                loaded, first = self._find(request) or self._captured(request)
-                held, sizes = None, loaded.symbols(key) or {}
-            if self._last is not loaded and loaded.key in self._loaded:
-                self._loaded.move_to_end(loaded.key)
-            while len(self._loaded) > MAX_PROGRAMS:
-                self._loaded.popitem(last=False)
-            self._last = loaded
+                runnable, first = self._find(request) or self._captured(request)
+                held, sizes = None, runnable.symbols(key) or {}
+            if self._last is not runnable and runnable.key in self._kept:
+                self._kept.move_to_end(runnable.key)
+            while len(self._kept) > MAX_PROGRAMS:
+                self._kept.popitem(last=False)
+            self._last = runnable
             version = (self.watch.structure, self.watch.weights)
             if held is not None and held.version == version:
                 return held
-            return ProgramMatch(loaded, key._replace(values=loaded.key.values), sizes, version, self.watch.changed, first)
+            return ProgramMatch(runnable, key._replace(values=runnable.key.values), sizes, version, self.watch.changed, first)
 
     def _serves(self, held: ProgramMatch, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether what a context ran with last is right for its next call."""
@@ -138,7 +138,7 @@ class ProgramCache:
         """Drop every program if the model is no longer what was captured."""
         self.watch.glance() if glance else self.watch.poll()
         if self._structure != self.watch.structure:
-            self._loaded.clear()
+            self._kept.clear()
             self._maker.fixed.clear()
             self._structure = self.watch.structure
 
@@ -149,28 +149,28 @@ class ProgramCache:
             The program, and what its graph returned if it was checked; None where there is no such program.
         """
         key, reference = request.key, request.reference
-        for loaded in [self._loaded[key]] if key in self._loaded else reversed(self._loaded.values()):
-            if loaded.symbols(key) is None or not loaded.reads(self._model, reference.args, reference.kwargs):
+        for runnable in [self._kept[key]] if key in self._kept else reversed(self._kept.values()):
+            if runnable.symbols(key) is None or not runnable.reads(self._model, reference.args, reference.kwargs):
                 continue
-            if not reference.verify or key.sizes in loaded.checked:
-                return loaded, None
-            wrong, first = self._difference(loaded, request)
+            if not reference.verify or key.sizes in runnable.checked:
+                return runnable, None
+            wrong, first = self._difference(runnable, request)
             if wrong is None:
-                loaded.checked.add(key.sizes)
-                return loaded, first
-            loaded.refused.add(key.sizes)
+                runnable.checked.add(key.sizes)
+                return runnable, first
+            runnable.refused.add(key.sizes)
             self._maker.fixed[key.kind] = f"the graph with dynamic sizes differs from the model at {key.sizes}: {wrong}"
         return None
 
-    def _difference(self, loaded: RunnableProgram, request: Request) -> tuple[str | None, list[Any]]:
+    def _difference(self, runnable: RunnableProgram, request: Request) -> tuple[str | None, list[Any]]:
         """Say how a program's outputs differ from the model's at a size that it has not served yet, and return them."""
         request.reference.outputs()
         self.watch.accept_changes(self._maker.addresses())  # the model ran
         try:
-            first = request.first_step(loaded)
+            first = request.first_step(runnable)
         except RuntimeError as error:
             return f"it fails with {str(error).splitlines()[0]}", []
-        return request.reference.difference(first[: loaded.program.signature.out_spec.num_leaves]), first
+        return request.reference.difference(first[: runnable.program.signature.out_spec.num_leaves]), first
 
     def _captured(self, request: Request) -> tuple[RunnableProgram, list[Any] | None]:
         """Capture the model while no program runs, unless another thread did so meanwhile."""
@@ -178,13 +178,13 @@ class ProgramCache:
         return self._find(request) or self._capture(request)
 
     def _capture(self, request: Request) -> tuple[RunnableProgram, list[Any] | None]:
-        loaded, first = self._maker.make(request, self._loaded)
-        for other in [other for other in self._loaded if differ_in_sizes(other, request.key)]:
-            if loaded.symbols(other) is not None and loaded.key.values in ((), other.values):
-                del self._loaded[other]
-        self._loaded[loaded.key] = loaded
+        runnable, first = self._maker.make(request, self._kept)
+        for other in [other for other in self._kept if differ_in_sizes(other, request.key)]:
+            if runnable.symbols(other) is not None and runnable.key.values in ((), other.values):
+                del self._kept[other]
+        self._kept[runnable.key] = runnable
         self.captured += 1
-        small = loaded.program.planned().work.warning(type(self._model).__name__)
+        small = runnable.program.planned().work.warning(type(self._model).__name__)
         if small is not None:
             warn(small)
         if self.captured == 3 * MAX_PROGRAMS:
@@ -193,7 +193,7 @@ class ProgramCache:
                 f"{self.captured} programs of {type(self._model).__name__} have been captured, and each capture takes seconds. Something"
                 f" changes between calls: an input (a Python number that could be a tensor?), or the model's modules{changed}."
             )
-        return loaded, first
+        return runnable, first
 
     @property
     def latest(self) -> RunnableProgram:
@@ -211,7 +211,7 @@ class ProgramCache:
         """Every program that is kept and fits the model as it is."""
         with self._lock:
             self._poll()
-        return tuple(loaded.program for loaded in self._loaded.values())
+        return tuple(runnable.program for runnable in self._kept.values())
 
     @property
     def only(self) -> RunnableProgram:
@@ -220,18 +220,18 @@ class ProgramCache:
         Raises:
             StateError: There is none, or there are several.
         """
-        if len(self._loaded) != 1:
+        if len(self._kept) != 1:
             raise StateError(
                 "cached.functional_step inside torch.compile requires exactly one captured signature, and the model has"
-                f" {len(self._loaded)}: transform the model with guard='graph' and example_args / example_kwargs, and call it with inputs"
+                f" {len(self._kept)}: transform the model with guard='graph' and example_args / example_kwargs, and call it with inputs"
                 " of those shapes."
             )
-        if next(iter(self._loaded.values())).key.values:
+        if next(iter(self._kept.values())).key.values:
             raise StateError(
                 "cached.functional_step inside torch.compile cannot tell whether values that the model reads in Python have changed; call"
                 " cached.functional_step as it is, or torch.compile the cached model."
             )
-        return next(iter(self._loaded.values()))
+        return next(iter(self._kept.values()))
 
     def explain(self, config: CacheConfig) -> dict[str, GraphDiff]:
         """Return what each pass changed in the program used last."""
@@ -255,5 +255,5 @@ class ProgramCache:
     def clear(self) -> None:
         """Drop every program."""
         with self._lock:
-            self._loaded.clear()
+            self._kept.clear()
             self._last = None

@@ -44,15 +44,15 @@ class Request:
     config: CacheConfig
     num_steps: int | None
 
-    def first_step(self, loaded: RunnableProgram) -> list[Any]:
+    def first_step(self, runnable: RunnableProgram) -> list[Any]:
         """Run a program on this call, on a fresh state at step 0, and return all that its graph returns."""
-        state = loaded.fresh(loaded.symbols(self.key) or {})
+        state = runnable.fresh(runnable.symbols(self.key) or {})
         try:
-            parameters = loaded.parameters(self.config, self.num_steps)
+            parameters = runnable.parameters(self.config, self.num_steps)
         except ConfigError:  # the number of steps is not known yet; outputs do not depend on it
-            parameters = loaded.parameters(self.config, 2)
+            parameters = runnable.parameters(self.config, 2)
         with torch.no_grad():
-            return list(loaded.eager[loaded.kind(state)](*loaded.operands(self.reference.inputs(), state, parameters)))
+            return list(runnable.eager[runnable.kind(state)](*runnable.operands(self.reference.inputs(), state, parameters)))
 
 
 class Trial:
@@ -60,20 +60,20 @@ class Trial:
 
     def __init__(self, make: Callable[[ModelProgram], RunnableProgram], request: Request) -> None:
         self._make, self._request = make, request
-        self.loaded: RunnableProgram | None = None
+        self.runnable: RunnableProgram | None = None
         self.first: list[Any] | None = None
         self.error: NoBlocksFoundError | UnsupportedGraphError | None = None
 
     def run(self, captured: ModelProgram) -> list[Any]:
         """Return the model's outputs as the finished graph returns them, or the captured one if no program can be made of it."""
-        self.loaded = self.first = self.error = None
+        self.runnable = self.first = self.error = None
         try:
-            self.loaded = self._make(captured)
+            self.runnable = self._make(captured)
         except (NoBlocksFoundError, UnsupportedGraphError) as error:
             self.error = error  # which may be due to a wrong capture
             return list(captured.fresh().compute(*self._request.reference.inputs()))
-        self.first = self._request.first_step(self.loaded)
-        return self.first[: self.loaded.program.signature.out_spec.num_leaves]
+        self.first = self._request.first_step(self.runnable)
+        return self.first[: self.runnable.program.signature.out_spec.num_leaves]
 
     def result(self, captured: ModelProgram) -> tuple[RunnableProgram, list[Any] | None]:
         """Return the program, and what its graph returned if it was checked.
@@ -83,4 +83,4 @@ class Trial:
         """
         if self.error is not None:
             raise self.error
-        return self.loaded or self._make(captured), self.first
+        return self.runnable or self._make(captured), self.first
