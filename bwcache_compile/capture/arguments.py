@@ -41,7 +41,7 @@ def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @contextlib.contextmanager
 def with_signature(model: nn.Module, signature: inspect.Signature) -> Iterator[None]:
-    """Let a model's forward have a signature meanwhile: torch.export opens no size of what is taken by `**kwargs`."""
+    """Give a model's forward this signature while active: torch.export makes no size of an argument in `**kwargs` dynamic."""
     if signature == inspect.signature(model.forward):
         yield
         return
@@ -61,7 +61,7 @@ def with_signature(model: nn.Module, signature: inspect.Signature) -> Iterator[N
 
 
 def all_open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fixed: Iterable[Tensor]) -> dict[str, Any]:
-    """Leave every size to the exporter to open: dimensions and Python ints. It fixes 0 and 1 always, so these are not asked for.
+    """Ask the exporter to make every dimension and Python int dynamic, except 0 and 1, which it always fixes.
 
     The sizes of the tensors in `fixed` stay fixed.
     """
@@ -76,7 +76,7 @@ def all_open(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fi
 
 
 def completed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> Any:
-    """Fix the sizes of the arguments that a specification by name leaves out."""
+    """Return `dynamic_shapes` with None, which fixes all sizes, for each argument that a specification by name leaves out."""
     if not isinstance(shapes, dict):
         return shapes
     names = _arguments(model, args, kwargs)

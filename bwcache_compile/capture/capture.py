@@ -25,7 +25,7 @@ from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.ir.tracing import tracing
 
 Mode = Literal["non-strict", "strict", "reading"]
-"""Ways to trace, in the order in which they are tried; the last builds in what Python reads of masks and lengths."""
+"""Ways to trace, in the order in which they are tried; "reading" makes constants of the masks and lengths that Python reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Failure:
     inputs: frozenset[int]
 
     def describe(self, mode: Mode, model: nn.Module, names: list[str]) -> str:
-        """Name the way, the error, the line of the model's own code, and the inputs."""
+        """Return the mode, the error, the line of the model's own code, and the inputs."""
         at = error_line(self.error, class_files(model.modules()))
         lines = [
             f"{mode}: {type(self.error).__name__}: {first_line(self.error)}",
@@ -50,20 +50,20 @@ class _Failure:
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opened: Any, mode: Mode, values: dict[Source, Tensor]
 ) -> ModelProgram | _Failure:
-    """Trace a model in one way; Python may read `values`, and where `opened` asks for all sizes, theirs stay fixed."""
+    """Trace a model in one mode. Python may read `values`; if `opened` asks for all sizes, the sizes of these tensors stay fixed."""
     known = KnownValues()
     large = {i: leaf for i, leaf in inputs_of(args, kwargs).items() if i not in values} if mode == "reading" else {}
     shapes = all_open(model, args, kwargs, values.values()) if isinstance(opened, VaryingSizes) else opened
     with tracing():
-        args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # it leaves marks on what it is given
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # torch.export leaves marks on its example tensors
         named = inspect.signature(model.forward) if shapes is None else signature_of(model, args, kwargs)
         try:
             with with_signature(model, named), contextlib.ExitStack() as stack:
-                if mode != "strict":  # Dynamo traces hooks, and takes no such mode
+                if mode != "strict":  # Dynamo traces hooks, and does not support such a mode
                     stack.enter_context(known)
                     stack.enter_context(known.knowing(model, values, large))
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=mode == "strict")
-        except Exception as error:  # every front end raises its own kinds
+        except Exception as error:  # each front end raises errors of its own types
             return _Failure(error, known.asked)
     program = flat_program(exported, type(model).__name__)
     read = {name: values[name].clone() for name in known.read if not isinstance(name, Reading)}
@@ -75,7 +75,7 @@ def _export(
 
 
 def _serves(program: ModelProgram, seen: Sequence[CallSizes]) -> bool:
-    """Whether a program serves all sizes seen that dynamic sizes may serve: no exporter opens a size of 0 or 1."""
+    """Whether a program serves the sizes of all calls seen, but for sizes that became 0 or 1, which no exporter makes dynamic."""
 
     def opens(now: tuple[int, ...] | int | None, other: tuple[int, ...] | int | None) -> bool:
         pairs = zip(now, other, strict=True) if isinstance(now, tuple) and isinstance(other, tuple) else [(now, other)]
@@ -94,17 +94,18 @@ def _serves(program: ModelProgram, seen: Sequence[CallSizes]) -> bool:
 def _attempts(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opened: Any, modes: Sequence[Mode]
 ) -> Iterator[tuple[Mode, ModelProgram | _Failure]]:
-    """Trace a model in one way after the other; strict tracing comes first where it alone leaves the sizes seen open.
+    """Trace a model in each mode in turn, and yield what came of it.
 
-    When values are built in, the sizes of all tensors that Python may read are fixed first. If the model reads only some of them,
-    it is traced again with the sizes of the others open.
+    A non-strict program that does not serve the sizes of all calls seen is yielded after the strict one. In the mode "reading",
+    the sizes of all tensors that Python may read are fixed first; if the model reads only some of them, it is traced again with
+    dynamic sizes of the others.
     """
 
     def attempt(mode: Mode, values: dict[Source, Tensor]) -> ModelProgram | _Failure:
         try:
             with torch.no_grad():
                 return _export(model, args, kwargs, opened, mode, values)
-        except Exception as error:  # what was exported opens no size, or decomposes into nothing that is supported
+        except Exception as error:  # flat_program refused what was exported
             return _Failure(error, frozenset())
 
     seen = opened.seen if isinstance(opened, VaryingSizes) else ()
@@ -120,7 +121,7 @@ def _attempts(
         stopped = stopped or isinstance(outcome, _Failure)
         serves = isinstance(outcome, ModelProgram) and _serves(outcome, seen)
         if mode == "non-strict" and isinstance(outcome, ModelProgram) and not serves:
-            narrow = outcome  # int(size ** 0.5) is a number in there
+            narrow = outcome  # non-strict tracing makes a constant of int(size ** 0.5)
             continue
         if narrow is None or serves:
             yield mode, outcome

@@ -19,10 +19,10 @@ from bwcache_compile.ir.tracing import tracing
 
 
 def _unlifted(exported: ExportedProgram) -> Captured:
-    """Read weights where they are used instead of passing them in.
+    """Return the graph of an exported program with each weight read by a `get_attr` node instead of passed in.
 
-    `ExportedProgram.module()` does this too, and is taken where the model writes to its inputs or buffers; elsewhere it
-    only costs time, as it writes the graph out as Python several times over.
+    `ExportedProgram.module()` does this too, and is used if the model writes to its inputs or buffers. Otherwise it is
+    only slow: it generates the Python code of the graph several times.
     """
     signature = exported.graph_signature
     kinds = {spec.kind for spec in signature.input_specs}
@@ -45,12 +45,12 @@ def _unlifted(exported: ExportedProgram) -> Captured:
 
 
 def _runs_under_modes(module: GraphModule) -> bool:
-    """Whether a graph runs others under autocast or another mode of gradients: blocks in there are out of sight."""
+    """Whether a graph runs others under autocast or another gradient mode: the block search does not look into such graphs."""
     return any(isinstance(node.target, HigherOrderOperator) and "wrap_with" in str(node.target) for node in module.graph.nodes)
 
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:
-    """Return the same operators, in-place ones apart, with what runs under a mode written out: an autocast becomes casts."""
+    """Return a program in functional form, with the graphs that run under a mode inlined: autocast becomes casts."""
     nested = [m for m in exported.graph_module.modules() if isinstance(m, GraphModule) and m is not exported.graph_module]
     for module in nested:
         vars(module)["forward"] = Interpreter(module).run  # node by node, so that each operator says which module it ran in
@@ -64,7 +64,7 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
 def flat_program(exported: ExportedProgram, name: str) -> ModelProgram:
     """Return an exported program as a flat graph over its own weights; nothing runs, nothing is checked.
 
-    Where blocks write in place to more than their own memory, or run under a mode, the graph is the functional one.
+    If blocks write in place to memory that is not their own, or run under a mode, the graph is in functional form.
     """
     with tracing():
         if _runs_under_modes(exported.graph_module) or writes_escape(exported.graph_module):

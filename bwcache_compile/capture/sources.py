@@ -13,9 +13,9 @@ _MOST = 4096
 """Elements of the largest tensor that is followed: grids, lengths and offsets are short."""
 
 Source = int | str
-"""Where a value comes from that the model does not make itself: a position among the leaves of the call, or a buffer's name."""
+"""Where a known value comes from: an input, by its position among the leaves of the call, or a buffer, by its name."""
 Origin = Source | Reading
-"""A source, or what was computed of one that is too large to be followed itself."""
+"""A source, or a value that the model computes from an input that is too large to be followed itself."""
 
 
 def is_short(tensor: Tensor) -> bool:
@@ -30,7 +30,7 @@ def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Tensor
 
 
 def sources(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Source, Tensor]:
-    """Return what a model may read in Python beside shapes: short masks, lengths and sizes of a call, and short buffers."""
+    """Return the tensors whose values a model may read in Python: short masks, lengths and sizes of a call, and short buffers."""
     found: dict[Source, Tensor] = dict(inputs_of(args, kwargs).items())
     found |= {name: buffer for name, buffer in model.named_buffers() if buffer is not None}
     static = {name: t for name, t in found.items() if all(isinstance(size, int) for size in t.shape)}

@@ -1,4 +1,4 @@
-"""The policy's inputs as tensors."""
+"""Make tensors of the policy's settings, which are inputs of the graphs."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def check_values(context: ModelContext, match: ProgramMatch, num_steps: int | No
     """Refuse values that are built into a program and change in the middle of a run.
 
     Raises:
-        StateError: They did.
+        StateError: Such a value changed.
     """
     if context.key is None or context.state is None:
         return
@@ -80,7 +80,7 @@ def check_values(context: ModelContext, match: ProgramMatch, num_steps: int | No
 
 
 def _interchangeable(one: ProgramMatch, other: ProgramMatch) -> bool:
-    """Whether what one program cached means the same to another, such as one for another dtype of the time, or of dynamic sizes."""
+    """Whether the cache of one program is valid for another, such as one for another dtype of the time or for dynamic sizes."""
     if one.loaded is other.loaded:
         return True
     kept = []
@@ -114,14 +114,14 @@ def state_for(context: ModelContext, advance: Advance, match: ProgramMatch) -> t
 
 
 def warn_without_reuse(context: ModelContext, config: CacheConfig) -> None:
-    """At the end of a generation that reused nothing: say so, and which threshold would have."""
+    """Warn at the end of a generation that reused nothing, and name a threshold that would have."""
     explain = POLICIES[config.policy].no_reuse
     if explain is None:
         return
     report = context.report()
     if report.reused or any(report.reused_by_block):
         return
-    if len(report.steps) < 3:  # an expert that joined at the end: too short a stretch for any threshold
+    if len(report.steps) < 3:  # such as an expert that runs the last steps only: too few steps for any threshold
         return
     why = explain(config, report.smallest(max(1, config.warmup_steps)))
     if why is None:

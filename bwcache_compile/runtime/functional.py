@@ -1,4 +1,4 @@
-"""One step as a function of the inputs, the state and the policy's settings: nothing is kept, nothing is reported."""
+"""Run one step as a function of the inputs, the state and the policy's settings. Nothing is stored or reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def first_state(match: ProgramMatch) -> CacheState | GuardedState:
 
 
 def check_state(match: ProgramMatch, state: CacheState | GuardedState) -> None:
-    """Refuse a state that another program made, or the same one at other sizes or with other weights.
+    """Refuse a state that was made by another program, at other sizes or with other weights.
 
     Raises:
         StateError: It is such a state.
@@ -40,7 +40,7 @@ def check_state(match: ProgramMatch, state: CacheState | GuardedState) -> None:
 
 
 def check_inputs(runnable: RunnableProgram, flat: Sequence[Any]) -> None:
-    """Refuse inputs that the program was not captured for; made of plain comparisons, which compiled code does once.
+    """Refuse inputs of another shape or dtype than those of the capture, by comparisons that torch.compile evaluates once.
 
     Raises:
         StateError: A shape or dtype differs.
@@ -63,7 +63,7 @@ def host_step(runnable: RunnableProgram, flat: Sequence[Any], state: CacheState,
 def guarded_step(
     runnable: RunnableProgram, flat: Sequence[Any], state: GuardedState, parameters: tuple[Tensor, ...]
 ) -> tuple[Any, GuardedState]:
-    """Run the graph that decides by itself. Traced as it stands by an outer `torch.compile(fullgraph=True)`."""
+    """Run the graph that contains the guard. An outer `torch.compile(fullgraph=True)` can trace this function."""
     io = runnable.io["guarded"]
     operands = io.pack(runnable.named(io, flat, state.slots, parameters, state.step))
     with torch.no_grad():

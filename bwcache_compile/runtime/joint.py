@@ -1,4 +1,4 @@
-"""Letting the contexts of one step decide together: guidance amplifies the difference of their errors."""
+"""Make one decision for all contexts of a step: guidance amplifies the difference of their errors."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def _decides_with(other: ModelContext, context: ModelContext) -> bool:
 def synchronize_decisions(context: ModelContext, contexts: Iterable[ModelContext], config: CacheConfig, num_steps: int | None) -> None:
     """Give all contexts that computed the last step one trigger and one number of steps to reuse.
 
-    Called when the first context arrives at the next step of its generation, so all of them have measured. The graph's
+    Called when the first context begins the next step of its generation, so all of them have measured. The graph's
     own policy runs once more, on the changes of all their blocks together: its indicator is the mean over all. A context
     that skipped the step, or joined late, decides with those that compute the same steps as it does. One that was not
     called since this one's last call takes no part: its run has ended.
 
     Args:
-        context: The one that arrives; locked by the caller.
+        context: The one that begins its next step; locked by the caller.
         contexts: All of the model's.
         config: Policy settings.
         num_steps: Steps of a generation.

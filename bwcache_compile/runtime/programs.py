@@ -1,4 +1,4 @@
-"""The programs of one model: made when a call needs one, kept while they fit, and dropped when the model changes."""
+"""Keep the programs of one model: make one when a call needs it, and drop all of them when the model changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_PROGRAMS = 8
 
 @dataclasses.dataclass(frozen=True)
 class ProgramMatch:
-    """What a call is run with: a cache serves the next call only if that one's match is the same.
+    """The program that serves a call, and what was true of the call and the model.
 
     Attributes:
         loaded: The program.
@@ -36,7 +36,7 @@ class ProgramMatch:
         sizes: The values of the program's symbols at this call; empty where no size is open.
         version: The model's structure and weights; another one means that what is cached came from another model.
         changed: What changed in the model's structure last, for messages.
-        first: What the program's graph returned for this very call on a fresh state at step 0, if it was just checked on it.
+        first: What the program's graph returned for this very call on a fresh state at step 0, if it was just checked on this call.
     """
 
     loaded: RunnableProgram
@@ -53,7 +53,7 @@ class ProgramMatch:
 
 
 def _is_flat(model: nn.Module) -> bool:
-    """Whether a model is an exported graph: its mode is built in, and it has no `eval()`."""
+    """Whether a model is an exported graph, whose mode is fixed, and which does not support `eval()`."""
     if not isinstance(model, GraphModule):
         return False
     return all(node.op != "call_module" or node.target == "_guards_fn" for node in model.graph.nodes)
@@ -130,7 +130,7 @@ class ProgramCache:
             return ProgramMatch(runnable, key._replace(values=runnable.key.values), sizes, version, self.watch.changed, first)
 
     def _serves(self, held: ProgramMatch, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether what a context ran with last is right for its next call."""
+        """Whether the program that a context ran last serves its next call."""
         alike = held.version[0] == self._structure and held.key.sizes == key.sizes and held.key.kind == key.kind
         return alike and held.loaded.reads(self._model, args, kwargs)
 
@@ -143,7 +143,7 @@ class ProgramCache:
             self._structure = self.watch.structure
 
     def _find(self, request: Request) -> tuple[RunnableProgram, list[Any] | None] | None:
-        """Return a kept program that is right for a call; one of dynamic sizes is checked once at each size that it serves.
+        """Return a kept program that serves a call; one with dynamic sizes is checked once at each size that it serves.
 
         Returns:
             The program, and what its graph returned if it was checked; None where there is no such program.
@@ -243,13 +243,13 @@ class ProgramCache:
             self._maker.compile(options)
 
     def touch(self) -> None:
-        """Take the weights for changed: something was called that may write to them where nothing counts it."""
+        """Treat the weights as changed: a method was called that may write to them without a version counter showing it."""
         with self._lock:
             self.watch.weights += 1
             self.watch.suspect()
 
     def suspect(self) -> None:
-        """Look the whole model over at the next call: something was called that may change it."""
+        """Compare the whole model at the next call: a method was called that may change it."""
         self.watch.suspect()
 
     def clear(self) -> None:

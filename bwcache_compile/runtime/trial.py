@@ -1,4 +1,4 @@
-"""How a call gets a program: the compiler handed in, the call that asks, and the run that proves a capture."""
+"""The functions that make a program, the call that needs one, and the run that checks it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from bwcache_compile.runtime.signature import CallKey
 
 @dataclasses.dataclass(frozen=True)
 class Toolchain:
-    """How a model becomes a program; handed in, so that running needs no compiler.
+    """The functions that make a program of a model. They are passed in, so that `runtime` does not import the passes.
 
     Attributes:
         capture: Model, positional and keyword arguments, which sizes stay open, whether values that sizes depend on are built
             in, what the model returns, and how to run what is made of a capture, to a captured program.
         build: A captured program, which it consumes, and settings to a cached one.
         explain: The same to the diff of each pass.
-        guard: Who decides at each step of what `build` makes: "host" or "graph".
+        guard: Where the guard of a program is that `build` makes: "host" or "graph".
     """
 
     capture: Callable[..., ModelProgram]
@@ -56,7 +56,7 @@ class Request:
 
 
 class Trial:
-    """Makes a program of a capture and runs it, so that what is checked is what will run."""
+    """Makes a program of a capture and runs it, so that the check covers what will run."""
 
     def __init__(self, make: Callable[[ModelProgram], RunnableProgram], request: Request) -> None:
         self._make, self._request = make, request

@@ -1,4 +1,4 @@
-"""Noticing before every call, and cheaply, that a model is no longer the one that was captured."""
+"""Detect before every call, at low cost, that a model is no longer the one that was captured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bwcache_compile.runtime.hooks import HOOK_REGISTRY, is_only_empty_registry, refuse_hooks
 
 _STANDARD = frozenset(vars(nn.Module())) - {"training"}
-"""What every module has; the registries among it are looked into."""
+"""Attributes that every module has; the entries of `_REGISTRIES` are watched, and no other of these."""
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
@@ -29,7 +29,7 @@ _data_ptr = Tensor.data_ptr
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Whether two values are one, or equal constants, or containers of such: exporting a model copies its containers."""
+    """Whether two values are the same object, equal constants, or containers of these: exporting a model copies its containers."""
     if new is old:
         return True
     if type(new) is not type(old):
@@ -44,7 +44,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 class _Part:
-    """What is watched of some of a model's modules: tables by size, places by identity, tensors by writes and address."""
+    """Watches some modules of a model: dictionaries and lists by length, their entries by identity, tensors by writes and address."""
 
     def __init__(self) -> None:
         self.table_names: list[str] = []
@@ -53,7 +53,7 @@ class _Part:
         self.tensors: list[tuple[str, Tensor]] = []
 
     def accept(self) -> None:
-        """Take everything for unchanged."""
+        """Accept the present state as unchanged."""
         self._empty = [table for table in self.tables if not table]
         self._filled = [table for table in self.tables if table]
         self._sizes = list(map(len, self._filled))
@@ -74,7 +74,7 @@ class _Part:
         return list(map(_version, self._counted)), list(map(_data_ptr, self._placed))
 
     def moved(self) -> bool:
-        """Whether something may be another object, or there are more or fewer."""
+        """Whether an entry may be another object, or there are more or fewer entries."""
         return (
             any(self._empty)
             or list(map(len, self._filled)) != self._sizes
@@ -279,7 +279,7 @@ def _kind(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 
 def _inside(name: str, value: Any) -> Iterator[Any]:
-    """Yield what a module's attribute holds other things in: itself, or the attributes of a plain object."""
+    """Yield the containers of a module's attribute: the attribute itself, or the dictionary of a plain object."""
     if name == HOOK_REGISTRY:
         yield getattr(value, "hooks", {})  # the rest is filled in as pipelines run
     elif isinstance(value, (dict, list)):
