@@ -1,4 +1,4 @@
-"""The exporter checks itself: the reuse graph runs no cached block, and the files do what the program does, step after step."""
+"""Check an export: the reuse graph contains no cached block, and the files compute what the program computes, step by step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tolerance_of(program: ModelProgram) -> float:
 
 
 class Written(Protocol):
-    """A graph as it was written: what it holds of the region (name here, and the node it was), and which weights."""
+    """A written graph: its operators of the cached region (name, and the node that each came from), and its weights."""
 
     @property
     def region(self) -> dict[str, str]: ...  # noqa: D102
@@ -117,7 +117,7 @@ class TorchRun:
 
 
 def other_sizes(program: ModelProgram, conditions: Sequence[str]) -> dict[str, int] | None:
-    """Return other values of the dynamic sizes, for which the graphs are proved too; None if none come to mind."""
+    """Return other values of the dynamic sizes that satisfy the conditions; None if none of those tried do."""
     for factor in (3, 2, 4) if program.signature.sizes else ():
         known = {name: factor * value for name, value in program.signature.captured_sizes.items()}
         if all(evaluate(condition, known) for condition in conditions):
@@ -189,7 +189,7 @@ def _checked_steps(mask: Sequence[int]) -> int:
 
 @dataclasses.dataclass
 class _Compared:
-    """Runs of a session beside torch's, and the worst that was seen."""
+    """Compares a session with torch step by step, and keeps the largest error."""
 
     program: ModelProgram
     manifest: Manifest

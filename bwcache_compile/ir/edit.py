@@ -1,4 +1,4 @@
-"""What several transforms need to edit a graph: inputs, slots, and functions as graphs of their own."""
+"""Edit graphs: add inputs, read and write cache slots, compute sizes, and insert calls of traced functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SIZE = "size: "
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:
-    """Return the mode in which a graph's dynamic sizes live; any, where there are none."""
+    """Return the FakeTensorMode of a graph's dynamic sizes; a new one if it has none."""
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, FakeTensor) and any(isinstance(size, SymInt) for size in value.shape):
@@ -84,7 +84,7 @@ def new_input(graph: Graph, name: str, value: Any) -> Node:
 
 
 def graph_input(graph: Graph, role: str, value: Tensor) -> Node:
-    """Return our input of that role, after adding it behind the others if it is not there; `step` stays the last."""
+    """Return our input of this role, and add it after the others if there is none; `step` stays the last input."""
     inputs = graph.find_nodes(op="placeholder")
     for node in inputs:
         if node.meta.get(_ROLE) == role:
@@ -113,7 +113,7 @@ def step_input(program: ModelProgram) -> Node:
 
 
 def read_slot(program: ModelProgram, slot: CacheSlot) -> Node:
-    """Return a node that reads a slot, standing before all operators."""
+    """Return the node that reads a slot; it is placed before all operators."""
     graph, module = program.compute.graph, program.compute
     if not hasattr(module, CACHE):
         module.add_module(CACHE, nn.Module())
@@ -132,7 +132,7 @@ def read_slot(program: ModelProgram, slot: CacheSlot) -> Node:
 
 
 def write_slot(program: ModelProgram, slot: CacheSlot, value: Node) -> None:
-    """Make a slot's next value known, at the end of the graph."""
+    """Write a slot's next value, at the end of the graph."""
     target = read_slot(program, slot)
     graph = program.compute.graph
     with graph.inserting_before(graph.output_node()):
@@ -162,7 +162,7 @@ def _behind_sizes(graph: Graph) -> Node:
 
 
 def move_early(node: Node) -> None:
-    """Put a number that is made from sizes behind the sizes."""
+    """Move a number that is computed from sizes to the front of the graph, after the sizes."""
     _behind_sizes(node.graph).prepend(node)
     node.meta[_ROLE] = f"{_SIZE}{node.name}"
 

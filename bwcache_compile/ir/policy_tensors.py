@@ -1,4 +1,4 @@
-"""What the graphs take of the settings, as tensors."""
+"""Make tensors of what the graphs take of the settings."""
 
 from __future__ import annotations
 

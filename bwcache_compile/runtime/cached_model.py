@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bwcache_compile.clock import check_time
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
@@ -32,7 +33,7 @@ from bwcache_compile.runtime.signature import CallKey, Parameters, call_key, cha
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.trial import Toolchain
 from bwcache_compile.runtime.wrapper import ModelWrapper
-from bwcache_compile.stepping import Advance, StepInfo, check_time
+from bwcache_compile.stepping import Advance, StepInfo
 
 _NO_MODE = contextlib.nullcontext()
 

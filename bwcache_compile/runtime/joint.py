@@ -1,4 +1,4 @@
-"""Letting the contexts of one step decide together: guidance amplifies the difference of their errors."""
+"""Make one decision for all contexts of a step: guidance amplifies the difference of their errors."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def _decides_with(other: ModelContext, context: ModelContext) -> bool:
 def synchronize_decisions(context: ModelContext, contexts: Iterable[ModelContext], config: CacheConfig, num_steps: int | None) -> None:
     """Give all contexts that computed the last step one decision: one number of steps to reuse, and what the policy keeps of it.
 
-    Called when the first context arrives at the next step of its generation, so all of them have measured. The graph's
+    Called when the first context begins the next step of its generation, so all of them have measured. The graph's
     own policy runs once more, on the changes of all their blocks together: its indicator is the mean over all. A context
     that skipped the step, or joined late, decides with those that compute the same steps as it does. One that was not
     called since this one's last call takes no part: its run has ended.
 
     Args:
-        context: The one that arrives; locked by the caller.
+        context: The one that begins its next step; locked by the caller.
         contexts: All of the model's.
         config: Policy settings.
         num_steps: Steps of a generation.
@@ -73,15 +73,15 @@ def _decide(members: list[ModelContext], config: CacheConfig, num_steps: int | N
     first = members[0]
     assert first.fit is not None
     assert first.state is not None
-    computed_at, loaded = first.state.cursor.computed_at, first.fit.loaded
-    step, names = loaded.step_tensor(computed_at), [slot.name for slot in POLICIES[config.policy].slots]
-    fresh = tuple(slot.fresh({}, step.device) for name in names for slot in loaded.plan.slots if slot.role == name)
+    computed_at, runnable = first.state.cursor.computed_at, first.fit.loaded
+    step, names = runnable.step_tensor(computed_at), [slot.name for slot in POLICIES[config.policy].slots]
+    fresh = tuple(slot.fresh({}, step.device) for name in names for slot in runnable.plan.slots if slot.role == name)
     # what each graph decided on its own is dropped: the policy goes on from the last common decision
     kept = next((member.decided for member in members if member.decided is not None), fresh)
     changes = [_change(member) for member in members]
     with torch.no_grad():
         change = torch.cat([c.to(step.device) for c in changes if c is not None])
-        kept, left = loaded.decide(change, kept, step, *loaded.parameters(config, num_steps))
+        kept, left = runnable.decide(change, kept, step, *runnable.parameters(config, num_steps))
     for member in members:
         assert member.state is not None
         assert member.fit is not None
