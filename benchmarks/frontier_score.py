@@ -161,12 +161,6 @@ def blend(computed: float) -> list[tuple[int, float]]:
     return [(steps, weight) for steps, weight in ((low, 1 - share), (low + 1, share)) if weight > 1e-9]
 
 
-def even_mask(computed: int, steps: int) -> list[bool]:
-    """Return a mask that computes `computed` of `steps` evenly, the first and the last among them; True reuses."""
-    chosen = {round(i * (steps - 1) / max(1, computed - 1)) for i in range(computed)}
-    return [step not in chosen for step in range(steps)]
-
-
 def draw_frontier(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Plot PSNR over computed steps, one line per way."""
     import matplotlib
