@@ -129,7 +129,7 @@ def main() -> None:
     chosen = [way for way in ways if not args.ways or any(word in way.name for word in args.ways.split(","))]
     record: dict[str, Any] = {
         "command": "python benchmarks/frontier.py " + " ".join(sys.argv[1:]),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(),
         "machine": {"kind": platform.machine(), "cores": os.cpu_count()},
         "clips_per_seed": args.clips, "tuning_seeds": list(TUNING), "test_seeds": list(testing),
