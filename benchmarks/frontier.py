@@ -31,36 +31,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny_video_dit"))
 
-import model as tiny
 
-import bwcache_compile as bw
-from benchmarks import frontier_cache_dit, frontier_ours
+from benchmarks import frontier_cache_dit
+from benchmarks.frontier_ours import Calibrated
 from benchmarks.frontier_protocol import Protocol, Store
 from benchmarks.frontier_rivals import rivals
 from benchmarks.frontier_score import Interval, draw_frontier
-from benchmarks.frontier_ways import Case, FewerSteps, Indicators, PaperSchedule, Point, Running, Settings, Way
+from benchmarks.frontier_ways import Case, FewerSteps, Indicators, PaperSchedule, Point, Way
 from benchmarks.record import write_record
 
 TUNING, TESTING = range(3500, 3504), 4000
 POINTS = "25,20,16,14,10,12/30"
-
-
-class Calibrated(Way):
-    """This package's calibration, from `frontier_ours.py`."""
-
-    name = "calibrated"
-
-    def __init__(self, tuning: list[Case]) -> None:
-        self._tuning = tuning
-
-    def settings(self, point: Point, solver: tiny.Solver) -> list[Settings]:
-        """Calibration tunes itself."""
-        return [{"computed": point.computed}]
-
-    def start(self, settings: Settings, steps: int, solver: tiny.Solver) -> Running:
-        """Calibrate and run."""
-        way = frontier_ours.calibrated(settings["computed"], solver, steps=steps, tuning=self._tuning)
-        return way.start({}, steps, solver)
 
 
 def all_ways(tuning: list[Case]) -> list[Way]:
@@ -71,11 +52,7 @@ def all_ways(tuning: list[Case]) -> list[Way]:
         ways += [frontier_cache_dit.StepMasks(), frontier_cache_dit.DBCache(False), frontier_cache_dit.DBCache(True)]
     else:
         print("cache-dit is left out: not installed")
-    if hasattr(bw, "calibrate"):
-        ways.append(Calibrated(tuning))
-    else:
-        print("calibrated is left out: this version of bwcache-compile has no calibrate")
-    return ways
+    return [*ways, Calibrated(tuning)]
 
 
 def markdown(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> str:
@@ -143,11 +120,7 @@ def main() -> None:
         for way in chosen:
             for point in points:
                 began = time.perf_counter()
-                try:
-                    row = protocol.measure(way, point)
-                except NotImplementedError as error:
-                    print(f"{solver}: {way.name} is left out: {error}")
-                    break
+                row = protocol.measure(way, point)
                 if row is None:
                     record["out_of_reach"].append({"solver": solver, "way": way.name, "point": str(point)})
                     print(f"{solver}, {point}: {way.name} cannot compute so few steps", flush=True)
