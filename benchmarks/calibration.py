@@ -78,7 +78,7 @@ def measure(solver: str, budgets: tuple[float, ...], effort: Any, calibrated: in
         prompt = case(seed, clips)
         full = generate(model, *prompt, STEPS, solver)
         for entry in plan.entries:
-            ours[entry.computed].append(psnr(generate(replay(model, entry), *prompt, STEPS, solver), full))
+            ours[entry.computed].append(psnr(generate(replay(model, plan, entry), *prompt, STEPS, solver), full))
             fewer[entry.computed].append(psnr(generate(model, *prompt, entry.computed, solver), full))
     rows = [row(entry, ours[entry.computed], fewer[entry.computed]) for entry in plan.entries]
     return {"cost": plan.provenance.cost, "seconds": seconds, "effort": effort, "calibrated_on": calibrated, "rows": rows}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ FORMAT = "bwcache-calibration"
 VERSION = 1
 _SAMPLE = 64
 _BUDGET_SLACK = 0.02
+_TIME_SLACK = 1e-2
+"""Relative; a time in bfloat16 is off by 4e-3."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +75,10 @@ class Provenance:
         weights: Fingerprint of its weights, see `fingerprint`.
         dtype: Of its first parameter.
         timesteps: The time at each step; empty where none was found.
-        contexts: Names of the calls of a step.
+        contexts: Names of the streams of calls.
+        calls: Step and context of each call of a generation.
         cut: Where the anchors are taken.
+        anchor_bytes: What all anchors of all contexts take; 0 where it is not known.
         sampler: What was found out about the sampler.
         prompts: How many prompts were calibrated on.
         cost: What it took, in full generations.
@@ -85,7 +90,9 @@ class Provenance:
     dtype: str
     timesteps: tuple[float, ...]
     contexts: tuple[str, ...]
+    calls: tuple[tuple[int, str], ...]
     cut: str
+    anchor_bytes: int
     sampler: str
     prompts: int
     cost: float
@@ -117,8 +124,9 @@ class CalibrationPlan:
     def __str__(self) -> str:
         """Lay the frontier out as a table."""
         made = self.provenance
+        size = f" ({made.anchor_bytes / 2**20:.2f} MiB)" if made.anchor_bytes else ""
         lines = [
-            f"calibration of {made.model} for {self.steps} steps, {self.anchors} anchors at the {made.cut},"
+            f"calibration of {made.model} for {self.steps} steps, {self.anchors} anchors at the {made.cut}{size},"
             f" {made.prompts} prompt{'s' * (made.prompts > 1)}; {made.sampler}",
             f"{'computed':>9} {'speed-up':>9} {'PSNR':>9} {'fewer steps':>12}  weights  steps (# computed, . reused)",
         ]
@@ -192,12 +200,28 @@ class CalibrationPlan:
             return
         if len(timesteps) != len(made.timesteps):
             raise StateError(f"this plan was calibrated for {self.steps} steps, but this run has {len(timesteps)}. Calibrate for them.")
-        for step, (then, now) in enumerate(zip(made.timesteps, timesteps, strict=True)):
-            if abs(then - now) > 1e-2 * max(abs(then), abs(now)):  # a time in bfloat16 is off by 4e-3
-                raise StateError(
-                    f"this plan was calibrated with time {then:g} at step {step}, but this run has {now:g}. Calibrate with this scheduler"
-                    " and number of steps."
-                )
+        for step, time in enumerate(timesteps):
+            self.check_time(step, [(time,)])
+
+    def check_time(self, step: int, times: Iterable[Sequence[float]]) -> None:
+        """Refuse a step none of whose inputs is the time that it had at calibration, if that is known.
+
+        Args:
+            step: Index of the step.
+            times: Values of each input that may be the time.
+
+        Raises:
+            StateError: There is no such input.
+        """
+        if not self.provenance.timesteps:
+            return
+        then, values = self.provenance.timesteps[step], [max(value) for value in times if value]
+        if not any(abs(then - now) <= _TIME_SLACK * max(abs(then), abs(now)) for now in values):
+            now = min(values, key=lambda value: abs(value - then), default=math.nan)
+            raise StateError(
+                f"this plan was calibrated with time {then:g} at step {step}, but this run has {now:g}. Calibrate with this scheduler and"
+                " number of steps."
+            )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -221,13 +245,19 @@ class CalibrationPlan:
         """
         try:
             read = json.loads(Path(path).read_text())
-            if not isinstance(read, dict) or read.get("format") != FORMAT:
-                raise ConfigError(f"{path} is not a calibration plan.")
-            if read["version"] != VERSION:
-                raise ConfigError(f"{path} has version {read['version']} of calibration plans, but this release reads {VERSION}.")
+            _check_header(read, path)
             return CalibrationPlan(tuple(_entry(entry) for entry in read["entries"]), _provenance(read["provenance"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except ConfigError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is damaged: {error}. Calibrate again.") from error
+
+
+def _check_header(read: Any, path: str | Path) -> None:
+    if not isinstance(read, dict) or read.get("format") != FORMAT:
+        raise ConfigError(f"{path} is not a calibration plan.")
+    if read["version"] != VERSION:
+        raise ConfigError(f"{path} has version {read['version']} of calibration plans, but this release reads {VERSION}.")
 
 
 def _entry(read: dict[str, Any]) -> PlanEntry:
@@ -238,7 +268,8 @@ def _entry(read: dict[str, Any]) -> PlanEntry:
 
 
 def _provenance(read: dict[str, Any]) -> Provenance:
-    return Provenance(**{**read, "timesteps": tuple(read["timesteps"]), "contexts": tuple(read["contexts"])})
+    lists = {"timesteps": tuple(read["timesteps"]), "contexts": tuple(read["contexts"])}
+    return Provenance(**{**read, **lists, "calls": tuple((int(step), str(name)) for step, name in read["calls"])})
 
 
 def dtype_of(model: nn.Module) -> str:

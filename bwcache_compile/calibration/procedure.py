@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,7 @@ from bwcache_compile.calibration.recording import RecordedStep, context_names
 from bwcache_compile.calibration.sampler_map import SamplerMap, first_difference, recover_map
 from bwcache_compile.calibration.search import Search
 from bwcache_compile.errors import ConfigError, warn
+from bwcache_compile.runtime import CachedModel
 
 Effort = Literal["quick", "thorough"]
 LIMITS: dict[str, float] = {"quick": 4.0, "thorough": 10.0}
@@ -53,7 +55,7 @@ def calibrate(
     latents of the full generation. Results are compared by PSNR.
 
     Args:
-        model: The transformer, compiled or not, in evaluation mode; or another cut of it.
+        model: The transformer, compiled, cached or not, in evaluation mode; or another cut of it.
         generate: Makes one video with the model that it is given and returns it: `lambda model: pipe(...).frames` after
             `pipe.transformer = model`, or a loop. The seed must be fixed inside.
         budgets: Shares of computed steps.
@@ -75,6 +77,7 @@ def calibrate(
         raise ConfigError("budgets is empty. Pass shares of computed steps, such as (0.4, 0.3, 0.2).")
     for budget in budgets:
         masks.computed_count(budget, 2)
+    model = model._original if isinstance(model, CachedModel) else model
     cut = OutputCut(model, anchors) if isinstance(model, nn.Module) else model
     with Progress(progress, LIMITS[effort]) as bar:
         evaluator = Evaluator(cut, generate, bar.advance)
@@ -141,14 +144,17 @@ def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None)
     else:
         words = f"sampler not linear (residual {sampler.residual:.0e})"
     module = cut.module
-    versions = {"bwcache_compile": bwcache_compile.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {name: sys.modules[name].__version__ for name in ("diffusers",) if name in sys.modules}
+    versions |= {"bwcache_compile": bwcache_compile.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return Provenance(
         model=type(module).__name__,
         weights=fingerprint(module),
         dtype=dtype_of(module),
         timesteps=_timesteps(evaluator.full),
         contexts=context_names(evaluator.full),
-        cut="output" if not cut.reads_inputs else "blocks",
+        calls=tuple(evaluator.schedule),
+        cut="blocks" if cut.reads_inputs else "output",
+        anchor_bytes=0 if cut.reads_inputs else cut.anchors * evaluator.output_bytes,
         sampler=words,
         prompts=1,
         cost=round(evaluator.cost, 3),

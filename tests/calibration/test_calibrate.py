@@ -12,10 +12,12 @@ from torch import Tensor, nn
 import bwcache_compile as bw
 from bwcache_compile.calibration import OutputCut, replay
 from bwcache_compile.calibration.evaluate import Evaluator, fixed_rule
-from bwcache_compile.calibration.masks import dense_ends
+from bwcache_compile.calibration.generation import Generation, StandIn
 from bwcache_compile.calibration.quality import psnr
+from bwcache_compile.calibration.recording import Recorder
 from tests.calibration.helpers import SCHEDULERS, Denoiser, sample
 from tests.calibration.test_sampler_map import WAYS
+from tests.models import OneStream
 
 STEPS = 16
 
@@ -30,10 +32,10 @@ def test_a_fitted_plan_beats_the_linear_rule(solver: str, way: str) -> None:
     model, make = Denoiser(), generate(solver, **WAYS[way])
     plan = bw.calibrate(model, make, budgets=(0.5, 0.375), progress=False)
     assert [entry.computed for entry in plan.entries] == [8, 6]
-    full = make(replay(model, entry_of_all(STEPS)))
+    full = reference(model, make)
     for entry in plan.entries:
         assert entry.rule == "fitted"
-        assert psnr(make(replay(model, entry)), full) == pytest.approx(entry.psnr, abs=0.1)
+        assert psnr(make(replay(model, plan, entry)), full) == pytest.approx(entry.psnr, abs=0.1)
         linear = Evaluator(OutputCut(model), make).run(entry.mask, fixed_rule("linear"))[1]
         assert entry.psnr > linear + 3
         assert all(
@@ -42,10 +44,9 @@ def test_a_fitted_plan_beats_the_linear_rule(solver: str, way: str) -> None:
     plan.check_model(model)
 
 
-def entry_of_all(steps: int) -> Any:
-    from bwcache_compile.calibration import PlanEntry
-
-    return PlanEntry((True,) * steps, ((0.0,) * 4,) * steps, 100.0)
+def reference(model: nn.Module, make: Callable[[nn.Module], Tensor]) -> Tensor:
+    """Run the plain model, which has no contexts of its own."""
+    return make(StandIn(Generation(OutputCut(model), Recorder())))
 
 
 @pytest.mark.parametrize(("effort", "limit"), [("quick", 4.0), ("thorough", 10.0)])
@@ -175,12 +176,82 @@ def test_generate_must_make_as_many_steps_each_time() -> None:
 
 def test_the_stand_in_looks_like_the_model() -> None:
     model = Denoiser()
-    stand_in = replay(
-        model, bw.calibrate(model, generate(), budgets=(dense_ends(8, STEPS).count(True) / STEPS,), progress=False).entries[0]
-    )
+    plan = bw.calibrate(model, generate(), budgets=(0.5,), progress=False)
+    stand_in = replay(model, plan, plan.at(budget=0.5))
     assert isinstance(stand_in, Denoiser)
     assert stand_in.calls == model.calls
     assert set(stand_in.state_dict()) == set(model.state_dict())
+
+
+def test_a_plan_is_refused_where_it_does_not_belong() -> None:
+    model = Denoiser()
+    plan = bw.calibrate(model, generate(guidance=2.5, named=True), budgets=(0.5,), progress=False)
+    entry = plan.at(budget=0.5)
+    with pytest.raises(bw.StateError, match=r"^this plan was calibrated for a model of class Denoiser, got Linear\."):
+        replay(nn.Linear(2, 2), plan, entry)
+    with pytest.raises(bw.StateError, match=r"^this plan was calibrated with time \d+\.?\d* at step 1, but this run has "):
+        sample(replay(model, plan, entry), SCHEDULERS["euler"], STEPS + 8, guidance=2.5, named=True)
+    with pytest.raises(
+        bw.StateError, match=r"^call 1 of this generation is in context 'cond', but the first generation had a call in context 'uncond'\."
+    ):
+        sample(replay(model, plan, entry), SCHEDULERS["euler"], STEPS, named=True)
+    with pytest.raises(bw.StateError, match=r"^this plan was calibrated with time "):
+        sample(replay(model, plan, entry), SCHEDULERS["ddim"], STEPS, guidance=2.5, named=True)
+
+
+class HiddenCut:
+    """A cut of `Denoiser` before its last layer and the skip: a reused step reads the latents."""
+
+    reads_inputs = True
+
+    def __init__(self, module: Denoiser, anchors: int = 3) -> None:
+        self.module, self.anchors = module, anchors
+
+    def fresh(self, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
+        return ()
+
+    def compute(self, args: Any, kwargs: Any, state: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+        output = self.module(*args, **kwargs)
+        return output, (output[0] - 0.3 * args[0], *state)[: self.anchors]
+
+    def reuse(self, args: Any, kwargs: Any, state: tuple[Tensor, ...], weights: Tensor) -> Any:
+        total = sum(w * anchor for w, anchor in zip(weights.tolist(), state, strict=False))
+        return (total + 0.3 * args[0],)
+
+
+def test_other_cuts_are_calibrated_too() -> None:
+    model, make = Denoiser(), generate(guidance=2.5)
+    plan = bw.calibrate(HiddenCut(model), make, budgets=(0.5,), progress=False)
+    (entry,) = plan.entries
+    assert entry.rule == "fitted"
+    assert (plan.provenance.cut, plan.anchors) == ("blocks", 3)
+    linear = Evaluator(HiddenCut(model), make).run(entry.mask, fixed_rule("linear"))[1]
+    assert entry.psnr > linear + 3
+    assert psnr(make(replay(HiddenCut(model), plan, entry)), reference(model, make)) == pytest.approx(entry.psnr, abs=0.1)
+
+
+def test_half_precision_is_calibrated() -> None:
+    model, make = Denoiser().bfloat16(), generate(guidance=2.5)
+    plan = bw.calibrate(model, make, budgets=(0.5,), progress=False)
+    (entry,) = plan.entries
+    assert (entry.rule, plan.provenance.dtype) == ("fitted", "bfloat16")
+    assert entry.psnr > Evaluator(OutputCut(model), make).run(entry.mask, fixed_rule("linear"))[1]
+
+
+def test_a_cached_model_is_calibrated_like_the_model_that_it_caches() -> None:
+    model = OneStream().eval()
+
+    def make(model: nn.Module) -> Tensor:
+        x, _ = OneStream().example()
+        for step in range(12):
+            x = x + 0.1 * model(x, torch.full((1,), 1 - step / 12))
+        return x
+
+    cached = bw.transform(model, num_steps=12)
+    with torch.no_grad():
+        plan = bw.calibrate(cached, make, budgets=(0.5,), progress=False)
+        assert plan.entries == bw.calibrate(model, make, budgets=(0.5,), progress=False).entries
+    assert plan.provenance.model == "OneStream"
 
 
 def test_a_compiled_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> None:
