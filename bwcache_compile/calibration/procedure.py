@@ -60,7 +60,7 @@ def calibrate(
             `pipe.transformer = model`, or a loop. The seed must be fixed inside.
         budgets: Shares of computed steps.
         anchors: Computed steps that a reused step combines. Each costs one output per context.
-        effort: "quick" costs at most 4 full generations, "thorough" at most 10.
+        effort: "quick" costs at most 4 full generations, "thorough" at most 10; more only where the budgets do not fit once each.
         progress: Whether to show a progress bar (where tqdm is installed) and say what is recorded.
         fewer_steps: Makes the same video with the plain model and another number of steps, `(model, steps) -> result`, to compare
             with; not counted in `effort`.
