@@ -18,7 +18,7 @@ from bwcache_compile.calibration.evaluate import Candidate, Evaluator, Generate,
 from bwcache_compile.calibration.plan import CalibrationPlan, PlanEntry, Provenance, dtype_of, fingerprint
 from bwcache_compile.calibration.progress import Progress
 from bwcache_compile.calibration.recording import RecordedStep, context_names
-from bwcache_compile.calibration.sampler_map import SamplerMap, first_difference, recover_map
+from bwcache_compile.calibration.sampler_map import TOLERANCE, SamplerMap, first_difference, recover_map
 from bwcache_compile.calibration.search import Search
 from bwcache_compile.errors import ConfigError, warn
 from bwcache_compile.runtime import CachedModel
@@ -140,7 +140,8 @@ def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None)
     if sampler is None:
         words = "latents not found"
     elif sampler.explained:
-        words = f"sampler recovered from {sampler.depth + 1} step{'s' * (sampler.depth > 0)} (residual {sampler.residual:.0e})"
+        known = f"residual {sampler.residual:.0e}" if sampler.residual < TOLERANCE else "within the rounding of the latents"
+        words = f"sampler recovered from {sampler.depth + 1} step{'s' * (sampler.depth > 0)} ({known})"
     else:
         words = f"sampler not linear (residual {sampler.residual:.0e})"
     module = cut.module

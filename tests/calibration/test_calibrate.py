@@ -234,8 +234,9 @@ def test_half_precision_is_calibrated() -> None:
     model, make = Denoiser().bfloat16(), generate(guidance=2.5)
     plan = bw.calibrate(model, make, budgets=(0.5,), progress=False)
     (entry,) = plan.entries
-    assert (entry.rule, plan.provenance.dtype) == ("fitted", "bfloat16")
-    assert entry.psnr > Evaluator(OutputCut(model), make).run(entry.mask, fixed_rule("linear"))[1]
+    assert plan.provenance.dtype == "bfloat16"
+    assert plan.provenance.sampler == "sampler recovered from 1 step (within the rounding of the latents)"
+    assert entry.psnr >= Evaluator(OutputCut(model), make).run(entry.mask, fixed_rule("linear"))[1]
 
 
 def test_a_cached_model_is_calibrated_like_the_model_that_it_caches() -> None:
