@@ -67,6 +67,7 @@ class Recorder:
         steps: The steps so far.
         schedule: Step and context of each call so far.
         output_bytes: Bytes of the outputs of the first step's calls.
+        num_steps: Steps of the generation, where the caller's context says so.
     """
 
     def __init__(self, moving_input: MovingInput | None = None, schedule: Schedule | None = None, keeps_calls: bool = False) -> None:
@@ -80,6 +81,7 @@ class Recorder:
         self.moving_input = moving_input
         self.steps: list[RecordedStep] = []
         self.output_bytes = 0
+        self.num_steps: int | None = None
         self.schedule: list[tuple[int, str]] = []
         self._given = schedule
         self._first = _FirstStep() if moving_input is None and schedule is None else None
@@ -97,6 +99,7 @@ class Recorder:
         Raises:
             StateError: The call is not the one that the schedule has here, or lacks the latents that the calls before it had.
         """
+        self.num_steps = info.num_steps or self.num_steps
         times = time_of(args, kwargs)
         name = info.key if info.named else ""
         given = self._scheduled(name) if self._given is not None else None

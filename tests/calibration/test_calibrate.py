@@ -15,7 +15,7 @@ from bwcache_compile.calibration.evaluate import Evaluator, fixed_rule
 from bwcache_compile.calibration.generation import Generation, StandIn
 from bwcache_compile.calibration.quality import psnr
 from bwcache_compile.calibration.recording import Recorder
-from tests.calibration.helpers import SCHEDULERS, Denoiser, sample
+from tests.calibration.helpers import SCHEDULERS, Denoiser, prompt, sample
 from tests.calibration.test_sampler_map import WAYS
 from tests.models import OneStream
 
@@ -260,3 +260,27 @@ def test_a_compiled_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> N
     plan = bw.calibrate(torch.compile(model, backend="eager"), generate(), budgets=(0.5,))  # type: ignore[arg-type]
     assert plan.provenance.model == "Denoiser"
     assert "recording 0.00 MiB per step on the host (latents and 1 output); 50 steps take 0 MiB" in capsys.readouterr().err
+
+
+def test_guidance_at_some_steps_only() -> None:
+    def make(model: nn.Module) -> Tensor:
+        x, scheduler = torch.ones(1, 4, 8, 8), SCHEDULERS["euler"](STEPS)
+        for step, time in enumerate(scheduler.timesteps):
+            with model.cache_context("cond", num_inference_steps=STEPS):  # type: ignore[operator]
+                y = model(x, time.expand(1), prompt(2))["sample"]
+            if 3 <= step < 12:
+                with model.cache_context("uncond", num_inference_steps=STEPS):  # type: ignore[operator]
+                    free = model(x, time.expand(1), prompt(1))["sample"]
+                y = free + 2.5 * (y - free)
+            x = scheduler.step(y, time, x).prev_sample
+        return x
+
+    model = Denoiser()
+    plan = bw.calibrate(model, make, budgets=(0.5,), progress=False)
+    (entry,) = plan.entries
+    assert entry.rule == "fitted"
+    assert plan.provenance.contexts == ("cond", "uncond")
+    assert [name for step, name in plan.provenance.calls if step == 2] == ["cond"]
+    assert [name for step, name in plan.provenance.calls if step == 3] == ["cond", "uncond"]
+    assert entry.psnr > 40
+    assert psnr(make(replay(model, plan, entry)), reference(model, make)) == pytest.approx(entry.psnr, abs=0.1)
