@@ -45,13 +45,15 @@ def measure(solver: str, budgets: tuple[float, ...], effort: Any, calibrated: in
     """Calibrate on one seed, and run the plan on the others."""
     model, began = tiny.load(), time.perf_counter()
     tokens, noise = case(calibrated, clips)
-    plan = bw.calibrate(model, lambda m: tiny.sample(m, tokens, noise, STEPS, solver=solver), budgets=budgets, effort=effort)
+    plan = bw.calibrate(
+        model, lambda m: tiny.sample(m, tokens, noise, STEPS, solver=solver), budgets=budgets, effort=effort, progress=False
+    )
     seconds = time.perf_counter() - began
     print(f"\n{solver}: {plan}\ncost {plan.provenance.cost:.2f} full generations", flush=True)
     ours: dict[int, list[float]] = {entry.computed: [] for entry in plan.entries}
     fewer: dict[int, list[float]] = {entry.computed: [] for entry in plan.entries}
     cached = bw.transform(model)
-    for seed in tqdm(seeds, desc=solver):
+    for seed in tqdm(seeds, desc=solver, mininterval=10):
         prompt = case(seed, clips)
         full = tiny.sample(model, *prompt, STEPS, solver=solver)
         for entry in plan.entries:

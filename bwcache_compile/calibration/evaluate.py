@@ -50,6 +50,8 @@ class Evaluator:
     Attributes:
         cut: The model.
         full: The generation in which every step was computed.
+        schedule: Step and context of each of its calls.
+        output_bytes: Bytes of the outputs of one step.
         spent: Calls of the model that were computed so far.
     """
 
@@ -66,7 +68,8 @@ class Evaluator:
             raise ConfigError("generate did not call the model that it was given. Use its argument: `generate=lambda model: ...`.")
         self.calls = run.computed_calls
         self.full: list[RecordedStep] = run.recorder.steps
-        self._moving_input, self._schedule = run.recorder.moving_input, run.recorder.schedule
+        self.schedule, self.output_bytes = run.recorder.schedule, run.recorder.output_bytes
+        self._moving_input = run.recorder.moving_input
 
     @property
     def steps(self) -> int:
@@ -90,11 +93,11 @@ class Evaluator:
         Raises:
             ConfigError: It had fewer calls than the full one.
         """
-        recorder = Recorder(self._moving_input, self._schedule)
+        recorder = Recorder(self._moving_input, self.schedule)
         run, result = self._run(Generation(self.cut, recorder, mask, rule, self._on_call))
-        if len(recorder.schedule) != len(self._schedule):
+        if len(recorder.schedule) != len(self.schedule):
             raise ConfigError(
-                f"generate called the model {len(self._schedule)} times at first and {len(recorder.schedule)} times now. It must make one"
+                f"generate called the model {len(self.schedule)} times at first and {len(recorder.schedule)} times now. It must make one"
                 " generation with the same calls each time."
             )
         return run, psnr(result, self._reference)

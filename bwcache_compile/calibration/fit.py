@@ -71,7 +71,7 @@ class DriftCorrection:
         factors = {} if self._sampler is None else self._sampler.output_coefficients(step)
         targets, sums = [], []
         for name, recorded in self._full[step].outputs.items():
-            if name not in run.states:
+            if run.anchors.get(name) != run.anchors[key]:  # it will be computed, or was guided at other steps
                 continue
             outputs = self._candidates(run, name, key, args, kwargs, count)
             for piece, output in enumerate(recorded):

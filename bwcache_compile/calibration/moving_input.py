@@ -130,6 +130,10 @@ class MovingInput:
         leaves, spec = _paths(args, kwargs)
         return pytree.tree_unflatten(list((leaves | {self.path: value}).values()), spec)
 
+    def left_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a call without this input, to be kept; the other inputs mostly are the same tensors at each step."""
+        return self.replaced(args, kwargs, torch.empty(0))
+
 
 def _repeats(tensor: Tensor, pieces: int) -> bool:
     """Return whether the batch holds the same latents several times, one copy after another."""

@@ -65,8 +65,10 @@ class Provenance:
     Attributes:
         model: Its class, dtype and a fingerprint of its weights, see `model_identity`.
         timesteps: The time at each step; empty where none was found.
-        contexts: Names of the calls of a step.
+        contexts: Names of the streams of calls.
+        calls: Step and context of each call of a generation.
         cut: Where the anchors are taken.
+        anchor_bytes: What all anchors of all contexts take; 0 where it is not known.
         sampler: What was found out about the sampler.
         prompts: How many prompts were calibrated on.
         cost: What it took, in full generations.
@@ -76,7 +78,9 @@ class Provenance:
     model: str
     timesteps: tuple[float, ...]
     contexts: tuple[str, ...]
+    calls: tuple[tuple[int, str], ...]
     cut: str
+    anchor_bytes: int
     sampler: str
     prompts: int
     cost: float
@@ -108,8 +112,9 @@ class CalibrationPlan:
     def __str__(self) -> str:
         """Lay the frontier out as a table."""
         made = self.provenance
+        size = f" ({made.anchor_bytes / 2**20:.2f} MiB)" if made.anchor_bytes else ""
         lines = [
-            f"calibration of {made.model.partition(',')[0]} for {self.steps} steps, {self.anchors} anchors at the {made.cut},"
+            f"calibration of {made.model.partition(',')[0]} for {self.steps} steps, {self.anchors} anchors at the {made.cut}{size},"
             f" {made.prompts} prompt{'s' * (made.prompts > 1)}; {made.sampler}",
             f"{'computed':>9} {'speed-up':>9} {'PSNR':>9} {'fewer steps':>12}  weights  steps (# computed, . reused)",
         ]
@@ -197,13 +202,19 @@ class CalibrationPlan:
         """
         try:
             read = json.loads(Path(path).read_text())
-            if not isinstance(read, dict) or read.get("format") != FORMAT:
-                raise ConfigError(f"{path} is not a calibration plan.")
-            if read["version"] != VERSION:
-                raise ConfigError(f"{path} has version {read['version']} of calibration plans, but this release reads {VERSION}.")
+            _check_header(read, path)
             return CalibrationPlan(tuple(_entry(entry) for entry in read["entries"]), _provenance(read["provenance"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except ConfigError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is damaged: {error}. Calibrate again.") from error
+
+
+def _check_header(read: Any, path: str | Path) -> None:
+    if not isinstance(read, dict) or read.get("format") != FORMAT:
+        raise ConfigError(f"{path} is not a calibration plan.")
+    if read["version"] != VERSION:
+        raise ConfigError(f"{path} has version {read['version']} of calibration plans, but this release reads {VERSION}.")
 
 
 def _entry(read: dict[str, Any]) -> PlanEntry:
@@ -214,4 +225,5 @@ def _entry(read: dict[str, Any]) -> PlanEntry:
 
 
 def _provenance(read: dict[str, Any]) -> Provenance:
-    return Provenance(**{**read, "timesteps": tuple(read["timesteps"]), "contexts": tuple(read["contexts"])})
+    lists = {"timesteps": tuple(read["timesteps"]), "contexts": tuple(read["contexts"])}
+    return Provenance(**{**read, **lists, "calls": tuple((int(step), str(name)) for step, name in read["calls"])})

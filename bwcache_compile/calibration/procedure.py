@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -18,7 +19,7 @@ from bwcache_compile.calibration.graph_cut import GraphCut
 from bwcache_compile.calibration.plan import CalibrationPlan, PlanEntry, Provenance
 from bwcache_compile.calibration.progress import Progress
 from bwcache_compile.calibration.recording import RecordedStep, context_names
-from bwcache_compile.calibration.sampler_map import SamplerMap, first_difference, recover_map
+from bwcache_compile.calibration.sampler_map import TOLERANCE, SamplerMap, first_difference, recover_map
 from bwcache_compile.calibration.search import Search
 from bwcache_compile.config import Cut
 from bwcache_compile.errors import ConfigError, warn
@@ -42,7 +43,7 @@ _NOT_DETERMINISTIC = {
 
 
 def calibrate(
-    model: nn.Module,
+    model: nn.Module | CutModel,
     generate: Generate,
     *,
     budgets: Sequence[float] = (0.4, 0.3, 0.2),
@@ -59,14 +60,15 @@ def calibrate(
     latents of the full generation. Results are compared by PSNR.
 
     Args:
-        model: What `transform` returned, or for cut="output" the transformer itself, in evaluation mode, compiled or not.
+        model: What `transform` returned, or for cut="output" the transformer itself, in evaluation mode, compiled or not; or a
+            cut of your own (`CutModel`).
         generate: Makes one video with the model that it is given and returns it: `lambda model: pipe(...).frames` after
             `pipe.transformer = model`, or a loop. The seed must be fixed inside.
         budgets: Shares of computed steps.
         anchors: Computed steps that a reused step combines. Each costs one output per context.
         cut: Where the anchors are taken. "output" keeps the model's outputs, and a reused step runs nothing of the model; "blocks"
             keeps what the blocks return, and a reused step runs what is before and after them.
-        effort: "quick" costs at most 4 full generations, "thorough" at most 10.
+        effort: "quick" costs at most 4 full generations, "thorough" at most 10; more only where the budgets do not fit once each.
         progress: Whether to show a progress bar (where tqdm is installed) and say what is recorded.
         fewer_steps: Makes the same video with the plain model and another number of steps, `(model, steps) -> result`, to compare
             with; not counted in `effort`.
@@ -96,7 +98,7 @@ def calibrate(
     return CalibrationPlan(tuple(entries), _provenance(target, evaluator, sampler))
 
 
-def _cut_model(model: nn.Module, anchors: int, cut: Cut) -> CutModel:
+def _cut_model(model: nn.Module | CutModel, anchors: int, cut: Cut) -> CutModel:
     """Return what runs the steps of a calibration.
 
     Raises:
@@ -104,6 +106,8 @@ def _cut_model(model: nn.Module, anchors: int, cut: Cut) -> CutModel:
     """
     if not 2 <= anchors <= MOST_ANCHORS:
         raise ConfigError(f"anchors is {anchors!r}; a calibration combines 2 to {MOST_ANCHORS} computed steps.")
+    if not isinstance(model, nn.Module):
+        return model
     cached = getattr(model, "_orig_mod", model)
     if cut == "blocks":
         if not isinstance(cached, CachedModel):
@@ -161,15 +165,19 @@ def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None)
     if sampler is None:
         words = "latents not found"
     elif sampler.explained:
-        words = f"sampler recovered from {sampler.depth + 1} step{'s' * (sampler.depth > 0)} (residual {sampler.residual:.0e})"
+        known = f"residual {sampler.residual:.0e}" if sampler.residual < TOLERANCE else "within the rounding of the latents"
+        words = f"sampler recovered from {sampler.depth + 1} step{'s' * (sampler.depth > 0)} ({known})"
     else:
         words = f"sampler not linear (residual {sampler.residual:.0e})"
-    versions = {"bwcache_compile": bwcache_compile.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {name: sys.modules[name].__version__ for name in ("diffusers",) if name in sys.modules}
+    versions |= {"bwcache_compile": bwcache_compile.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return Provenance(
         model=model_identity(cut.module),
         timesteps=_timesteps(evaluator.full),
         contexts=context_names(evaluator.full),
-        cut="output" if not cut.reads_inputs else "blocks",
+        calls=tuple(evaluator.schedule),
+        cut="blocks" if cut.reads_inputs else "output",
+        anchor_bytes=0 if cut.reads_inputs else cut.anchors * evaluator.output_bytes,
         sampler=words,
         prompts=1,
         cost=round(evaluator.cost, 3),

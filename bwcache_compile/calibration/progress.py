@@ -50,10 +50,11 @@ class Progress:
         """Count one computed call; at the second step's first one, say what recording takes."""
         if not self._told and recorder.step == 1:
             self._told = True
+            steps = recorder.num_steps or 50
             size, outputs = recorder.steps[0].bytes, sum(map(len, recorder.steps[0].outputs.values()))
             self.say(
                 f"recording {size / 2**20:.2f} MiB per step on the host (latents and {outputs} output{'s' * (outputs != 1)});"
-                f" 50 steps take {50 * size / 2**20:.0f} MiB, and two generations are held at a time"
+                f" {steps} steps take {steps * size / 2**20:.0f} MiB, and two generations are held at a time"
             )
         if self._bar is not None:
             self._bar.update()

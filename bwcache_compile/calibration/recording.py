@@ -12,6 +12,7 @@ from torch import Tensor
 from bwcache_compile.calibration.moving_input import MovingInput, candidates, first_output, float_leaves, time_of
 from bwcache_compile.contexts import UNNAMED_PREFIX
 from bwcache_compile.errors import StateError
+from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.ir.tree_paths import Path
 from bwcache_compile.stepping import UNNAMED, StepInfo
 
@@ -61,6 +62,13 @@ class Recorder:
 
     A call belongs to the step before it if it has the same latents, or if it has the same time and opens a context that
     this step has not seen. Where no latents are found, the time and the contexts' names alone decide.
+
+    Attributes:
+        moving_input: Where the latents are in a call; None until they are found.
+        steps: The steps so far.
+        schedule: Step and context of each call so far.
+        output_bytes: Bytes of the outputs of the first step's calls.
+        num_steps: Steps of the generation, where the caller's context says so.
     """
 
     def __init__(self, moving_input: MovingInput | None = None, schedule: Schedule | None = None, keeps_calls: bool = False) -> None:
@@ -73,16 +81,13 @@ class Recorder:
         """
         self.moving_input = moving_input
         self.steps: list[RecordedStep] = []
+        self.output_bytes = 0
+        self.num_steps: int | None = None
         self.schedule: list[tuple[int, str]] = []
         self._given = schedule
         self._first = _FirstStep() if moving_input is None and schedule is None else None
         self._current: Tensor | None = None
         self._keeps_calls = keeps_calls
-
-    @property
-    def bytes(self) -> int:
-        """Bytes held by the recorded tensors."""
-        return sum(step.bytes for step in self.steps)
 
     @property
     def step(self) -> int:
@@ -95,6 +100,7 @@ class Recorder:
         Raises:
             StateError: The call is not the one that the schedule has here, or lacks the latents that the calls before it had.
         """
+        self.num_steps = info.num_steps or self.num_steps
         times = time_of(args, kwargs)
         name = info.key if info.named else ""
         given = self._scheduled(name) if self._given is not None else None
@@ -158,7 +164,8 @@ class Recorder:
             if now is not None and now.shape == before.shape and not torch.equal(now, before):
                 self.moving_input = MovingInput.of(path, before, now, output)
                 self.steps[0].moving = self.moving_input.read_input(before)
-                read = self.moving_input.read_output
+                read, left_out = self.moving_input.read_output, self.moving_input.left_out
+                self.steps[0].calls = {key: left_out(*call) for key, call in self.steps[0].calls.items()}
                 self.steps[0].outputs = {key: read(tensor) for key, tensor in first.outputs.items()}
                 return
         self.steps[0].outputs = {key: () for key in first.outputs}
@@ -166,7 +173,9 @@ class Recorder:
     def finish(self, key: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Record a call that succeeded."""
         if self._keeps_calls:
-            self.steps[-1].calls[key] = (args, kwargs)
+            self.steps[-1].calls[key] = (args, kwargs) if self.moving_input is None else self.moving_input.left_out(args, kwargs)
+        if self.step == 0:
+            self.output_bytes += sum(t.numel() * t.element_size() for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
         if self._first is not None:
             tensor = first_output(output)
             if not self._first.outputs:

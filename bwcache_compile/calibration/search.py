@@ -37,6 +37,8 @@ FAMILIES = (Family(1.5, 1.5), Family(1.3, 1.3), Family(head=0.4), Family(1.7, 1.
 """In the order in which they are tried."""
 
 
+_NOISY = 0.3
+"""Residual above which fitted weights are compared with the linear rule, although rounding explains it."""
 _LEAST_GAIN = 0.2
 """A move must gain this many dB: less is the prompt's own."""
 
@@ -56,6 +58,8 @@ class Search:
         self._rules: dict[str, Rule] = {}
         if sampler is not None:
             self._rules["fitted"] = DriftCorrection(evaluator.full, sampler)
+            if sampler.residual > _NOISY:
+                self._rules["linear"] = fixed_rule("linear")
         if sampler is None or not sampler.explained:
             self._rules |= {name: fixed_rule(name) for name in ("linear", "hold", "damped")}
         if sampler is not None and not sampler.explained:

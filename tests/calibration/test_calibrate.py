@@ -12,11 +12,13 @@ from torch import Tensor, nn
 import bwcache_compile as bw
 from bwcache_compile.calibration import OutputCut
 from bwcache_compile.calibration.evaluate import Evaluator, fixed_rule
-from bwcache_compile.calibration.masks import dense_ends
+from bwcache_compile.calibration.generation import Generation, StandIn
 from bwcache_compile.calibration.quality import psnr
+from bwcache_compile.calibration.recording import Recorder
 from bwcache_compile.runtime.fingerprint import model_identity
-from tests.calibration.helpers import SCHEDULERS, Denoiser, replay, sample
+from tests.calibration.helpers import SCHEDULERS, Denoiser, prompt, replay, sample
 from tests.calibration.test_sampler_map import WAYS
+from tests.models import OneStream
 
 STEPS = 16
 
@@ -31,10 +33,10 @@ def test_a_fitted_plan_beats_the_linear_rule(solver: str, way: str) -> None:
     model, make = Denoiser(), generate(solver, **WAYS[way])
     plan = bw.calibrate(model, make, budgets=(0.5, 0.375), progress=False)
     assert [entry.computed for entry in plan.entries] == [8, 6]
-    full = make(replay(model, entry_of_all(STEPS)))
+    full = reference(model, make)
     for entry in plan.entries:
         assert entry.rule == "fitted"
-        assert psnr(make(replay(model, entry)), full) == pytest.approx(entry.psnr, abs=0.1)
+        assert psnr(make(replay(model, plan, entry)), full) == pytest.approx(entry.psnr, abs=0.1)
         linear = Evaluator(OutputCut(model), make).run(entry.mask, fixed_rule("linear"))[1]
         assert entry.psnr > linear + 3
         assert all(
@@ -43,10 +45,9 @@ def test_a_fitted_plan_beats_the_linear_rule(solver: str, way: str) -> None:
     assert plan.provenance.model == model_identity(model)
 
 
-def entry_of_all(steps: int) -> Any:
-    from bwcache_compile.calibration import PlanEntry
-
-    return PlanEntry((True,) * steps, ((0.0,) * 4,) * steps, 100.0)
+def reference(model: nn.Module, make: Callable[[nn.Module], Tensor]) -> Tensor:
+    """Run the plain model, which has no contexts of its own."""
+    return make(StandIn(Generation(OutputCut(model), Recorder())))
 
 
 @pytest.mark.parametrize(("effort", "limit"), [("quick", 4.0), ("thorough", 10.0)])
@@ -176,12 +177,77 @@ def test_generate_must_make_as_many_steps_each_time() -> None:
 
 def test_the_stand_in_looks_like_the_model() -> None:
     model = Denoiser()
-    stand_in = replay(
-        model, bw.calibrate(model, generate(), budgets=(dense_ends(8, STEPS).count(True) / STEPS,), progress=False).entries[0]
-    )
+    plan = bw.calibrate(model, generate(), budgets=(0.5,), progress=False)
+    stand_in = replay(model, plan, plan.entry(0.5))
     assert isinstance(stand_in, Denoiser)
     assert stand_in.calls == model.calls
     assert set(stand_in.state_dict()) == set(model.state_dict())
+
+
+def test_calls_that_a_plan_does_not_have_are_refused() -> None:
+    model = Denoiser()
+    plan = bw.calibrate(model, generate(guidance=2.5, named=True), budgets=(0.5,), progress=False)
+    entry = plan.entry(0.5)
+    with pytest.raises(
+        bw.StateError, match=r"^call 1 of this generation is in context 'cond', but the first generation had a call in context 'uncond'\."
+    ):
+        sample(replay(model, plan, entry), SCHEDULERS["euler"], STEPS, named=True)
+
+
+class HiddenCut:
+    """A cut of `Denoiser` before its last layer and the skip: a reused step reads the latents."""
+
+    reads_inputs = True
+
+    def __init__(self, module: Denoiser, anchors: int = 3) -> None:
+        self.module, self.anchors = module, anchors
+
+    def fresh(self, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
+        return ()
+
+    def compute(self, args: Any, kwargs: Any, state: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+        output = self.module(*args, **kwargs)
+        return output, (output[0] - 0.3 * args[0], *state)[: self.anchors]
+
+    def reuse(self, args: Any, kwargs: Any, state: tuple[Tensor, ...], weights: Tensor) -> Any:
+        total = sum(w * anchor for w, anchor in zip(weights.tolist(), state, strict=False))
+        return (total + 0.3 * args[0],)
+
+
+def test_other_cuts_are_calibrated_too() -> None:
+    model, make = Denoiser(), generate(guidance=2.5)
+    plan = bw.calibrate(HiddenCut(model), make, budgets=(0.5,), progress=False)
+    (entry,) = plan.entries
+    assert entry.rule == "fitted"
+    assert (plan.provenance.cut, plan.anchors) == ("blocks", 3)
+    linear = Evaluator(HiddenCut(model), make).run(entry.mask, fixed_rule("linear"))[1]
+    assert entry.psnr > linear + 3
+    assert psnr(make(replay(HiddenCut(model), plan, entry)), reference(model, make)) == pytest.approx(entry.psnr, abs=0.1)
+
+
+def test_half_precision_is_calibrated() -> None:
+    model, make = Denoiser().bfloat16(), generate(guidance=2.5)
+    plan = bw.calibrate(model, make, budgets=(0.5,), progress=False)
+    (entry,) = plan.entries
+    assert ", bfloat16, " in plan.provenance.model
+    assert plan.provenance.sampler == "sampler recovered from 1 step (within the rounding of the latents)"
+    assert entry.psnr >= Evaluator(OutputCut(model), make).run(entry.mask, fixed_rule("linear"))[1]
+
+
+def test_a_cached_model_is_calibrated_like_the_model_that_it_caches() -> None:
+    model = OneStream().eval()
+
+    def make(model: nn.Module) -> Tensor:
+        x, _ = OneStream().example()
+        for step in range(12):
+            x = x + 0.1 * model(x, torch.full((1,), 1 - step / 12))
+        return x
+
+    cached = bw.transform(model, num_steps=12)
+    with torch.no_grad():
+        plan = bw.calibrate(cached, make, budgets=(0.5,), progress=False)
+        assert plan.entries == bw.calibrate(model, make, budgets=(0.5,), progress=False).entries
+    assert plan.provenance.model == model_identity(model)
 
 
 def test_a_compiled_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,3 +255,27 @@ def test_a_compiled_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> N
     plan = bw.calibrate(torch.compile(model, backend="eager"), generate(), budgets=(0.5,))  # type: ignore[arg-type]
     assert plan.provenance.model.startswith("Denoiser, float32, weights ")
     assert "recording 0.00 MiB per step on the host (latents and 1 output); 50 steps take 0 MiB" in capsys.readouterr().err
+
+
+def test_guidance_at_some_steps_only() -> None:
+    def make(model: nn.Module) -> Tensor:
+        x, scheduler = torch.ones(1, 4, 8, 8), SCHEDULERS["euler"](STEPS)
+        for step, time in enumerate(scheduler.timesteps):
+            with model.cache_context("cond", num_inference_steps=STEPS):  # type: ignore[operator]
+                y = model(x, time.expand(1), prompt(2))["sample"]
+            if 3 <= step < 12:
+                with model.cache_context("uncond", num_inference_steps=STEPS):  # type: ignore[operator]
+                    free = model(x, time.expand(1), prompt(1))["sample"]
+                y = free + 2.5 * (y - free)
+            x = scheduler.step(y, time, x).prev_sample
+        return x
+
+    model = Denoiser()
+    plan = bw.calibrate(model, make, budgets=(0.5,), progress=False)
+    (entry,) = plan.entries
+    assert entry.rule == "fitted"
+    assert plan.provenance.contexts == ("cond", "uncond")
+    assert [name for step, name in plan.provenance.calls if step == 2] == ["cond"]
+    assert [name for step, name in plan.provenance.calls if step == 3] == ["cond", "uncond"]
+    assert entry.psnr > 40
+    assert psnr(make(replay(model, plan, entry)), reference(model, make)) == pytest.approx(entry.psnr, abs=0.1)

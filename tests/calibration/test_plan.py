@@ -24,7 +24,9 @@ def plan(model: Denoiser) -> bw.CalibrationPlan:
         model_identity(model),
         (900.0, 600.0, 300.0, 100.0),
         ("cond", "uncond"),
+        ((0, "cond"), (0, "uncond")),
         "output",
+        2**19,
         "known",
         1,
         3.5,
@@ -35,7 +37,7 @@ def plan(model: Denoiser) -> bw.CalibrationPlan:
 
 def test_a_plan_is_printed_as_a_frontier() -> None:
     assert str(plan(Denoiser())) == (
-        "calibration of Denoiser for 4 steps, 2 anchors at the output, 1 prompt; known\n"
+        "calibration of Denoiser for 4 steps, 2 anchors at the output (0.50 MiB), 1 prompt; known\n"
         " computed  speed-up      PSNR  fewer steps  weights  steps (# computed, . reused)\n"
         "        3     1.33x   40.0 dB               linear   #.##\n"
         "        2     2.00x   30.0 dB      31.5 dB  linear   #..#  advice: run 2 plain steps instead"

@@ -13,6 +13,7 @@ from bwcache_compile.calibration import masks
 from bwcache_compile.calibration.cut_model import OutputCut
 from bwcache_compile.calibration.evaluate import fixed_rule
 from bwcache_compile.calibration.generation import Generation, StandIn
+from bwcache_compile.calibration.moving_input import MAX_ELEMENTS, MovingInput
 from bwcache_compile.calibration.recording import RecordedStep, Recorder, context_names
 from bwcache_compile.calibration.sampler_map import SamplerMap, difference, first_difference, recover_map
 from tests.calibration.helpers import SCHEDULERS, Denoiser, sample
@@ -133,3 +134,20 @@ def test_a_nonlinear_sampler_is_noticed() -> None:
     sampler = recover_map([probe.steps], full.steps)
     assert not sampler.explained
     assert sampler.residual > 0.01
+
+
+def test_large_latents_are_sampled() -> None:
+    first, output = torch.zeros(1, 4, 300, 300), torch.zeros(1, 4, 300, 300)
+    second = first + 1
+    found = MovingInput.of((0, 0), first, second, output)
+    assert found.read_input(second).numel() == MAX_ELEMENTS
+    second[:, :, :, 100:] = 0
+    found = MovingInput.of((0, 0), first, second, output)
+    assert torch.equal(found.read_input(second), torch.ones(4 * 300 * 100)), "what does not move, such as a reference image, is left out"
+
+
+def test_two_videos_in_a_batch_are_no_guidance() -> None:
+    same = torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1)
+    assert MovingInput.of((0, 0), same, same + 1, same).pieces == 2
+    apart = torch.cat([same[:1] + 1, same[1:] + 2])
+    assert MovingInput.of((0, 0), same, apart, same).pieces == 1, "they start alike, and part"
