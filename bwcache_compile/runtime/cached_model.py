@@ -45,7 +45,7 @@ class _Call:
     Attributes:
         context: Locked until the call ends.
         advance: Which step of which generation it is.
-        fit: The program, and the model's version.
+        match: The program, and the model's version.
         state: What it runs on.
         events: What a report says of it.
         renumbered: Whether a Python number changed since the last call.
@@ -57,7 +57,7 @@ class _Call:
 
     context: ModelContext
     advance: Advance
-    fit: ProgramMatch
+    match: ProgramMatch
     state: CacheState
     events: list[str]
     renumbered: bool
@@ -133,9 +133,9 @@ class CachedModel(ModelWrapper):
 
     def prepare(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CachePlan:
         """Capture the model for inputs like these now instead of at the first call, and return the plan."""
-        return self._fit(*self._call_parameters.bind(args, kwargs or {})).loaded.plan
+        return self._match(*self._call_parameters.bind(args, kwargs or {})).runnable.plan
 
-    def _fit(
+    def _match(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -147,7 +147,7 @@ class CachedModel(ModelWrapper):
         if self._closed:
             raise StateError("this cached model was closed; transform the model again.")
         key = key or call_key(*leaves_of(args, kwargs))
-        return self._programs.fit(args, kwargs, key, self.cache_config, held, num_steps or self.cache_config.steps, reuses)
+        return self._programs.match(args, kwargs, key, self.cache_config, held, num_steps or self.cache_config.steps, reuses)
 
     @property
     def plan(self) -> CachePlan:
@@ -188,7 +188,7 @@ class CachedModel(ModelWrapper):
             # entering the mode once more, inside a pipeline's, would cost as much as a small operator
             with torch.no_grad() if torch.is_grad_enabled() else _NO_MODE:
                 # the graph is the only frame that an outer torch.compile compiles
-                graph = call.fit.loaded.graph(call.kind)
+                graph = call.match.runnable.graph(call.kind)
                 returned = call.first if call.first is not None else call_directly(graph, call.operands)
             return self._finish(call, returned)
         finally:
@@ -221,31 +221,31 @@ class CachedModel(ModelWrapper):
                 with self._numbers.trying(self._original, (args, kwargs), at, name, before):
                     self._programs.watch.accept_changes()  # the model ran
                     call = self._prepared(context, info, args, kwargs)
-                    signature = call.fit.loaded.program.signature
+                    signature = call.match.runnable.program.signature
                     if at in signature.read:
                         raise CaptureError(f"its value is read in Python at {signature.read_at}")
                     return call
         num_steps = config.steps_of(info.num_steps)
-        fit = self._fit(args, kwargs, key, context.fit, num_steps, context.state is not None and context.state.reuses_next)
-        first = fit.first
+        match = self._match(args, kwargs, key, context.match, num_steps, context.state is not None and context.state.reuses_next)
+        first = match.first
         if first is not None:
-            fit = dataclasses.replace(fit, first=None)  # contexts hold on to what they ran with
-        loaded = fit.loaded
-        self._release_stale(context, fit.version[0])
-        check_values(context, fit, num_steps)
-        renumbered = context.key not in (None, fit.key) and num_steps != 1 and bool(changed_numbers(context.key, fit.key))
+            match = dataclasses.replace(match, first=None)  # contexts hold on to what they ran with
+        runnable = match.runnable
+        self._release_stale(context, match.version[0])
+        check_values(context, match, num_steps)
+        renumbered = context.key not in (None, match.key) and num_steps != 1 and bool(changed_numbers(context.key, match.key))
         times = time_inputs(flat) if info.step_index is None else {}
-        advance = context.tracker.advance(info, fit.signature, times, num_steps, self._contexts.latest(info.group))
+        advance = context.tracker.advance(info, match.signature, times, num_steps, self._contexts.latest(info.group))
         if config.decide == "joint" and not advance.began:
             synchronize_decisions(context, self._contexts.values(), config, num_steps)
-        state, events = state_for(context, advance, fit)
-        kind = loaded.kind(state)
+        state, events = state_for(context, advance, match)
+        kind = runnable.kind(state)
         if config.timesteps is not None and kind != "reuse":
             check_time(state.step, config.timesteps, time_inputs(flat).values())
-        operands = loaded.operands(flat, state, loaded.parameters(config, num_steps))
+        operands = runnable.operands(flat, state, runnable.parameters(config, num_steps))
         if state.step != 0 or state.cursor.computed_at >= 0:
             first = None
-        return _Call(context, advance, fit, state, events, renumbered, num_steps, kind, operands, first)
+        return _Call(context, advance, match, state, events, renumbered, num_steps, kind, operands, first)
 
     def _release_stale(self, current: ModelContext, structure: int) -> None:
         """Let idle contexts go of programs that hold weights which the model has dropped."""
@@ -258,16 +258,16 @@ class CachedModel(ModelWrapper):
 
     @hidden
     def _finish(self, call: _Call, returned: Any) -> Any:
-        before, context, loaded = call.state, call.context, call.fit.loaded
+        before, context, runnable = call.state, call.context, call.match.runnable
         fresh = before.cursor.computed_at < 0
-        outputs, state, change = loaded.split(returned, before)
+        outputs, state, change = runnable.split(returned, before)
         if fresh:  # what was decided together before belongs to another cache
             context.release()
-        context.state, context.fit = state, call.fit
-        context.key, context.version, context.renumbered = call.fit.key, call.fit.version, call.renumbered
+        context.state, context.match = state, call.match
+        context.key, context.version, context.renumbered = call.match.key, call.match.version, call.renumbered
         if state.slots is not before.slots:
             context.state_bytes = state.bytes
-        self._contexts.succeed(context, call.advance, RawStep(before.step, loaded.computes(before), fresh, change), call.events)
+        self._contexts.succeed(context, call.advance, RawStep(before.step, runnable.computes(before), fresh, change), call.events)
         if call.num_steps is not None and before.step == call.num_steps - 1:
             context.release()
             warn_without_reuse(context, self.cache_config)
@@ -282,7 +282,7 @@ class CachedModel(ModelWrapper):
 
     def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState | GuardedState:
         """Return the state of a fresh context for inputs like these, capturing the model if need be."""
-        return first_state(self._fit(*self._call_parameters.bind(args, kwargs or {})))
+        return first_state(self._match(*self._call_parameters.bind(args, kwargs or {})))
 
     def policy_parameters(self, **changes: Any) -> tuple[Tensor, ...]:
         """Return the policy's inputs for `step`, from the settings with some of them changed.
@@ -327,14 +327,14 @@ class CachedModel(ModelWrapper):
                 )
             check_inputs(self._programs.only, flat)
             return guarded_step(self._programs.only, flat, state, parameters)
-        fit = self._fit(args, kwargs)
-        check_state(fit, state)
+        match = self._match(args, kwargs)
+        check_state(match, state)
         if parameters is None:
-            parameters = fit.loaded.parameters(self.cache_config, self.cache_config.steps)
+            parameters = match.runnable.parameters(self.cache_config, self.cache_config.steps)
         with self._programs.gate.running():
             if isinstance(state, GuardedState):
-                return guarded_step(fit.loaded, flat, state, parameters)
-            return host_step(fit.loaded, flat, state, parameters)
+                return guarded_step(match.runnable, flat, state, parameters)
+            return host_step(match.runnable, flat, state, parameters)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -425,11 +425,11 @@ class CachedModel(ModelWrapper):
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
         """Run every graph once for inputs like these, so that whatever compiles does so now. No state is touched."""
         args, kwargs = self._call_parameters.bind(args, kwargs or {})
-        fit = self._fit(args, kwargs)
+        match = self._match(args, kwargs)
         num_steps = self.cache_config.steps or 2
-        parameters = fit.loaded.parameters(self.cache_config, num_steps)
+        parameters = match.runnable.parameters(self.cache_config, num_steps)
         with self._programs.gate.running():
-            run_all(fit.loaded, pytree.tree_leaves((args, kwargs)), fit.loaded.fresh(fit.sizes), parameters)
+            run_all(match.runnable, pytree.tree_leaves((args, kwargs)), match.runnable.fresh(match.sizes), parameters)
 
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""

@@ -19,9 +19,9 @@ from bwcache_compile.size_expressions import evaluated
 
 def first_state(match: ProgramMatch) -> CacheState | GuardedState:
     """Return the state before the first step."""
-    state = match.loaded.fresh(match.sizes)
-    if match.loaded.guarded:
-        return GuardedState(state.slots, match.loaded.step_tensor(0), match.version)
+    state = match.runnable.fresh(match.sizes)
+    if match.runnable.guarded:
+        return GuardedState(state.slots, match.runnable.step_tensor(0), match.version)
     return dataclasses.replace(state, version=match.version)
 
 
@@ -31,7 +31,7 @@ def check_state(match: ProgramMatch, state: CacheState | GuardedState) -> None:
     Raises:
         StateError: It is such a state.
     """
-    runnable = match.loaded
+    runnable = match.runnable
     given = [(tuple(t.shape), t.dtype) for t in state.slots]
     if given != [(evaluated(slot.shape, match.sizes), slot.dtype) for slot in runnable.slots]:
         raise StateError("this state was made for inputs of other shapes or dtypes. Create a new one with init_state.")

@@ -31,7 +31,7 @@ class ProgramMatch:
     """The program that serves a call, and what was true of the call and the model.
 
     Attributes:
-        loaded: The program.
+        runnable: The program.
         key: What the call looks like; another one means other inputs, so another generation.
         sizes: The values of the program's symbols at this call; empty where no size is open.
         version: The model's structure and weights; another one means that what is cached came from another model.
@@ -39,7 +39,7 @@ class ProgramMatch:
         first: What the program's graph returned for this very call on a fresh state at step 0, if it was just checked on this call.
     """
 
-    loaded: RunnableProgram
+    runnable: RunnableProgram
     key: CallKey
     sizes: Mapping[str, int]
     version: tuple[int, int]
@@ -81,7 +81,7 @@ class ProgramCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def fit(
+    def match(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -114,7 +114,7 @@ class ProgramCache:
             self._poll(glance=reuses)
             first: list[Any] | None = None
             if held is not None and self._serves(held, key, args, kwargs):
-                runnable, sizes = held.loaded, held.sizes
+                runnable, sizes = held.runnable, held.sizes
             else:
                 request = Request(key, Reference(self._model, args, kwargs, self._verify), config, num_steps)
                 runnable, first = self._find(request) or self._captured(request)
@@ -132,7 +132,7 @@ class ProgramCache:
     def _serves(self, held: ProgramMatch, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the program that a context ran last serves its next call."""
         alike = held.version[0] == self._structure and held.key.sizes == key.sizes and held.key.kind == key.kind
-        return alike and held.loaded.reads(self._model, args, kwargs)
+        return alike and held.runnable.reads(self._model, args, kwargs)
 
     def _poll(self, glance: bool = False) -> None:
         """Drop every program if the model is no longer what was captured."""
