@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bwcache_compile.clock import check_time
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
-from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
+from bwcache_compile.errors import CaptureError, warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.plan import CachePlan
@@ -24,12 +24,12 @@ from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import ModelContext, check_values, state_for, time_inputs, warn_without_reuse
 from bwcache_compile.runtime.fingerprint import check_calibrated
 from bwcache_compile.runtime.frames import call_directly, hidden, left_out
-from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
+from bwcache_compile.runtime.functional import first_state, functional_step
 from bwcache_compile.runtime.joint import synchronize_decisions
 from bwcache_compile.runtime.numbers import NumberInputs
 from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
 from bwcache_compile.runtime.runnable import run_all
-from bwcache_compile.runtime.signature import CallKey, Parameters, call_key, changed_numbers, leaves_of
+from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.trial import Toolchain
 from bwcache_compile.runtime.wrapper import ModelWrapper
@@ -86,14 +86,14 @@ class CachedModel(ModelWrapper):
         self._call_parameters = Parameters.of(model)
         self._numbers = NumberInputs()
         self._contexts = ContextTable(ModelContext)
-        self._closed = self._bypassed = False
+        self._bypassed = False
         self._seal()
 
     def __repr__(self) -> str:
         """Say what it wraps, what is captured, and what is cached; the modules are those of the original."""
         name, config = type(self._original).__name__, self.cache_config
         said = f"CachedModel({name}, policy={config.policy!r}, reuse={config.reuse!r}, guard={self._toolchain.guard!r}, "
-        if self._closed:
+        if self._programs.closed:
             return said + "closed)"
         count = len(self._programs)
         if not count:
@@ -133,21 +133,7 @@ class CachedModel(ModelWrapper):
 
     def prepare(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CachePlan:
         """Capture the model for inputs like these now instead of at the first call, and return the plan."""
-        return self._match(*self._call_parameters.bind(args, kwargs or {})).runnable.plan
-
-    def _match(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        key: CallKey | None = None,
-        held: ProgramMatch | None = None,
-        num_steps: int | None = None,
-        reuses: bool = False,
-    ) -> ProgramMatch:
-        if self._closed:
-            raise StateError("this cached model was closed; transform the model again.")
-        key = key or call_key(*leaves_of(args, kwargs))
-        return self._programs.match(args, kwargs, key, self.cache_config, held, num_steps or self.cache_config.steps, reuses)
+        return self._programs.match(*self._call_parameters.bind(args, kwargs or {}), self.cache_config).runnable.plan
 
     @property
     def plan(self) -> CachePlan:
@@ -226,7 +212,8 @@ class CachedModel(ModelWrapper):
                         raise CaptureError(f"its value is read in Python at {signature.read_at}")
                     return call
         num_steps = config.steps_of(info.num_steps)
-        match = self._match(args, kwargs, key, context.match, num_steps, context.state is not None and context.state.reuses_next)
+        reuses = context.state is not None and context.state.reuses_next
+        match = self._programs.match(args, kwargs, config, key, context.match, num_steps, reuses)
         first = match.first
         if first is not None:
             match = dataclasses.replace(match, first=None)  # contexts hold on to what they ran with
@@ -282,7 +269,7 @@ class CachedModel(ModelWrapper):
 
     def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState | GuardedState:
         """Return the state of a fresh context for inputs like these, capturing the model if need be."""
-        return first_state(self._match(*self._call_parameters.bind(args, kwargs or {})))
+        return first_state(self._programs.match(*self._call_parameters.bind(args, kwargs or {}), self.cache_config))
 
     def policy_parameters(self, **changes: Any) -> tuple[Tensor, ...]:
         """Return the policy's inputs for `step`, from the settings with some of them changed.
@@ -290,7 +277,8 @@ class CachedModel(ModelWrapper):
         Raises:
             ConfigError: A value is bad, or the setting is built into the graphs.
         """
-        config = self._changed_config(changes)
+        config = self.cache_config.changed(**changes)
+        config.check_guard(self._toolchain.guard)
         return self._programs.latest.parameters(config, config.steps)
 
     def functional_step(
@@ -318,23 +306,7 @@ class CachedModel(ModelWrapper):
             StateError: The state belongs to other inputs.
         """
         args, kwargs = self._call_parameters.bind(args, kwargs)
-        flat = pytree.tree_leaves((args, kwargs))
-        if isinstance(state, GuardedState) and torch.compiler.is_compiling():
-            if parameters is None:
-                raise ConfigError(
-                    "inside torch.compile, pass parameters=cached.policy_parameters() to cached.functional_step: settings are inputs of"
-                    " the graph."
-                )
-            check_inputs(self._programs.only, flat)
-            return guarded_step(self._programs.only, flat, state, parameters)
-        match = self._match(args, kwargs)
-        check_state(match, state)
-        if parameters is None:
-            parameters = match.runnable.parameters(self.cache_config, self.cache_config.steps)
-        with self._programs.gate.running():
-            if isinstance(state, GuardedState):
-                return guarded_step(match.runnable, flat, state, parameters)
-            return host_step(match.runnable, flat, state, parameters)
+        return functional_step(self._programs, self.cache_config, args, kwargs, state, parameters)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -371,11 +343,6 @@ class CachedModel(ModelWrapper):
         if num_steps is not None:
             self.configure(num_steps=num_steps)
         self._contexts.clear()
-
-    def _changed_config(self, changes: dict[str, Any]) -> CacheConfig:
-        config = self.cache_config.changed(**changes)
-        config.check_guard(self._toolchain.guard)
-        return config
 
     def drop_context(self, name: str, *, group: str = "") -> None:
         """Free the cache of one context, such as that of a request that was broken off; its next call begins a new generation.
@@ -414,8 +381,7 @@ class CachedModel(ModelWrapper):
 
     def close(self) -> None:
         """Free every program and state. The original model is as it was."""
-        self._closed = True
-        self._programs.clear()
+        self._programs.close()
         self._contexts.clear()
 
     def compile(self, **options: Any) -> None:
@@ -425,7 +391,7 @@ class CachedModel(ModelWrapper):
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
         """Run every graph once for inputs like these, so that whatever compiles does so now. No state is touched."""
         args, kwargs = self._call_parameters.bind(args, kwargs or {})
-        match = self._match(args, kwargs)
+        match = self._programs.match(args, kwargs, self.cache_config)
         num_steps = self.cache_config.steps or 2
         parameters = match.runnable.parameters(self.cache_config, num_steps)
         with self._programs.gate.running():
