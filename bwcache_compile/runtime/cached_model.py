@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -11,60 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bwcache_compile.clock import check_time
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
-from bwcache_compile.errors import CaptureError, warn
+from bwcache_compile.errors import warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.plan import CachePlan
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.torch_compat import pytree
-from bwcache_compile.report import RawStep, Report
-from bwcache_compile.runtime.context import ModelContext, check_values, state_for, time_inputs, warn_without_reuse
+from bwcache_compile.report import Report
+from bwcache_compile.runtime.context import ModelContext
 from bwcache_compile.runtime.fingerprint import check_calibrated
-from bwcache_compile.runtime.frames import call_directly, hidden, left_out
+from bwcache_compile.runtime.frames import call_directly, left_out
 from bwcache_compile.runtime.functional import first_state, functional_step
-from bwcache_compile.runtime.joint import synchronize_decisions
-from bwcache_compile.runtime.numbers import NumberInputs
-from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
+from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.runnable import run_all
-from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers, leaves_of
+from bwcache_compile.runtime.signature import Parameters
 from bwcache_compile.runtime.state import CacheState, GuardedState
+from bwcache_compile.runtime.step import Stepper
 from bwcache_compile.runtime.trial import Toolchain
 from bwcache_compile.runtime.wrapper import ModelWrapper
-from bwcache_compile.stepping import Advance, StepInfo
+from bwcache_compile.stepping import StepInfo
 
 _NO_MODE = contextlib.nullcontext()
-
-
-@dataclasses.dataclass
-class _Call:
-    """One call on its way: who asked, what it is, what runs, and what it runs on.
-
-    Attributes:
-        context: Locked until the call ends.
-        advance: Which step of which generation it is.
-        match: The program, and the model's version.
-        state: What it runs on.
-        events: What a report says of it.
-        renumbered: Whether a Python number changed since the last call.
-        num_steps: Steps of the generation, if known.
-        kind: Names the graph.
-        operands: Its inputs.
-        first: What the graph returned already, where it was just checked on this call.
-    """
-
-    context: ModelContext
-    advance: Advance
-    match: ProgramMatch
-    state: CacheState
-    events: list[str]
-    renumbered: bool
-    num_steps: int | None
-    kind: str
-    operands: list[Any]
-    first: list[Any] | None
 
 
 class CachedModel(ModelWrapper):
@@ -84,8 +52,8 @@ class CachedModel(ModelWrapper):
         self._dynamic_shapes, self._verify = dynamic_shapes, verify
         self._programs = ProgramCache(model, toolchain, dynamic_shapes, verify)
         self._call_parameters = Parameters.of(model)
-        self._numbers = NumberInputs()
         self._contexts = ContextTable(ModelContext)
+        self._stepper = Stepper(model, self._call_parameters, self._programs, self._contexts)
         self._bypassed = False
         self._seal()
 
@@ -169,101 +137,17 @@ class CachedModel(ModelWrapper):
             ConfigError: The settings do not fit the model or the call.
             StateError: The context is in use, the model is closed or training, or an input requires gradients.
         """
-        call = self._begin(args, kwargs)
+        stepper = self._stepper
+        call = stepper.begin(args, kwargs, self.cache_config)
         try:
             # entering the mode once more, inside a pipeline's, would cost as much as a small operator
             with torch.no_grad() if torch.is_grad_enabled() else _NO_MODE:
                 # the graph is the only frame that an outer torch.compile compiles
                 graph = call.match.runnable.graph(call.kind)
                 returned = call.first if call.first is not None else call_directly(graph, call.operands)
-            return self._finish(call, returned)
+            return stepper.finish(call, returned)
         finally:
-            self._end(call)
-
-    @hidden
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        args, kwargs = self._call_parameters.bind(args, kwargs)
-        info = self._contexts.info(self.cache_config.calls_per_step)
-        context = self._contexts.enter(info)
-        try:
-            call = self._prepared(context, info, args, kwargs)
-        except BaseException:
-            context.lock.release()
-            raise
-        self._programs.gate.enter()
-        return call
-
-    def _prepared(self, context: ModelContext, info: StepInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        """Decide what a call is. Nothing of its context changes before it has succeeded."""
-        args, kwargs = self._numbers.as_tensors(args, kwargs)
-        config = self.cache_config
-        flat, structure = leaves_of(args, kwargs)
-        key = call_key(flat, structure)
-        if context.renumbered and context.key is not None:  # one change may have been another run's, two are the time's
-            changed = changed_numbers(context.key, key)
-            if changed:
-                at, (before, _) = next(iter(changed.items()))
-                name = self._programs.latest.program.signature.inputs[at]
-                with self._numbers.trying(self._original, (args, kwargs), at, name, before):
-                    self._programs.watch.accept_changes()  # the model ran
-                    call = self._prepared(context, info, args, kwargs)
-                    signature = call.match.runnable.program.signature
-                    if at in signature.read:
-                        raise CaptureError(f"its value is read in Python at {signature.read_at}")
-                    return call
-        num_steps = config.steps_of(info.num_steps)
-        reuses = context.state is not None and context.state.reuses_next
-        match = self._programs.match(args, kwargs, config, key, context.match, num_steps, reuses)
-        first = match.first
-        if first is not None:
-            match = dataclasses.replace(match, first=None)  # contexts hold on to what they ran with
-        runnable = match.runnable
-        self._release_stale(context, match.version[0])
-        check_values(context, match, num_steps)
-        renumbered = context.key not in (None, match.key) and num_steps != 1 and bool(changed_numbers(context.key, match.key))
-        times = time_inputs(flat) if info.step_index is None else {}
-        advance = context.tracker.advance(info, match.signature, times, num_steps, self._contexts.latest(info.group))
-        if config.decide == "joint" and not advance.began:
-            synchronize_decisions(context, self._contexts.values(), config, num_steps)
-        state, events = state_for(context, advance, match)
-        kind = runnable.kind(state)
-        if config.timesteps is not None and kind != "reuse":
-            check_time(state.step, config.timesteps, time_inputs(flat).values())
-        operands = runnable.operands(flat, state, runnable.parameters(config, num_steps))
-        if state.step != 0 or state.cursor.computed_at >= 0:
-            first = None
-        return _Call(context, advance, match, state, events, renumbered, num_steps, kind, operands, first)
-
-    def _release_stale(self, current: ModelContext, structure: int) -> None:
-        """Let idle contexts go of programs that hold weights which the model has dropped."""
-        if current.version[0] == structure:
-            return
-        for other in self._contexts.values():
-            if other is not current and other.version[0] != structure and other.lock.acquire(blocking=False):
-                other.release()
-                other.lock.release()
-
-    @hidden
-    def _finish(self, call: _Call, returned: Any) -> Any:
-        before, context, runnable = call.state, call.context, call.match.runnable
-        fresh = before.cursor.computed_at < 0
-        outputs, state, change = runnable.split(returned, before)
-        if fresh:  # what was decided together before belongs to another cache
-            context.release()
-        context.state, context.match = state, call.match
-        context.key, context.version, context.renumbered = call.match.key, call.match.version, call.renumbered
-        if state.slots is not before.slots:
-            context.state_bytes = state.bytes
-        self._contexts.succeed(context, call.advance, RawStep(before.step, runnable.computes(before), fresh, change), call.events)
-        if call.num_steps is not None and before.step == call.num_steps - 1:
-            context.release()
-            warn_without_reuse(context, self.cache_config)
-        return outputs
-
-    @hidden
-    def _end(self, call: _Call) -> None:
-        self._programs.gate.leave()
-        call.context.lock.release()
+            stepper.end(call)
 
     # -- the functional form -------------------------------------------------------------------------------------
 
