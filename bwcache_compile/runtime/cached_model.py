@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import ContextTable
+from bwcache_compile.contexts import ContextMethods, ContextTable
 from bwcache_compile.errors import warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import GraphDiff
@@ -35,7 +35,7 @@ from bwcache_compile.stepping import StepInfo
 _NO_MODE = contextlib.nullcontext()
 
 
-class CachedModel(ModelWrapper):
+class CachedModel(ModelWrapper, ContextMethods):
     """A drop-in for the model it wraps. Made by `bwcache_compile.transform`.
 
     Contexts are independent: two threads may run two contexts, but not the same one.
@@ -194,47 +194,14 @@ class CachedModel(ModelWrapper):
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def cache_context(
-        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, group: str = "", **details: Any
-    ) -> contextlib.AbstractContextManager[None]:
-        """Name the stream of calls that the block belongs to, and the step where the caller knows it.
-
-        Args:
-            name: Contexts of different names share nothing, and neither do those of different groups.
-            step_index: Index of the denoising step; one that goes back begins a new generation.
-            num_inference_steps: Steps of this generation, if the settings do not say.
-            group: One for each video that is made at the same time. With `CacheConfig(decide="joint")` the contexts of a
-                group decide together. Reports list a context of a group as `group/name`.
-            **details: What else a pipeline knows (sigma, timestep); not needed.
-        """
-        return self._contexts.scope(StepInfo(name, step_index, num_inference_steps, group=group), self._warn_unused)
-
-    def _warn_unused(self, info: StepInfo) -> None:
-        """Say once that calls go around the cached model."""
+    def _unused(self, info: StepInfo) -> None:
+        """Warn once that calls go around the cached model."""
         if not self._bypassed:
             self._bypassed = True
             warn(
                 f"the block `with cache_context({info.context!r})` ended without a call of the cached model, so nothing was cached."
                 " Call the result of transform instead of the original model."
             )
-
-    def reset(self, num_steps: int | None = None) -> None:
-        """Begin a new generation in every context; `num_steps` replaces the configured number from here on.
-
-        Raises:
-            ConfigError: `num_steps` does not fit the settings.
-        """
-        if num_steps is not None:
-            self.configure(num_steps=num_steps)
-        self._contexts.clear()
-
-    def drop_context(self, name: str, *, group: str = "") -> None:
-        """Free the cache of one context, such as that of a request that was broken off; its next call begins a new generation.
-
-        Raises:
-            StateError: There is no such context, or another thread is in it.
-        """
-        self._contexts.drop(StepInfo(name, group=group).key)
 
     def configure(self, config: CacheConfig | Mapping[str, Any] | None = None, /, **changes: Any) -> None:
         """Change settings, or replace them all by a `CacheConfig`.
@@ -284,8 +251,7 @@ class CachedModel(ModelWrapper):
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""
         blocks = tuple(m.block for m in self.plan.measured) if len(self._programs) else ()
-        contexts = {context.name: context.report() for context in self._contexts.values() if context.tracker.started}
-        return Report(contexts, blocks, self._programs.captured)
+        return Report(self._contexts.reports(), blocks, self._programs.captured)
 
     def graph_diff(self) -> dict[str, GraphDiff]:
         """Return what each pass changed, by its name, and what all did together, under "whole"."""
