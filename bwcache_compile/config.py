@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bwcache_compile.errors import ConfigError
-from bwcache_compile.policies import INDICATORS, POLICIES, REUSES, Parameter, Reuse
+from bwcache_compile.graph_settings import Cut as Cut
+from bwcache_compile.graph_settings import Granularity, GraphSettings
+from bwcache_compile.policies import INDICATORS, POLICIES, REUSES, Reuse
 from bwcache_compile.policies.definitions import Values
 from bwcache_compile.policies.reuse.linear import MOST_ANCHORS
 
 Decide = Literal["separate", "joint"]
-Granularity = Literal["stack", "block"]
-Cut = Literal["blocks", "output"]
 Weights = tuple[tuple[float, ...] | None, ...]
 
 PAPER_FRACTION = 0.1
@@ -70,44 +70,6 @@ def _as_mask(given: Any) -> tuple[int, ...]:
     if not same:
         raise ConfigError(f"steps_mask must hold a 0 or a 1 for each step, got {given!r}.")
     return mask
-
-
-@dataclasses.dataclass(frozen=True)
-class GraphSettings:
-    """The settings that shape the graphs: two configurations that agree in these can use the same graphs.
-
-    The fields are those of `CacheConfig`; every other setting is a value that the graphs take as input, or is read outside of them.
-
-    Attributes:
-        mask_steps: Entries of `steps_mask`, 0 where there is none: the mask is an input of that length.
-    """
-
-    policy: str
-    reuse: str
-    anchors: int
-    cut: Cut
-    indicator: str
-    granularity: Granularity
-    compute_first: int
-    compute_last: int
-    indicator_blocks: int | Literal["all"]
-    indicator_tokens: int | Literal["all"]
-    mask_steps: int
-
-    @property
-    def way(self) -> Reuse:
-        """What is kept and returned."""
-        way = REUSES[self.reuse]
-        return way if self.anchors == way.anchors or way.with_anchors is None else way.with_anchors(self.anchors)
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """What the graphs take of the settings, in order: what decides, then what is summed."""
-        return (*POLICIES[self.policy].parameters, *self.way.parameters)
-
-    def shape(self, parameter: Parameter) -> tuple[int, ...]:
-        """Return the shape of one of the parameters."""
-        return (max(1, self.mask_steps) if parameter.per_step else 1, *([parameter.columns] if parameter.columns else []))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
