@@ -90,14 +90,7 @@ class Stepper:
             changed = changed_numbers(context.key, key)
             if changed:
                 at, (before, _) = next(iter(changed.items()))
-                name = self._programs.latest.program.signature.inputs[at]
-                with self._numbers.trying(self._model, (args, kwargs), at, name, before):
-                    self._programs.watch.accept_changes()  # the model ran
-                    call = self._prepare(context, info, args, kwargs, config)
-                    signature = call.match.runnable.program.signature
-                    if at in signature.read:
-                        raise CaptureError(f"its value is read in Python at {signature.read_at}")
-                    return call
+                return self._prepare_with_tensor(context, info, args, kwargs, config, at, before)
         num_steps = config.steps_of(info.num_steps)
         reuses = context.state is not None and context.state.reuses_next
         match = self._programs.match(args, kwargs, config, key, context.match, num_steps, reuses)
@@ -120,6 +113,30 @@ class Stepper:
         if state.step != 0 or state.cursor.computed_at >= 0:
             first = None
         return StepCall(context, config, advance, match, state, events, renumbered, num_steps, kind, operands, first)
+
+    def _prepare_with_tensor(
+        self,
+        context: ModelContext,
+        info: StepInfo,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        config: CacheConfig,
+        at: int,
+        before: Any,
+    ) -> StepCall:
+        """Decide what a call is whose Python number at a position changes from call to call: it becomes a tensor from here on.
+
+        Raises:
+            StateError: The model does not accept a tensor there.
+        """
+        name = self._programs.latest.program.signature.inputs[at]
+        with self._numbers.trying(self._model, (args, kwargs), at, name, before):
+            self._programs.watch.accept_changes()  # the model ran
+            call = self._prepare(context, info, args, kwargs, config)
+            signature = call.match.runnable.program.signature
+            if at in signature.read:
+                raise CaptureError(f"its value is read in Python at {signature.read_at}")
+        return call
 
     def _release_stale(self, current: ModelContext, structure: int) -> None:
         """Let idle contexts go of programs that hold weights which the model has dropped."""
