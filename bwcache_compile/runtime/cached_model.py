@@ -156,7 +156,7 @@ class CachedModel(ModelWrapper, ContextMethods):
         return first_state(self._programs.match(*self._call_parameters.bind(args, kwargs or {}), self.cache_config))
 
     def policy_parameters(self, **changes: Any) -> tuple[Tensor, ...]:
-        """Return the policy's inputs for `step`, from the settings with some of them changed.
+        """Return the policy's inputs for `functional_step`, from the settings with some of them changed.
 
         Raises:
             ConfigError: A value is bad, or the setting is built into the graphs.
