@@ -371,7 +371,7 @@ def test_a_generation_frees_its_tensors_at_its_last_step(model: OneStream) -> No
     run(cached, x, t)
     gc.collect()
     assert slot() is None
-    assert (context.state, context.fit) == (None, None)
+    assert (context.state, context.match) == (None, None)
     assert cached.report().contexts["default"].state_bytes == held
 
 
