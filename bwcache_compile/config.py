@@ -119,6 +119,15 @@ class CacheConfig:
         check(self)
 
     @classmethod
+    def recommended(cls, **changes: Any) -> CacheConfig:
+        """Return what `transform(model)` uses with no settings: `policy="adaptive"` at threshold 0.06, with `reuse="taylor"`.
+
+        It needs no number of steps. On the bundled model it is nearer to the full run than fewer steps are, under Euler and UniPC
+        (`benchmarks/defaults.py`). A calibration is nearer still.
+        """
+        return cls(**{"policy": "adaptive", "threshold": 0.06, "reuse": "taylor", **changes})
+
+    @classmethod
     def paper(cls, **changes: Any) -> CacheConfig:
         """Return the paper's settings: every block and every token is measured, `threshold` 0.15, `R` 10 %, `tail` 0.5."""
         return cls(**{"indicator_blocks": "all", "indicator_tokens": "all", **changes})

@@ -68,7 +68,7 @@ def test_num_steps_comes_from_the_context_too(model: OneStream) -> None:
 
 def test_missing_num_steps_fails_at_the_first_call(model: OneStream) -> None:
     with pytest.raises(bw.ConfigError) as caught:
-        run(bw.transform(model), *model.example())
+        run(bw.transform(model, bw.CacheConfig()), *model.example())
     assert str(caught.value) == (
         "policy='schedule' needs the number of steps. Set CacheConfig(num_steps=...), call "
         "cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
