@@ -21,6 +21,17 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor
 EXAMPLE = Path(bw.__file__).parents[1] / "examples" / "aoti"
 
 
+MASK = (0, 0, 0, 1, 1, 0, 1, 1)
+TABLE = bw.CacheConfig(
+    policy="static",
+    steps_mask=MASK,
+    reuse="linear",
+    anchors=3,
+    cut="output",
+    weights=[(1.5, -0.75, 0.25) if reuses else None for reuses in MASK],
+)
+
+
 def test_a_package_is_torch(tmp_path: Path) -> None:
     """Compiled at one size, run at others; sizes that the compiler ruled out are refused instead of computed wrongly."""
     model = OneStream(depth=2).eval()
@@ -55,13 +66,14 @@ shape constraint violated: max(1, (x[0]*x[1]) // 32) != 1, got x[0] = 2, x[1] = 
     bw.CacheConfig(policy="static", steps_mask=(0, 1, 0, 1, 1)),
     bw.CacheConfig(num_steps=8, reuse="taylor"),
     bw.CacheConfig(num_steps=8, reuse="residual", indicator_tokens="all"),
-], ids=["static", "taylor", "residual"])  # fmt: skip
+    TABLE,
+], ids=["static", "taylor", "residual", "table"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_way_of_reuse_compiled(config: bw.CacheConfig, dtype: torch.dtype, tmp_path: Path) -> None:
     model = (OneStream if config.reuse == "residual" else TwoStream)().eval().to(dtype)
     cached = bw.transform(model, config, example_args=tuple(value.to(dtype) for value in model.example()))
     report = bw.export(cached, tmp_path / "bundle", format="aoti").self_check
-    assert report["steps"] == {"static": "#.#..", "schedule": "##..#."}[config.policy]
+    assert report["steps"] == ("###..#.." if config is TABLE else {"static": "#.#..", "schedule": "##..#."}[config.policy])
     assert report["largest_error"] < report["tolerance"] == {torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]
 
 
@@ -81,23 +93,27 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dynamic sizes", "bfloat16 in another layout"])
+@pytest.mark.parametrize("case", ["dynamic sizes", "bfloat16 in another layout", "a table of weights"])
 def test_a_process_without_python(program: Path, case: str, tmp_path: Path) -> None:
     """C++ computes and reuses where the session in Python does, and returns the same bits; the one opens no Python library.
 
     The first run is broken off after five steps.
     """
-    steps, opened_at, settings = [*range(5), *range(8)], (), {}
+    steps, opened_at, settings, config = [*range(5), *range(8)], (), {}, CONFIG
     if case == "dynamic sizes":
         model, example = OneStream(depth=2).eval(), (noise("x", 0, 2, 40, 4), torch.ones(2))
         settings, opened_at = {"dynamic_shapes": "auto"}, ("--size", "x[1]=50")
         inputs = [{"x": noise("x", i, 2, 50, 4), "t": torch.full((2,), 1 - i / 8)} for i in steps]
+    elif case == "a table of weights":
+        model, config = OneStream(depth=2).eval(), TABLE
+        inputs = [dict(zip(("x", "t"), model.example(step=i), strict=True)) for i in steps]
+        example = tuple(inputs[0].values())
     else:
         model = TwoStream().eval().bfloat16()
         inputs = [dict(zip(("x", "text", "t"), (v.bfloat16() for v in model.example(2, i)), strict=True)) for i in steps]
         inputs = [{**given, "x": given["x"].transpose(1, 2).contiguous().transpose(1, 2)} for given in inputs]
         example = tuple(inputs[0].values())
-    cached = bw.transform(model, CONFIG, example_args=example, **settings)
+    cached = bw.transform(model, config, example_args=example, **settings)
     bw.export(cached, tmp_path / "bundle", format="aoti")
     script = [sys.executable, str(EXAMPLE / "listing.py"), str(tmp_path / "bundle"), *opened_at]
     (tmp_path / "listing").write_text(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
@@ -107,7 +123,7 @@ def test_a_process_without_python(program: Path, case: str, tmp_path: Path) -> N
     words = [str(program), str(tmp_path / "bundle"), str(tmp_path / "listing"), str(tmp_path), str(len(steps))]
     done = subprocess.run(words, capture_output=True, text=True, env={"LD_DEBUG": "files"})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == "##..###..#..#\n"
+    assert done.stdout == ("###..###..#..\n" if config is TABLE else "##..###..#..#\n")
     libraries = {os.path.basename(word.rstrip(";")) for line in done.stderr.splitlines() for word in line.split() if ".so" in word}
     assert "libtorch_cpu.so" in libraries
     assert sum(library.endswith(".wrapper.so") for library in libraries) == 2, libraries
@@ -115,4 +131,5 @@ def test_a_process_without_python(program: Path, case: str, tmp_path: Path) -> N
     session = opened(tmp_path / "bundle")
     for i, given in enumerate(inputs):
         assert (tmp_path / f"output.{i}").read_bytes() == raw(session(**given))
-    assert "##..#..#\nwarning: default: the timestep went back before step 5" in str(session.report())
+    generation = "###..#.." if config is TABLE else "##..#..#"
+    assert f"{generation}\nwarning: default: the timestep went back before step 5" in str(session.report())

@@ -52,6 +52,23 @@ def test_two_graphs_and_never_another() -> None:
     assert graphs() == 4, "a second signature has two of its own"
 
 
+def test_another_plan_compiles_nothing() -> None:
+    """A mask, a table of weights and a rule are inputs of the graphs."""
+    model, mask = OneStream().eval(), (0, 0, 0, 1, 1, 0)
+    cached = bw.transform(model, policy="static", steps_mask=mask, reuse="linear", anchors=3, cut="output")
+    compiled = torch.compile(cached)
+    assert generation(compiled, cached, model, 6, "cond") == "###..#"
+    assert graphs() == 2
+    row, other = (1.5, -0.75, 0.25), (0, 0, 1, 0, 0, 1)
+    cached.configure(weights=[row if reuses else None for reuses in mask])
+    generation(compiled, cached, model, 6, "cond")
+    cached.configure(steps_mask=other, weights=[(0.5, 0.5, 0.0) if s == 2 else row if reuses else None for s, reuses in enumerate(other)])
+    assert generation(compiled, cached, model, 6, "cond") == "##.##."
+    cached.configure(weights=None, order=2, damping=0.4)
+    generation(compiled, cached, model, 6, "cond")
+    assert graphs() == 2
+
+
 @pytest.mark.parametrize("reuse", ["output", "residual", "taylor"])
 def test_each_graph_compiles_whole(reuse: Any) -> None:
     model = TwoStream().eval()
