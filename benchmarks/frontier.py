@@ -8,7 +8,8 @@ many steps of the same solver: PSNR and SSIM against the full run of the same no
 requested (`frontier_score.py`). Computed steps are counted where the blocks run: a way that runs one block of twelve at its
 reused steps pays for it. Differences are paired by seed, with Student's 95 % intervals.
 
-`--store FILE` keeps every measurement, so that an interrupted run goes on and a new way needs no rerun of the others.
+`--store FILE` keeps every measurement, so that an interrupted run goes on. Where `--out` holds a record of the same seeds,
+its rows stay unless they are measured again, so a new way needs no rerun of the others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -108,6 +110,25 @@ def versions() -> dict[str, str]:
     return found
 
 
+def place(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Return what a row is about."""
+    return row["solver"], row["way"], row["point"]
+
+
+def add_earlier(record: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Add what an earlier record measured.
+
+    Raises:
+        ValueError: It is one of other seeds or versions.
+    """
+    for name in ("clips_per_seed", "tuning_seeds", "test_seeds", "versions"):
+        if earlier[name] != record[name]:
+            raise ValueError(f"--out holds a record whose {name} are {earlier[name]}, and here they are {record[name]}: name another file")
+    record["command"] = list(dict.fromkeys([*earlier["command"], *record["command"]]))
+    for name in ("rows", "out_of_reach", "full_runs"):
+        record[name] = earlier[name]
+
+
 def main() -> None:
     """Measure, print a table per solver, write one JSON and its plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,17 +149,20 @@ def main() -> None:
     ways = all_ways([Case.of(seed, args.clips) for seed in TUNING])
     chosen = [way for way in ways if not args.ways or any(word in way.name for word in args.ways.split(","))]
     record: dict[str, Any] = {
-        "command": "python benchmarks/frontier.py " + " ".join(sys.argv[1:]),
+        "command": ["python benchmarks/frontier.py " + " ".join(sys.argv[1:])],
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": versions(),
         "machine": {"kind": platform.machine(), "cores": os.cpu_count()},
         "clips_per_seed": args.clips, "tuning_seeds": list(TUNING), "test_seeds": list(testing),
         "full_runs": {}, "rows": [], "out_of_reach": [],
     }  # fmt: skip
+    if args.out and args.out.exists():
+        add_earlier(record, json.loads(args.out.read_text()))
     store = Store(args.store)
     for solver in args.solvers.split(","):
         protocol = Protocol(solver, args.clips, TUNING, testing, store)
-        scores = record["full_runs"][solver] = {str(steps): protocol.full_scores(steps) for steps in {p.steps: None for p in points}}
+        scores = record["full_runs"].setdefault(solver, {})
+        scores.update({str(steps): protocol.full_scores(steps) for steps in dict.fromkeys(p.steps for p in points)})
         print(f"{solver}: full runs {scores}", flush=True)
         for way in chosen:
             for point in points:
@@ -149,10 +173,11 @@ def main() -> None:
                     print(f"{solver}: {way.name} is left out: {error}")
                     break
                 if row is None:
-                    record["out_of_reach"].append({"solver": solver, "way": way.name, "point": str(point)})
+                    missing = {"solver": solver, "way": way.name, "point": str(point)}
+                    record["out_of_reach"] = [other for other in record["out_of_reach"] if other != missing] + [missing]
                     print(f"{solver}, {point}: {way.name} cannot compute so few steps", flush=True)
                     continue
-                record["rows"].append(row)
+                record["rows"] = [other for other in record["rows"] if place(other) != place(row)] + [row]
                 gain = Interval(**row["against_fewer_steps"]["psnr"])
                 print(
                     f"{solver}, {point}: {way.name} computed {row['computed']:.1f}, {row['psnr']:.1f} dB,"
