@@ -44,6 +44,7 @@ from benchmarks.frontier_ways import Case, FewerSteps, Indicators, PaperSchedule
 from benchmarks.record import write_record
 
 TUNING, TESTING = range(3500, 3504), 4000
+MISSING = "not installed"
 POINTS = "25,20,16,14,10,12/30"
 
 
@@ -106,8 +107,18 @@ def versions() -> dict[str, str]:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            found[package] = MISSING
     return found
+
+
+def show(record: dict[str, Any], out: Path | None) -> None:
+    """Print a table per solver, and plot each beside the record."""
+    for solver, scores in record["full_runs"].items():
+        rows = [row for row in record["rows"] if row["solver"] == solver]
+        print(f"\n## {solver}\n\n{markdown(rows, scores)}\n", flush=True)
+        drawn = [row for row in rows if row["steps"] == 50]
+        if out and drawn:
+            draw_frontier(drawn, f"{solver}, 50 steps", out.with_name(f"{out.stem}_{solver}.png"))
 
 
 def place(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -119,11 +130,16 @@ def add_earlier(record: dict[str, Any], earlier: dict[str, Any]) -> None:
     """Add what an earlier record measured.
 
     Raises:
-        ValueError: It is one of other seeds or versions.
+        ValueError: It is one of other seeds, or of other versions of torch or diffusers.
     """
-    for name in ("clips_per_seed", "tuning_seeds", "test_seeds", "versions"):
+    for name in ("clips_per_seed", "tuning_seeds", "test_seeds"):
         if earlier[name] != record[name]:
             raise ValueError(f"--out holds a record whose {name} are {earlier[name]}, and here they are {record[name]}: name another file")
+    for package in ("torch", "diffusers"):
+        if earlier["versions"][package] != record["versions"][package]:
+            raise ValueError(f"--out holds a record of {package} {earlier['versions'][package]}: name another file")
+    if record["versions"]["cache-dit"] == MISSING:
+        record["versions"]["cache-dit"] = earlier["versions"]["cache-dit"]
     record["command"] = list(dict.fromkeys([*earlier["command"], *record["command"]]))
     for name in ("rows", "out_of_reach", "full_runs"):
         record[name] = earlier[name]
@@ -139,7 +155,10 @@ def main() -> None:
     parser.add_argument("--solvers", default="euler,unipc")
     parser.add_argument("--ways", default="", help="only ways whose name contains one of these words, comma-separated")
     parser.add_argument("--store", type=Path, help="file of measurements to go on from")
+    parser.add_argument("--table", type=Path, help="print the tables of a record, plot them, and run nothing")
     args = parser.parse_args()
+    if args.table:
+        return show(json.loads(args.table.read_text()), args.table)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -186,12 +205,7 @@ def main() -> None:
                 )
             if args.out:
                 write_record(args.out, record)
-        rows = [row for row in record["rows"] if row["solver"] == solver]
-        print(f"\n## {solver}\n\n{markdown(rows, scores)}\n", flush=True)
-        if args.out:
-            draw_frontier(
-                [row for row in rows if row["steps"] == 50], f"{solver}, 50 steps", args.out.with_name(f"{args.out.stem}_{solver}.png")
-            )
+    show(record, args.out)
 
 
 if __name__ == "__main__":
