@@ -8,7 +8,8 @@ many steps of the same solver: PSNR and SSIM against the full run of the same no
 requested (`frontier_score.py`). Computed steps are counted where the blocks run: a way that runs one block of twelve at its
 reused steps pays for it. Differences are paired by seed, with Student's 95 % intervals.
 
-`--store FILE` keeps every measurement, so that an interrupted run goes on and a new way needs no rerun of the others.
+`--store FILE` keeps every measurement, so that an interrupted run goes on. Where `--out` holds a record of the same seeds,
+its rows stay unless they are measured again, so a new way needs no rerun of the others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -41,6 +43,7 @@ from benchmarks.frontier_ways import Case, FewerSteps, Indicators, PaperSchedule
 from benchmarks.record import write_record
 
 TUNING, TESTING = range(3500, 3504), 4000
+MISSING = "not installed"
 POINTS = "25,20,16,14,10,12/30"
 
 
@@ -81,8 +84,42 @@ def versions() -> dict[str, str]:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            found[package] = MISSING
     return found
+
+
+def show(record: dict[str, Any], out: Path | None) -> None:
+    """Print a table per solver, and plot each beside the record."""
+    for solver, scores in record["full_runs"].items():
+        rows = [row for row in record["rows"] if row["solver"] == solver]
+        print(f"\n## {solver}\n\n{markdown(rows, scores)}\n", flush=True)
+        drawn = [row for row in rows if row["steps"] == 50]
+        if out and drawn:
+            draw_frontier(drawn, f"{solver}, 50 steps", out.with_name(f"{out.stem}_{solver}.png"))
+
+
+def place(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Return what a row is about."""
+    return row["solver"], row["way"], row["point"]
+
+
+def add_earlier(record: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Add what an earlier record measured.
+
+    Raises:
+        ValueError: It is one of other seeds, or of other versions of torch or diffusers.
+    """
+    for name in ("clips_per_seed", "tuning_seeds", "test_seeds"):
+        if earlier[name] != record[name]:
+            raise ValueError(f"--out holds a record whose {name} are {earlier[name]}, and here they are {record[name]}: name another file")
+    for package in ("torch", "diffusers"):
+        if earlier["versions"][package] != record["versions"][package]:
+            raise ValueError(f"--out holds a record of {package} {earlier['versions'][package]}: name another file")
+    if record["versions"]["cache-dit"] == MISSING:
+        record["versions"]["cache-dit"] = earlier["versions"]["cache-dit"]
+    record["command"] = list(dict.fromkeys([*earlier["command"], *record["command"]]))
+    for name in ("rows", "out_of_reach", "full_runs"):
+        record[name] = earlier[name]
 
 
 def main() -> None:
@@ -95,7 +132,10 @@ def main() -> None:
     parser.add_argument("--solvers", default="euler,unipc")
     parser.add_argument("--ways", default="", help="only ways whose name contains one of these words, comma-separated")
     parser.add_argument("--store", type=Path, help="file of measurements to go on from")
+    parser.add_argument("--table", type=Path, help="print the tables of a record, plot them, and run nothing")
     args = parser.parse_args()
+    if args.table:
+        return show(json.loads(args.table.read_text()), args.table)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -105,27 +145,31 @@ def main() -> None:
     ways = all_ways([Case.of(seed, args.clips) for seed in TUNING])
     chosen = [way for way in ways if not args.ways or any(word in way.name for word in args.ways.split(","))]
     record: dict[str, Any] = {
-        "command": "python benchmarks/frontier.py " + " ".join(sys.argv[1:]),
+        "command": ["python benchmarks/frontier.py " + " ".join(sys.argv[1:])],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(),
         "machine": {"kind": platform.machine(), "cores": os.cpu_count()},
         "clips_per_seed": args.clips, "tuning_seeds": list(TUNING), "test_seeds": list(testing),
         "full_runs": {}, "rows": [], "out_of_reach": [],
     }  # fmt: skip
+    if args.out and args.out.exists():
+        add_earlier(record, json.loads(args.out.read_text()))
     store = Store(args.store)
     for solver in args.solvers.split(","):
         protocol = Protocol(solver, args.clips, TUNING, testing, store)
-        scores = record["full_runs"][solver] = {str(steps): protocol.full_scores(steps) for steps in {p.steps: None for p in points}}
+        scores = record["full_runs"].setdefault(solver, {})
+        scores.update({str(steps): protocol.full_scores(steps) for steps in dict.fromkeys(p.steps for p in points)})
         print(f"{solver}: full runs {scores}", flush=True)
         for way in chosen:
             for point in points:
                 began = time.perf_counter()
                 row = protocol.measure(way, point)
                 if row is None:
-                    record["out_of_reach"].append({"solver": solver, "way": way.name, "point": str(point)})
+                    missing = {"solver": solver, "way": way.name, "point": str(point)}
+                    record["out_of_reach"] = [other for other in record["out_of_reach"] if other != missing] + [missing]
                     print(f"{solver}, {point}: {way.name} cannot compute so few steps", flush=True)
                     continue
-                record["rows"].append(row)
+                record["rows"] = [other for other in record["rows"] if place(other) != place(row)] + [row]
                 gain = Interval(**row["against_fewer_steps"]["psnr"])
                 print(
                     f"{solver}, {point}: {way.name} computed {row['computed']:.1f}, {row['psnr']:.1f} dB,"
@@ -134,12 +178,7 @@ def main() -> None:
                 )
             if args.out:
                 write_record(args.out, record)
-        rows = [row for row in record["rows"] if row["solver"] == solver]
-        print(f"\n## {solver}\n\n{markdown(rows, scores)}\n", flush=True)
-        if args.out:
-            draw_frontier(
-                [row for row in rows if row["steps"] == 50], f"{solver}, 50 steps", args.out.with_name(f"{args.out.stem}_{solver}.png")
-            )
+    show(record, args.out)
 
 
 if __name__ == "__main__":

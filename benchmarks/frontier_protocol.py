@@ -8,9 +8,10 @@ number of computed steps, on the first seed and again, in a narrow range, on all
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ class Store:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 file.write(json.dumps([key, row]) + "\n")
+
+    def clips(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return clips that were made before, from a file beside the store, or make and keep them."""
+        if self._path is None:
+            return make()
+        path = self._path.with_suffix("") / f"{name}.pt"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(make(), path)
+        return torch.load(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +118,16 @@ class Protocol:
 
     def full(self, seeds: Sequence[int], steps: int) -> list[Tensor]:
         """Return the clips of full runs."""
-        if missing := [seed for seed in seeds if (seed, steps) not in self._full]:
-            for seed, clips, _ in self._clips_of(self._fewer.start({"steps": steps}, steps, self.solver), missing, False):
-                self._full[seed, steps] = clips
+        running: list[Running] = []
+
+        def make(seed: int) -> Tensor:
+            running[:] = running or [self._fewer.start({"steps": steps}, steps, self.solver)]
+            return generate(running[0], [self._cases[seed]], self.solver)[0]
+
+        for seed in seeds:
+            if (seed, steps) not in self._full:
+                name = f"{self.solver}_{steps}_{self.clips}_{seed}"
+                self._full[seed, steps] = self.store.clips(name, functools.partial(make, seed))
         return [self._full[seed, steps] for seed in seeds]
 
     def evaluate(self, way: Way, settings: Settings, steps: int, seeds: Sequence[int], scored: bool = False) -> list[Row]:

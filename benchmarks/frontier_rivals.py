@@ -119,7 +119,7 @@ class TaylorSeer(Way):
     paper, or every block.
     """
 
-    name = "TaylorSeer"
+    name = "diffusers TaylorSeer"
 
     def settings(self, point: Point, solver: tiny.Solver) -> list[Settings]:
         """Try combs, orders and what is forecast."""
