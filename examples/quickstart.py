@@ -145,7 +145,13 @@ def main() -> None:
     cached = bw.transform(original, example_args=example, example_kwargs={"return_dict": False})
     print(f"found {len(cached.plan.blocks)} blocks in {type(original).__name__}\n{cached.plan}\n")
 
-    result: dict[str, Any] = {"steps": args.steps, "clips": args.clips, "seed": args.seed, "calibrated_on": args.calibrate_on}
+    result: dict[str, Any] = {
+        "command": " ".join(["python examples/quickstart.py", *sys.argv[1:]]),
+        "steps": args.steps,
+        "clips": args.clips,
+        "seed": args.seed,
+        "calibrated_on": args.calibrate_on,
+    }
     for solver in args.solvers:
         result[solver], runs = compare(cached, original, solver, args)
         names = list(runs)

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bwcache_compile as bw
+from benchmarks.readme import TABLES, section, table
 
 ROOT = Path(bw.__file__).parents[1]
 
@@ -19,3 +22,8 @@ def test_the_export_part_runs_as_one_script(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.match(r"cond: \d+ computed, \d+ reused  ##[#.]{8}\n", done.stdout)
     assert (tmp_path / "bundle" / "guarded.onnx").is_file()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_figures_come_from_their_records(name: str) -> None:
+    assert section((ROOT / "README.md").read_text(), name).group(1) == table(name) + "\n"
