@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,17 +28,11 @@ import model as tiny
 
 import bwcache_compile as bw
 from benchmarks.record import write_record
-from bwcache_compile.calibration import replay
 from bwcache_compile.calibration.quality import psnr
 
 STEPS = 50
 COMPUTED = (20, 16, 14, 10)
-SOLVERS: dict[str, Any] = {
-    "euler": lambda: FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=tiny.SHIFT),
-    "unipc": lambda: UniPCMultistepScheduler(
-        num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=tiny.SHIFT
-    ),
-}
+SOLVERS = ("euler", "unipc")
 """The quickstart's, and what Wan pipelines use (order 2)."""
 
 
@@ -48,38 +41,27 @@ def case(seed: int, clips: int) -> tuple[Tensor, Tensor]:
     return data.encode(data.draw_attributes(clips, torch.Generator().manual_seed(seed))), tiny.draw_noise(clips, seed)
 
 
-@torch.no_grad()
-def generate(model: Any, tokens: Tensor, noise: Tensor, steps: int, solver: str) -> Tensor:
-    """Generate clips with guidance, two calls a step."""
-    scheduler = SOLVERS[solver]()
-    scheduler.set_timesteps(steps)
-    latents, nothing = noise, torch.zeros_like(tokens)
-    for step, timestep in enumerate(scheduler.timesteps):
-        time, noisy = timestep.expand(len(latents)).float(), tiny.with_coordinates(latents)
-        with model.cache_context("cond"):
-            conditioned = model(noisy, time, tokens, return_dict=False)[0]
-        with model.cache_context("uncond"):
-            free = model(noisy, time, nothing, return_dict=False)[0]
-        clean = free + tiny.GUIDANCE * (conditioned - free)
-        latents = scheduler.step((latents - clean) / float(scheduler.sigmas[step]), timestep, latents, return_dict=False)[0]
-    return latents.clamp(-1, 1)
-
-
 def measure(solver: str, budgets: tuple[float, ...], effort: Any, calibrated: int, seeds: list[int], clips: int) -> dict[str, Any]:
     """Calibrate on one seed, and run the plan on the others."""
     model, began = tiny.load(), time.perf_counter()
     tokens, noise = case(calibrated, clips)
-    plan = bw.calibrate(model, lambda m: generate(m, tokens, noise, STEPS, solver), budgets=budgets, effort=effort, progress=False)
+
+    def generate(m: Any) -> Tensor:
+        return tiny.sample(m, tokens, noise, STEPS, solver=solver)
+
+    plan = bw.calibrate(model, generate, budgets=budgets, effort=effort, progress=False)
     seconds = time.perf_counter() - began
     print(f"\n{solver}: {plan}\ncost {plan.provenance.cost:.2f} full generations", flush=True)
     ours: dict[int, list[float]] = {entry.computed: [] for entry in plan.entries}
     fewer: dict[int, list[float]] = {entry.computed: [] for entry in plan.entries}
+    cached = bw.transform(model)
     for seed in tqdm(seeds, desc=solver, mininterval=10):
         prompt = case(seed, clips)
-        full = generate(model, *prompt, STEPS, solver)
+        full = tiny.sample(model, *prompt, STEPS, solver=solver)
         for entry in plan.entries:
-            ours[entry.computed].append(psnr(generate(replay(model, plan, entry), *prompt, STEPS, solver), full))
-            fewer[entry.computed].append(psnr(generate(model, *prompt, entry.computed, solver), full))
+            cached.configure(plan.at(entry.budget))
+            ours[entry.computed].append(psnr(tiny.sample(cached, *prompt, STEPS, solver=solver), full))
+            fewer[entry.computed].append(psnr(tiny.sample(model, *prompt, entry.computed, solver=solver), full))
     rows = [row(entry, ours[entry.computed], fewer[entry.computed]) for entry in plan.entries]
     return {"cost": plan.provenance.cost, "seconds": seconds, "effort": effort, "calibrated_on": calibrated, "rows": rows}
 

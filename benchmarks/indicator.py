@@ -39,11 +39,11 @@ class Together:
     def __init__(self, models: list[bw.CachedModel]) -> None:
         self.models = models
 
-    def cache_context(self, name: str) -> Any:
+    def cache_context(self, name: str, **step: Any) -> Any:
         """Enter the context in every model."""
         stack = contextlib.ExitStack()
         for model in self.models:
-            stack.enter_context(model.cache_context(name))
+            stack.enter_context(model.cache_context(name, **step))
         return stack
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -211,7 +211,7 @@ def main() -> None:
     if args.out:
         record = {
             "command": "python benchmarks/overhead.py " + " ".join(sys.argv[1:]),
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "versions": versions(),
             "machine": {"kind": platform.machine(), "cores": os.cpu_count()},
             "schedule": MASK,

@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from bwcache_compile import passes
 from bwcache_compile.bundle.files import FORMATS
 from bwcache_compile.bundle.manifest import Manifest
-from bwcache_compile.capture.capture import capture, flat_program
+from bwcache_compile.capture.capture import capture
+from bwcache_compile.capture.flatten import flat_program
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError, StateError
 from bwcache_compile.exporters.onnx.export import export_onnx
@@ -26,7 +27,7 @@ from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes import Guard
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.runtime import CachedModel, Toolchain
-from bwcache_compile.runtime.watch import refuse_hooks
+from bwcache_compile.runtime.hooks import refuse_hooks
 
 
 def _names(blocks: Sequence[str] | None) -> tuple[str, ...]:

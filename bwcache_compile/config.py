@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bwcache_compile.errors import ConfigError
-from bwcache_compile.policies import INDICATORS, POLICIES, REUSES, Parameter
+from bwcache_compile.policies import INDICATORS, POLICIES, REUSES, Parameter, Reuse
+from bwcache_compile.policies.definitions import Values
+from bwcache_compile.policies.reuse.linear import MOST_ANCHORS
 
 Decide = Literal["separate", "joint"]
 Granularity = Literal["stack", "block"]
+Cut = Literal["blocks", "output"]
+Weights = tuple[tuple[float, ...] | None, ...]
 
 PAPER_FRACTION = 0.1
 """Steps reused between two computed ones, as a fraction of all steps, where the settings do not say."""
 _MOST_STEPS = 2**31 - 1
+_SUM_TOLERANCE = 1e-3
+"""How far the weights of a step may be from a sum of 1: the first is replaced by what the others leave."""
 _FINEST = 2**63 - 1
 """Largest denominator of `tail`: graphs count in 64 bits."""
 
@@ -43,6 +49,14 @@ def _may_change() -> str:
     """List the settings that graphs do not depend on."""
     shaping = {field.name for field in dataclasses.fields(GraphSettings)}
     return ", ".join(sorted(field.name for field in dataclasses.fields(CacheConfig) if field.name not in shaping))
+
+
+def _as_weights(given: Any) -> Weights:
+    """Return a table of weights as rows of floats, arrays of other libraries too; a step without a row has None."""
+    try:
+        return tuple(None if row is None else tuple(float(weight) for weight in row) for row in given)
+    except (TypeError, ValueError):
+        raise ConfigError(f"weights must hold a row of numbers or None for each step, got {repr(given)[:80]}.") from None
 
 
 def _as_mask(given: Any) -> tuple[int, ...]:
@@ -70,6 +84,8 @@ class GraphSettings:
 
     policy: str
     reuse: str
+    anchors: int
+    cut: Cut
     indicator: str
     granularity: Granularity
     compute_first: int
@@ -78,9 +94,20 @@ class GraphSettings:
     indicator_tokens: int | Literal["all"]
     mask_steps: int
 
-    def length(self, parameter: Parameter) -> int:
-        """Return the length of a policy's input."""
-        return self.mask_steps if parameter.per_step else 1
+    @property
+    def way(self) -> Reuse:
+        """What is kept and returned."""
+        way = REUSES[self.reuse]
+        return way if self.anchors == way.anchors or way.with_anchors is None else way.with_anchors(self.anchors)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """What the graphs take of the settings, in order: what decides, then what is summed."""
+        return (*POLICIES[self.policy].parameters, *self.way.parameters)
+
+    def shape(self, parameter: Parameter) -> tuple[int, ...]:
+        """Return the shape of one of the parameters."""
+        return (max(1, self.mask_steps) if parameter.per_step else 1, *([parameter.columns] if parameter.columns else []))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,9 +122,24 @@ class CacheConfig:
             the paper.
         tail: The last `floor(tail * k)` steps are computed, where `k` is the step that triggered. Higher protects
             more of the end of the run.
-        policy: "schedule" measures the indicator and follows the paper; "static" follows `steps_mask`; or one that was registered.
+        policy: "schedule" measures the indicator and follows the paper; "adaptive" reuses for as long as the change that is to be
+            expected stays below the threshold, at most `reuse_interval` steps in a row; "static" follows `steps_mask`; or one that
+            was registered.
         reuse: What a reused step returns: "output" holds the cached outputs; "residual" adds what the blocks last
-            added to their input; "taylor" extrapolates the outputs from the last two computed steps; or one that was registered.
+            added to their input; "linear" sums the outputs of the last `anchors` computed steps; "taylor" is that for two, which
+            extrapolates; or one that was registered.
+        anchors: How many computed steps are kept and summed: 4 for "linear", 2 for "taylor", 1 for "output" and "residual" unless
+            it is set. Each takes as much memory as the first.
+        order: Of the polynomial through the anchors that is continued where `weights` has no row: 0 holds the last anchor, 1
+            continues the line through two, and so on.
+        damping: How far to go from the polynomial of order `order - 1` to the one of order `order`, usually in [0, 1].
+        weights: One row for each step of `steps_mask`: how much of each anchor a reused step takes, the last computed step first.
+            A row sums to 1; those of computed steps are not used. None, for a step or for all, leaves it to `order` and
+            `damping`. `calibrate` finds them.
+        timesteps: The time at each step that `weights` were made for; a run at other times is refused. None checks nothing.
+        calibrated_for: The model that `weights` were made for, as `calibrate` names it; another one is refused. None checks nothing.
+        cut: What is kept and summed: what the "blocks" return, or the model's "output". With "output" a reused step runs nothing
+            of the model, and an anchor is as small as the model's output.
         indicator: How the change of a block's features is measured: "l1" is the paper's relative L1 change; or one that was
             registered. A policy that measures nothing ignores it.
         granularity: "stack" guards all blocks together; "block" guards each on its own: a block whose own features hardly
@@ -127,6 +169,13 @@ class CacheConfig:
     tail: float = 0.5
     policy: str = "schedule"
     reuse: str = "output"
+    anchors: int | None = None
+    order: int = 1
+    damping: float = 1.0
+    weights: Weights | None = None
+    timesteps: tuple[float, ...] | None = None
+    calibrated_for: str | None = None
+    cut: Cut = "blocks"
     indicator: str = "l1"
     granularity: Granularity = "stack"
     warmup_steps: int = 0
@@ -145,13 +194,21 @@ class CacheConfig:
             object.__setattr__(self, field.name, _python_number(getattr(self, field.name)))
         if self.steps_mask is not None:
             object.__setattr__(self, "steps_mask", _as_mask(self.steps_mask))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", _as_weights(self.weights))
+        if self.timesteps is not None:
+            object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
         self._check_choices()
+        self._check_anchors()
         self._check_numbers()
         if POLICIES[self.policy].reads_mask:
             self._check_mask()
         elif self.steps_mask is not None:
             readers = " or ".join(repr(name) for name, policy in POLICIES.items() if policy.reads_mask)
             raise ConfigError(f"steps_mask is only read by policy={readers}; remove it or choose that policy.")
+        if self.weights is not None:
+            self._check_weights(self.weights)
+        self._check_calibrated()
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -159,6 +216,7 @@ class CacheConfig:
             ("reuse", REUSES),
             ("indicator", INDICATORS),
             ("granularity", get_args(Granularity)),
+            ("cut", get_args(Cut)),
             ("decide", get_args(Decide)),
         ):
             value = getattr(self, name)
@@ -176,14 +234,59 @@ class CacheConfig:
             raise ConfigError(
                 "granularity='block' decides for each block and decide='joint' once for all contexts; they cannot be combined."
             )
-        if clash := {slot.name for slot in policy.slots} & set(way.slot_names):
-            raise ConfigError(f"policy={self.policy!r} and reuse={self.reuse!r} both have a slot {min(clash)!r}; rename one.")
-        if self.decide == "joint" and policy.measures and [slot.name for slot in policy.slots] != ["trigger"]:
-            raise ConfigError(
-                f"decide='joint' requires a policy with a slot `trigger`, and policy={self.policy!r} has none. Use decide='separate'."
-            )
+        for what in ("slots", "parameters"):
+            own = {slot.name for slot in policy.slots} if what == "slots" else {p.name for p in policy.parameters}
+            others = way.slot_names if what == "slots" else [p.name for p in way.parameters]
+            if clash := own.intersection(others):
+                raise ConfigError(f"policy={self.policy!r} and reuse={self.reuse!r} both have {what} named {min(clash)!r}; rename one.")
+        if self.cut == "output":
+            self._check_cut(way)
         if self.granularity == "block" and self.indicator_blocks != "all":
             raise ConfigError(f"granularity='block' requires indicator_blocks=\"all\", got {self.indicator_blocks!r}.")
+
+    def _check_cut(self, way: Reuse) -> None:
+        """Check what does not go together with anchors at the model's output."""
+        if way.needs_source:
+            raise ConfigError(f"cut='output' keeps the model's output, which continues no input; reuse={self.reuse!r} needs cut='blocks'.")
+        if self.granularity == "block":
+            raise ConfigError("granularity='block' guards each block and cut='output' the whole model; they cannot be combined.")
+        for name in ("compute_first", "compute_last"):
+            if getattr(self, name) != 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, but with cut='output' a reused step computes no block.")
+
+    def _check_anchors(self) -> None:
+        way = REUSES[self.reuse]
+        if self.anchors is not None and not (_is_int(self.anchors) and 1 <= self.anchors <= MOST_ANCHORS):
+            raise ConfigError(f"anchors is {self.anchors!r}; it must be an int from 1 to {MOST_ANCHORS}.")
+        if self.anchors not in (None, way.anchors) and way.with_anchors is None:
+            raise ConfigError(f"reuse={self.reuse!r} keeps {way.anchors} computed steps; anchors={self.anchors!r} cannot be set.")
+        if not (_is_int(self.order) and 0 <= self.order < MOST_ANCHORS):
+            raise ConfigError(f"order is {self.order!r}; it must be an int from 0 to {MOST_ANCHORS - 1}.")
+        if not (isinstance(self.damping, (int, float)) and math.isfinite(self.damping)):
+            raise ConfigError(f"damping is {self.damping!r}; it must be a finite number.")
+
+    def _check_weights(self, weights: Weights) -> None:
+        mask, anchors = self.steps_mask, self.graph_settings.anchors
+        if mask is None or len(weights) != len(mask):
+            have = "steps_mask is not set" if mask is None else f"steps_mask has {len(mask)} entries"
+            raise ConfigError(f"weights has {len(weights)} rows but {have}; weights holds a row or None for each step of steps_mask.")
+        if anchors == 1:
+            raise ConfigError(f"weights needs two anchors or more; reuse={self.reuse!r} keeps one. Set anchors.")
+        for step, row in enumerate(weights):
+            if row is None or not mask[step]:
+                continue
+            if len(row) != anchors or not all(map(math.isfinite, row)) or abs(sum(row) - 1) > _SUM_TOLERANCE:
+                raise ConfigError(f"weights[{step}] is {row}; it must hold {anchors} finite numbers, one for each anchor, that sum to 1.")
+            known = sum(not entry for entry in mask[:step])
+            if any(row[known:]):
+                raise ConfigError(f"weights[{step}] is {row}, but only {known} steps were computed before it; set the other weights to 0.")
+
+    def _check_calibrated(self) -> None:
+        """Check what says for which run and model weights were made."""
+        if self.timesteps is not None and len(self.timesteps) != len(self.steps_mask or ()):
+            raise ConfigError(f"timesteps has {len(self.timesteps)} entries; it holds the time of each of the steps of steps_mask.")
+        if self.calibrated_for is not None and not isinstance(self.calibrated_for, str):
+            raise ConfigError(f"calibrated_for is {self.calibrated_for!r}; it must be the text that calibrate gives.")
 
     def _check_numbers(self) -> None:
         if not (isinstance(self.threshold, (int, float)) and self.threshold >= 0):
@@ -241,13 +344,22 @@ class CacheConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(given) - set(names)):
             raise ConfigError(f"unknown CacheConfig settings: {', '.join(unknown)}.\n  There are: {', '.join(names)}.")
-        return dataclasses.replace(config, **given) if isinstance(config, CacheConfig) else cls(**given)
+        return config._with(given) if isinstance(config, CacheConfig) else cls(**given)
+
+    def _with(self, changes: Mapping[str, Any]) -> CacheConfig:
+        """Return the settings with some of them changed; of two that say one thing, the one that is set replaces the other."""
+        changes = dict(changes)
+        for one, other in (("reuse_interval", "reuse_fraction"), ("reuse_fraction", "reuse_interval")):
+            if changes.get(one) is not None:
+                changes.setdefault(other, None)
+        return dataclasses.replace(self, **changes)
 
     @property
     def graph_settings(self) -> GraphSettings:
         """The settings that shape the graphs."""
-        names = [field.name for field in dataclasses.fields(GraphSettings) if field.name != "mask_steps"]
-        return GraphSettings(**{name: getattr(self, name) for name in names}, mask_steps=len(self.steps_mask or ()))
+        values: dict[str, Any] = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(GraphSettings)}
+        anchors = REUSES[self.reuse].anchors if self.anchors is None else self.anchors
+        return GraphSettings(**{**values, "anchors": anchors, "mask_steps": len(self.steps_mask or ())})
 
     def changed(self, **changes: Any) -> CacheConfig:
         """Return the settings with some of them changed, for the graphs that these settings were used for.
@@ -258,10 +370,7 @@ class CacheConfig:
         names = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(set(changes) - names):
             raise ConfigError(f"unknown CacheConfig settings: {', '.join(unknown)}.\n  Can be changed: {_may_change()}.")
-        for one, other in (("reuse_interval", "reuse_fraction"), ("reuse_fraction", "reuse_interval")):
-            if changes.get(one) is not None:
-                changes.setdefault(other, None)
-        new = dataclasses.replace(self, **changes)
+        new = self._with(changes)
         old_graphs, new_graphs = self.graph_settings, new.graph_settings
         shaping = [name for name, value in vars(old_graphs).items() if value != getattr(new_graphs, name)]
         if shaping == ["mask_steps"]:
@@ -314,18 +423,14 @@ class CacheConfig:
         exact = Fraction(str(self.tail))
         return exact.numerator, exact.denominator
 
-    def policy_values(self, num_steps: int | None) -> dict[str, tuple[float | int, ...]]:
-        """Return the values of the graph's policy inputs by name, in their order.
+    def policy_values(self, num_steps: int | None) -> dict[str, Values]:
+        """Return the values of `graph_settings.parameters` by name, in their order.
 
         Raises:
             ConfigError: The policy needs the number of steps and it is not known.
         """
-        return POLICIES[self.policy].values(self, num_steps)
-
-    @property
-    def policy_dtypes(self) -> dict[str, str]:
-        """The dtypes of the graph's policy inputs by name, in their order."""
-        return {parameter.name: parameter.dtype for parameter in POLICIES[self.policy].parameters}
+        way = self.graph_settings.way
+        return {**POLICIES[self.policy].values(self, num_steps), **(way.values(self) if way.values else {})}
 
     def save(self, path: str | Path) -> None:
         """Write the settings as JSON, whole or not at all."""
@@ -348,6 +453,4 @@ class CacheConfig:
         if not isinstance(values, dict) or set(values) - known:
             extra = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
             raise ConfigError(f"{path} contains unknown CacheConfig settings: {extra}.")
-        if values.get("steps_mask") is not None:
-            values["steps_mask"] = tuple(values["steps_mask"])
         return cls(**values)

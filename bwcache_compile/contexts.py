@@ -13,6 +13,9 @@ from bwcache_compile.errors import StateError
 from bwcache_compile.report import ContextReport, RawStep, step_records
 from bwcache_compile.stepping import Advance, StepInfo, Tracker
 
+UNNAMED_PREFIX = "call_"
+"""How the contexts of a step's calls begin that the caller does not name, with `CacheConfig.calls_per_step`."""
+
 MAX_CONTEXTS = 64
 """Contexts kept at a time; the one that was called longest ago is dropped first."""
 
@@ -125,7 +128,7 @@ class ContextTable(Generic[AnyContext]):
         if calls_per_step == 1:
             return StepInfo(named=False)
         with self._lock:
-            return StepInfo(f"call_{self._unnamed % calls_per_step}")
+            return StepInfo(f"{UNNAMED_PREFIX}{self._unnamed % calls_per_step}")
 
     def enter(self, info: StepInfo) -> AnyContext:
         """Lock the context of a call and return it.

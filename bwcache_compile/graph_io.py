@@ -45,7 +45,7 @@ class GraphIO:
         kind: `compute`, `reuse` or `guarded`.
         users: The model's own inputs, those that are no tensors too.
         slots: Slots that the graph reads.
-        parameters: Parameters of the policy that it reads.
+        parameters: Parameters of the policy and of the way of reusing that it reads.
         results: The model's own outputs, those that are no tensors too.
         written: Slots whose next value it returns.
         measures: What it returns behind these: per region `reuse_left` and, if anything is measured, `indicator`.
@@ -81,8 +81,9 @@ class GraphIO:
         return dict(zip(self.outputs, returned, strict=True))
 
 
-def guarded_io(compute: GraphIO) -> GraphIO:
+def guarded_io(compute: GraphIO, reuse: GraphIO) -> GraphIO:
     """Return what the one graph takes and returns that decides by itself between a compute graph and its reuse graph."""
     slots = (*compute.written, UNTIL)
     measures = tuple(name for name in compute.measures if name != REUSE_LEFT)
-    return dataclasses.replace(compute, kind="guarded", slots=slots, written=slots, measures=measures)
+    parameters = (*compute.parameters, *reuse.parameters)
+    return dataclasses.replace(compute, kind="guarded", slots=slots, parameters=parameters, written=slots, measures=measures)

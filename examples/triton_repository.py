@@ -135,7 +135,7 @@ def write(
     slots = [(slot.name, slot.dtype, dims(slot.shape), float(slot.fill)) for slot in manifest.slots]
     slots.append((UNTIL, "int64", [1], -1.0))
     inputs = [(entry.name, PAIRS.get(entry.dtype, entry.dtype), dims(graph_shape(entry))) for entry in manifest.inputs]
-    inputs += [(entry.name, entry.dtype, [entry.length]) for entry in policy_inputs(manifest.config)]
+    inputs += [(entry.name, entry.dtype, list(entry.shape)) for entry in policy_inputs(manifest.config)]
     inputs.append((STEP, "int64", [1]))
     taken = set(manifest.graphs["guarded"].inputs)
     outputs = [(item.name, item.dtype, dims(item.shape)) for item in manifest.outputs.items]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bwcache_compile.capture.capture import flat_program
+from bwcache_compile.capture.flatten import flat_program
 from bwcache_compile.ir.program import ModelProgram
 
 

@@ -31,8 +31,8 @@ GOLDEN: list[tuple[dict[str, Any], str]] = [
     ({"indicator_tokens": 0}, 'indicator_tokens is 0; it must be an int >= 1 or "all".'),
     ({"indicator_blocks": "some"}, "indicator_blocks is 'some'; it must be an int >= 1 or \"all\"."),
     ({"calls_per_step": 0}, "calls_per_step is 0; it must be an int >= 1."),
-    ({"policy": "magic"}, "policy is 'magic'; choose one of 'schedule', 'static'."),
-    ({"reuse": "blend"}, "reuse is 'blend'; choose one of 'output', 'residual', 'taylor'."),
+    ({"policy": "magic"}, "policy is 'magic'; choose one of 'schedule', 'adaptive', 'static'."),
+    ({"reuse": "blend"}, "reuse is 'blend'; choose one of 'output', 'residual', 'taylor', 'linear'."),
     ({"policy": "static"}, "policy='static' needs steps_mask: one entry per step, 1 reuses and 0 computes."),
     ({"policy": "static", "steps_mask": (0, 0.5)}, "steps_mask must hold a 0 or a 1 for each step, got (0, 0.5)."),
     ({"policy": "static", "steps_mask": "011"}, "steps_mask must hold a 0 or a 1 for each step, got '011'."),
@@ -141,7 +141,8 @@ def test_paper_settings_measure_everything() -> None:
 
 MASK = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0))
 MAY_CHANGE = """
-  Can be changed: calls_per_step, decide, num_steps, reuse_fraction, reuse_interval, steps_mask, tail, threshold, warmup_steps."""
+  Can be changed: calibrated_for, calls_per_step, damping, decide, num_steps, order, reuse_fraction, reuse_interval, steps_mask,\
+ tail, threshold, timesteps, warmup_steps, weights."""
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_a_bundle_needs_what_it_was_made_with(model: OneStream, tmp_path: Path) 
     cached = bw.transform(model, bw.CacheConfig(**CONFIG), example_args=model.example())
     bw.export(cached, tmp_path / "bundle")
     del POLICIES["toy"]
-    with pytest.raises(bw.BundleError, match=r"policy is 'toy'; choose one of 'schedule', 'static'"):
+    with pytest.raises(bw.BundleError, match=r"policy is 'toy'; choose one of 'schedule', 'adaptive', 'static'"):
         bw.load(tmp_path / "bundle")
     register_policy("toy", TOY_POLICY)
     bw.load(tmp_path / "bundle")
@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_named(model: OneStream) -> None:
                 lambda: register_reuse("other", dataclasses.replace(TOY_REUSE, reuse=lambda output: output)),
                 lambda: register_indicator("other", lambda features: features),
                 lambda: bw.CacheConfig(indicator="other"),
-                lambda: bw.CacheConfig(policy="toy", decide="joint"),
+                lambda: register_reuse("other", dataclasses.replace(TOY_REUSE, parameters=(Parameter("share", "float32"),))),
                 lambda: bw.CacheConfig(policy="toy", steps_mask=(0, 1)),
                 lambda: bw.transform(model, bw.CacheConfig(reuse="toy_half"), example_args=model.example()),
                 lambda: bw.transform(model, bw.CacheConfig(policy="toy_wide"), example_args=model.example()),
@@ -204,7 +204,7 @@ reuse 'other': shared slots and `keep_shared` must be given together.
 reuse 'other': `reuse` has an unknown argument 'output'; allowed are source, kept_output, kept_seen, time, step.
 indicator 'other' must be a function of two lists of tensors, the features and their references.
 indicator is 'other'; choose one of 'l1', 'toy'.
-decide='joint' requires a policy with a slot `trigger`, and policy='toy' has none. Use decide='separate'.
+reuse 'other': `parameters` and `values` must be given together.
 steps_mask is only read by policy='static'; remove it or choose that policy.
 reuse='toy_half': `<lambda>` must return f32[1, 6, 8], got f16[1, 6, 8].
 policy='toy_wide': `decide` must return i64[1], i64[1], got i64[1], i64[2].""",

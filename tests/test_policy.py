@@ -18,7 +18,7 @@ from torch import Tensor
 import bwcache_compile as bw
 from bwcache_compile.ir.policy_tensors import policy_parameters
 from bwcache_compile.policies.l1 import relative_change
-from bwcache_compile.policies.reuse.taylor import extrapolate
+from bwcache_compile.policies.reuse.linear import linear
 from bwcache_compile.policies.sampling import sampled_tokens
 from bwcache_compile.policies.schedule import schedule
 from bwcache_compile.policies.static import static
@@ -175,7 +175,10 @@ def test_extrapolation_continues_the_line_and_holds_without_two_steps() -> None:
 
     def at(times: list[float], now: float, dtype: torch.dtype = torch.float32, steps: tuple[float, float] = (4, 3)) -> Tensor:
         kept = torch.tensor([times, steps]).T
-        return extrapolate(last.to(dtype), previous.to(dtype), kept, torch.tensor([now]), torch.tensor([6]))
+        parameters = policy_parameters(bw.CacheConfig(reuse="taylor", num_steps=8), 8)[-4:]
+        anchors = (last.to(dtype), previous.to(dtype))
+        result: Tensor = linear(2).reuse(*anchors, torch.tensor([now]), torch.tensor([6]), kept, *parameters)
+        return result
 
     assert torch.equal(at([900.0, 940.0], 880.0), torch.tensor([4.0, 4.5])), "half a step further"
     assert torch.equal(at([900.0, math.nan], 880.0, steps=(4, math.nan)), last), "one step is known"

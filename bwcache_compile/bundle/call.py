@@ -83,8 +83,8 @@ class Runner(Protocol):
     def full(self, slot: str, shape: tuple[int, ...], dtype: str, fill: float) -> Any:
         """Return a new value for a slot that holds one number everywhere."""
 
-    def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
-        """Return a new value that holds these numbers."""
+    def vector(self, numbers: Sequence[Any], dtype: str) -> Any:
+        """Return a new value that holds these numbers, or rows of numbers."""
 
     def bytes(self, value: Any) -> int:
         """Return the size of a value."""

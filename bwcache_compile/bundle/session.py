@@ -10,12 +10,14 @@ from typing import Any
 from bwcache_compile.bundle.call import Call, Runner, bound, flat_call, put_together
 from bwcache_compile.bundle.files import Bundle
 from bwcache_compile.bundle.manifest import Manifest
+from bwcache_compile.bundle.settings import policy_inputs
+from bwcache_compile.clock import HALF, TimeInput, check_time, may_be_time
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import Context, ContextTable
 from bwcache_compile.errors import ConfigError, StateError
-from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, cache_in, cache_out, policy_input
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, cache_in, cache_out
 from bwcache_compile.report import RawStep, Report
-from bwcache_compile.stepping import HALF, Cursor, StepInfo, TimeInput, may_be_time
+from bwcache_compile.stepping import Cursor, StepInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Session:
         self.cache_config: CacheConfig = bundle.manifest.config
         self.guarded, self._runner = guarded, runner
         self._contexts = ContextTable(SessionContext)
+        self._last_settings: tuple[CacheConfig | None, int | None, dict[str, Any]] = None, None, {}
 
     def __repr__(self) -> str:
         """Say which bundle runs in which runtime, with which settings."""
@@ -116,6 +119,8 @@ class Session:
                 state = self._fresh(context, call, advance.step)
             else:
                 state = dataclasses.replace(context.state, cursor=context.state.cursor.at(advance.step))
+            if self.cache_config.timesteps is not None and not state.cursor.reuses:
+                check_time(advance.step, self.cache_config.timesteps, self._times(call).values())
             returned, following, record = self._run(context, state, call, num_steps)
             outputs = {item.name: self._runner.to_output(returned[item.name]) for item in self.manifest.outputs.items}
             if following.slots is not state.slots:  # the two sets of buffers take turns
@@ -153,8 +158,13 @@ class Session:
         return SessionState(made, Cursor(step))
 
     def _parameters(self, num_steps: int | None) -> dict[str, Any]:
-        values, dtypes = self.cache_config.policy_values(num_steps), self.cache_config.policy_dtypes
-        return {policy_input(name): self._runner.vector(value, dtypes[name]) for name, value in values.items()}
+        """Return what the graphs take of the settings; the values of the last settings are kept."""
+        config, (last_config, last_steps, made) = self.cache_config, self._last_settings
+        if config is not last_config or num_steps != last_steps:
+            values, wanted = config.policy_values(num_steps).values(), policy_inputs(config)
+            made = {item.name: self._runner.vector(value, item.dtype) for item, value in zip(wanted, values, strict=True)}
+            self._last_settings = config, num_steps, made
+        return made
 
     def _run(
         self, context: SessionContext, state: SessionState, call: Call, num_steps: int | None
@@ -164,7 +174,7 @@ class Session:
         kind = "guarded" if self.guarded else "reuse" if cursor.reuses else "compute"
         inputs = {**call.values, **{cache_in(name): value for name, value in state.slots.items()}}
         inputs[STEP] = runner.vector([cursor.step], "int64")
-        if kind != "reuse":
+        if kind != "reuse" or self.cache_config.graph_settings.way.parameters:
             inputs |= self._parameters(num_steps)
         returned = runner.run(kind, inputs, {cache_out(name): value for name, value in context.spare.items()})
         change = runner.host(returned[INDICATOR]) if INDICATOR in returned else None

@@ -3,6 +3,5 @@
 from bwcache_compile.calibration.cut_model import CutModel, OutputCut, OutputState
 from bwcache_compile.calibration.plan import CalibrationPlan, PlanEntry, Provenance
 from bwcache_compile.calibration.procedure import calibrate
-from bwcache_compile.calibration.replay import replay
 
-__all__ = ["CalibrationPlan", "CutModel", "OutputCut", "OutputState", "PlanEntry", "Provenance", "calibrate", "replay"]
+__all__ = ["CalibrationPlan", "CutModel", "OutputCut", "OutputState", "PlanEntry", "Provenance", "calibrate"]

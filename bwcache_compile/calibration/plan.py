@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-
 from bwcache_compile.calibration.masks import mask_text
-from bwcache_compile.errors import ConfigError, StateError, warn
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.contexts import UNNAMED_PREFIX
+from bwcache_compile.errors import ConfigError, warn
 
 FORMAT = "bwcache-calibration"
 VERSION = 1
-_SAMPLE = 64
 _BUDGET_SLACK = 0.02
-_TIME_SLACK = 1e-2
-"""Relative; a time in bfloat16 is off by 4e-3."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,32 +63,26 @@ class Provenance:
     """What a plan was made for.
 
     Attributes:
-        model: Class of the model.
-        weights: Fingerprint of its weights, see `fingerprint`.
-        dtype: Of its first parameter.
+        model: Its class, dtype and a fingerprint of its weights, see `model_identity`.
         timesteps: The time at each step; empty where none was found.
-        contexts: Names of the streams of calls.
-        calls: Step and context of each call of a generation.
+        contexts: Names of the calls of a step.
         cut: Where the anchors are taken.
-        anchor_bytes: What all anchors of all contexts take; 0 where it is not known.
         sampler: What was found out about the sampler.
         prompts: How many prompts were calibrated on.
         cost: What it took, in full generations.
         versions: Of the libraries.
+        anchor_bytes: What all anchors of all contexts take; 0 where it is not known.
     """
 
     model: str
-    weights: str
-    dtype: str
     timesteps: tuple[float, ...]
     contexts: tuple[str, ...]
-    calls: tuple[tuple[int, str], ...]
     cut: str
-    anchor_bytes: int
     sampler: str
     prompts: int
     cost: float
     versions: dict[str, str]
+    anchor_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +112,7 @@ class CalibrationPlan:
         made = self.provenance
         size = f" ({made.anchor_bytes / 2**20:.2f} MiB)" if made.anchor_bytes else ""
         lines = [
-            f"calibration of {made.model} for {self.steps} steps, {self.anchors} anchors at the {made.cut}{size},"
+            f"calibration of {made.model.partition(',')[0]} for {self.steps} steps, {self.anchors} anchors at the {made.cut}{size},"
             f" {made.prompts} prompt{'s' * (made.prompts > 1)}; {made.sampler}",
             f"{'computed':>9} {'speed-up':>9} {'PSNR':>9} {'fewer steps':>12}  weights  steps (# computed, . reused)",
         ]
@@ -137,7 +123,29 @@ class CalibrationPlan:
             lines.append(f"{numbers}  {entry.rule:7}  {mask_text(entry.mask)}{advice}")
         return "\n".join(lines)
 
-    def at(self, *, budget: float | None = None, psnr: float | None = None, speedup: float | None = None) -> PlanEntry:
+    def at(self, budget: float | None = None, *, psnr: float | None = None, speedup: float | None = None) -> CacheConfig:
+        """Return the settings for a target, for `cached.configure` or `transform`.
+
+        A run at other times, or of another model, is refused by them. See `entry` for the targets.
+
+        Raises:
+            ConfigError: Not exactly one target is given.
+        """
+        entry, made = self.entry(budget, psnr=psnr, speedup=speedup), self.provenance
+        unnamed = sum(name.startswith(UNNAMED_PREFIX) for name in made.contexts)
+        return CacheConfig(
+            policy="static",
+            steps_mask=tuple(int(not computed) for computed in entry.mask),
+            reuse="linear",
+            anchors=self.anchors,
+            cut="output" if made.cut == "output" else "blocks",
+            weights=tuple(None if computed else row for computed, row in zip(entry.mask, entry.weights, strict=True)),
+            timesteps=made.timesteps or None,
+            calibrated_for=made.model,
+            calls_per_step=max(1, unnamed),
+        )
+
+    def entry(self, budget: float | None = None, *, psnr: float | None = None, speedup: float | None = None) -> PlanEntry:
         """Return the entry for a target; warn and return the nearest one where the target cannot be met.
 
         Args:
@@ -150,7 +158,7 @@ class CalibrationPlan:
         """
         targets = {name: value for name, value in (("budget", budget), ("psnr", psnr), ("speedup", speedup)) if value is not None}
         if len(targets) != 1:
-            raise ConfigError(f"at() takes exactly one of budget, psnr and speedup, got {', '.join(targets) or 'none'}.")
+            raise ConfigError(f"exactly one target is needed of budget, psnr and speedup, got {', '.join(targets) or 'none'}.")
         if budget is not None:
             entry = min(self.entries, key=lambda e: abs(e.budget - budget))
             met = abs(entry.budget - budget) <= _BUDGET_SLACK
@@ -169,59 +177,6 @@ class CalibrationPlan:
                 f" ({entry.psnr:.1f} dB, {entry.speedup:.2f}x). Calibrate with other budgets, or choose from the plan:\n{self}"
             )
         return entry
-
-    def check_model(self, model: nn.Module) -> None:
-        """Refuse a model that the plan was not made for.
-
-        Raises:
-            StateError: Class, dtype or weights differ.
-        """
-        made, model = self.provenance, getattr(model, "_orig_mod", model)
-        facts = (("class", made.model, type(model).__name__), ("dtype", made.dtype, dtype_of(model)))
-        for name, then, now in facts:
-            if then != now:
-                raise StateError(f"this plan was calibrated for a model of {name} {then}, got {now}. Calibrate this model.")
-        if made.weights != fingerprint(model):
-            raise StateError(f"this plan was calibrated for a {made.model} with other weights. Calibrate again with these weights.")
-
-    def check_run(self, *, timesteps: Sequence[float] = (), contexts: Sequence[str] = ()) -> None:
-        """Refuse a generation that the plan was not made for. What is left out, or was not known at calibration, is not compared.
-
-        Raises:
-            StateError: Timesteps or contexts differ.
-        """
-        made = self.provenance
-        if contexts and tuple(contexts) != made.contexts:
-            raise StateError(
-                f"this plan was calibrated with the contexts {', '.join(made.contexts)}, but this run has {', '.join(contexts)}."
-                " Calibrate with the same guidance."
-            )
-        if not timesteps or not made.timesteps:
-            return
-        if len(timesteps) != len(made.timesteps):
-            raise StateError(f"this plan was calibrated for {self.steps} steps, but this run has {len(timesteps)}. Calibrate for them.")
-        for step, time in enumerate(timesteps):
-            self.check_time(step, [(time,)])
-
-    def check_time(self, step: int, times: Iterable[Sequence[float]]) -> None:
-        """Refuse a step none of whose inputs is the time that it had at calibration, if that is known.
-
-        Args:
-            step: Index of the step.
-            times: Values of each input that may be the time.
-
-        Raises:
-            StateError: There is no such input.
-        """
-        if not self.provenance.timesteps:
-            return
-        then, values = self.provenance.timesteps[step], [max(value) for value in times if value]
-        if not any(abs(then - now) <= _TIME_SLACK * max(abs(then), abs(now)) for now in values):
-            now = min(values, key=lambda value: abs(value - then), default=math.nan)
-            raise StateError(
-                f"this plan was calibrated with time {then:g} at step {step}, but this run has {now:g}. Calibrate with this scheduler and"
-                " number of steps."
-            )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -268,24 +223,4 @@ def _entry(read: dict[str, Any]) -> PlanEntry:
 
 
 def _provenance(read: dict[str, Any]) -> Provenance:
-    lists = {"timesteps": tuple(read["timesteps"]), "contexts": tuple(read["contexts"])}
-    return Provenance(**{**read, **lists, "calls": tuple((int(step), str(name)) for step, name in read["calls"])})
-
-
-def dtype_of(model: nn.Module) -> str:
-    """Return the dtype of a model's first parameter; empty if it has none."""
-    first = next(model.parameters(), None)
-    return "" if first is None else str(first.dtype).removeprefix("torch.")
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """Return a hash over the names, shapes and dtypes of a model's weights, and over a sample of their values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE]
-        values = torch.view_as_real(sample) if sample.is_complex() else sample
-        digest.update(np.ascontiguousarray(values.double().cpu().numpy()).tobytes())
-    return digest.hexdigest()[:32]
+    return Provenance(**{**read, "timesteps": tuple(read["timesteps"]), "contexts": tuple(read["contexts"])})

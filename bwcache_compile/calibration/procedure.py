@@ -15,13 +15,17 @@ import bwcache_compile
 from bwcache_compile.calibration import masks
 from bwcache_compile.calibration.cut_model import CutModel, OutputCut
 from bwcache_compile.calibration.evaluate import Candidate, Evaluator, Generate, fixed_rule
-from bwcache_compile.calibration.plan import CalibrationPlan, PlanEntry, Provenance, dtype_of, fingerprint
+from bwcache_compile.calibration.graph_cut import GraphCut
+from bwcache_compile.calibration.plan import CalibrationPlan, PlanEntry, Provenance
 from bwcache_compile.calibration.progress import Progress
 from bwcache_compile.calibration.recording import RecordedStep, context_names
 from bwcache_compile.calibration.sampler_map import TOLERANCE, SamplerMap, first_difference, recover_map
 from bwcache_compile.calibration.search import Search
+from bwcache_compile.config import Cut
 from bwcache_compile.errors import ConfigError, warn
-from bwcache_compile.runtime import CachedModel
+from bwcache_compile.policies.reuse.linear import MOST_ANCHORS
+from bwcache_compile.runtime.cached_model import CachedModel
+from bwcache_compile.runtime.fingerprint import model_identity
 
 Effort = Literal["quick", "thorough"]
 LIMITS: dict[str, float] = {"quick": 4.0, "thorough": 10.0}
@@ -44,6 +48,7 @@ def calibrate(
     *,
     budgets: Sequence[float] = (0.4, 0.3, 0.2),
     anchors: int = 4,
+    cut: Cut = "output",
     effort: Effort = "quick",
     progress: bool = True,
     fewer_steps: Callable[[Any, int], Any] | None = None,
@@ -55,11 +60,14 @@ def calibrate(
     latents of the full generation. Results are compared by PSNR.
 
     Args:
-        model: The transformer, compiled, cached or not, in evaluation mode; or another cut of it.
+        model: What `transform` returned, or for cut="output" the transformer itself, in evaluation mode, compiled or not; or any
+            `CutModel`, which has anchors and a cut of its own.
         generate: Makes one video with the model that it is given and returns it: `lambda model: pipe(...).frames` after
             `pipe.transformer = model`, or a loop. The seed must be fixed inside.
         budgets: Shares of computed steps.
         anchors: Computed steps that a reused step combines. Each costs one output per context.
+        cut: Where the anchors are taken. "output" keeps the model's outputs, and a reused step runs nothing of the model; "blocks"
+            keeps what the blocks return, and a reused step runs what is before and after them.
         effort: "quick" costs at most 4 full generations, "thorough" at most 10; more only where the budgets do not fit once each.
         progress: Whether to show a progress bar (where tqdm is installed) and say what is recorded.
         fewer_steps: Makes the same video with the plain model and another number of steps, `(model, steps) -> result`, to compare
@@ -77,10 +85,9 @@ def calibrate(
         raise ConfigError("budgets is empty. Pass shares of computed steps, such as (0.4, 0.3, 0.2).")
     for budget in budgets:
         masks.computed_count(budget, 2)
-    model = model._original if isinstance(model, CachedModel) else model
-    cut = OutputCut(model, anchors) if isinstance(model, nn.Module) else model
+    target = _cut_model(model, anchors, cut)
     with Progress(progress, LIMITS[effort]) as bar:
-        evaluator = Evaluator(cut, generate, bar.advance)
+        evaluator = Evaluator(target, generate, bar.advance)
         bar.expect(evaluator.calls)
         if evaluator.steps < _LEAST_STEPS:
             raise ConfigError(f"generate made {evaluator.steps} steps, and fewer than {_LEAST_STEPS} leave nothing to calibrate.")
@@ -88,7 +95,25 @@ def calibrate(
         counts = sorted({masks.computed_count(budget, evaluator.steps) for budget in budgets}, reverse=True)
         found = Search(evaluator, sampler, LIMITS[effort]).run(counts)
     entries = [_entry(found[count], evaluator, fewer_steps) for count in counts]
-    return CalibrationPlan(tuple(entries), _provenance(cut, evaluator, sampler))
+    return CalibrationPlan(tuple(entries), _provenance(target, evaluator, sampler))
+
+
+def _cut_model(model: nn.Module | CutModel, anchors: int, cut: Cut) -> CutModel:
+    """Return what runs the steps of a calibration.
+
+    Raises:
+        ConfigError: The anchors are at the blocks, and the model is not transformed.
+    """
+    if not isinstance(model, nn.Module):
+        return model
+    if not 2 <= anchors <= MOST_ANCHORS:
+        raise ConfigError(f"anchors is {anchors!r}; a calibration combines 2 to {MOST_ANCHORS} computed steps.")
+    cached = getattr(model, "_orig_mod", model)
+    if cut == "blocks":
+        if not isinstance(cached, CachedModel):
+            raise ConfigError("cut='blocks' runs the graphs of a transformed model. Pass what transform returned.")
+        return GraphCut(cached, anchors, cut)
+    return OutputCut(cached.original if isinstance(cached, CachedModel) else model, anchors)
 
 
 def _sampler_map(evaluator: Evaluator) -> SamplerMap | None:
@@ -144,16 +169,12 @@ def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None)
         words = f"sampler recovered from {sampler.depth + 1} step{'s' * (sampler.depth > 0)} ({known})"
     else:
         words = f"sampler not linear (residual {sampler.residual:.0e})"
-    module = cut.module
     versions = {name: sys.modules[name].__version__ for name in ("diffusers",) if name in sys.modules}
     versions |= {"bwcache_compile": bwcache_compile.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return Provenance(
-        model=type(module).__name__,
-        weights=fingerprint(module),
-        dtype=dtype_of(module),
+        model=model_identity(cut.module),
         timesteps=_timesteps(evaluator.full),
         contexts=context_names(evaluator.full),
-        calls=tuple(evaluator.schedule),
         cut="blocks" if cut.reads_inputs else "output",
         anchor_bytes=0 if cut.reads_inputs else cut.anchors * evaluator.output_bytes,
         sampler=words,

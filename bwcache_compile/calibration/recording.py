@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bwcache_compile.calibration.moving_input import MovingInput, candidates, first_output, float_leaves, time_of
+from bwcache_compile.contexts import UNNAMED_PREFIX
 from bwcache_compile.errors import StateError
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.ir.tree_paths import Path
@@ -106,8 +107,8 @@ class Recorder:
         if given[0] > self.step if given else not self.steps or self._is_new_step(name, times, args, kwargs):
             self._settle(args, kwargs)
             self._advance(times, args, kwargs)
-        seen = sum(key.partition("#")[0] == name or (not name and key.startswith("call_")) for key in self._keys())
-        key = given[1] if given else (f"{name}#{seen}" if seen else name) if name else f"call_{seen}"
+        seen = sum(key.partition("#")[0] == name or (not name and key.startswith(UNNAMED_PREFIX)) for key in self._keys())
+        key = given[1] if given else (f"{name}#{seen}" if seen else name) if name else f"{UNNAMED_PREFIX}{seen}"
         self.schedule.append((self.step, key))
         return key
 
@@ -193,7 +194,7 @@ class Recorder:
 def context_names(steps: Sequence[RecordedStep]) -> tuple[str, ...]:
     """Return the contexts of a generation in the order of their first calls; a single unnamed one is "default"."""
     names = list(dict.fromkeys(key for step in steps for key in step.outputs))
-    return tuple(UNNAMED if names == ["call_0"] else name for name in names)
+    return tuple(UNNAMED if names == [f"{UNNAMED_PREFIX}0"] else name for name in names)
 
 
 def _words(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What Python may read of tensors while a model is traced: values that follow from shapes and numbers alone."""
+"""Let Python read tensors while a model is traced, where their values follow from shapes and numbers alone."""
 
 from __future__ import annotations
 
@@ -6,110 +6,40 @@ import builtins
 import contextlib
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import SymBool, SymFloat, SymInt, Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bwcache_compile.capture.functions import (
+    MADE_LIKE,
+    MADE_OF_NUMBERS,
+    MAKES,
+    METADATA_UNLESS_TENSOR,
+    READS,
+    SYMBOLS,
+    TAKES_SIZES,
+    is_metadata,
+    is_random,
+    leaves_of,
+    mapped,
+    tensors_in,
+    written_by,
+)
 from bwcache_compile.capture.known_sizes import READS_OF_SIZES, UNKNOWN, KnownSizes
+from bwcache_compile.capture.masks import without_masks
+from bwcache_compile.capture.sources import Origin, Source, inputs_of, is_short, sources
 from bwcache_compile.ir.call_signature import OPERAND, Reading
 from bwcache_compile.ir.source_lines import class_files, source_line
 from bwcache_compile.ir.torch_compat import OpOverload, OpOverloadPacket, disable_current_modes, pytree
 
-_MOST = 4096
-"""Elements of the largest tensor that is followed: grids, lengths and offsets are short."""
-
-_MADE_OF_NUMBERS = {"tensor", "as_tensor", "arange", "zeros", "ones", "full", "eye", "linspace"}
-_MADE_BESIDE = {"new_tensor", "new_zeros", "new_ones", "new_full"}
-"""They take a tensor's dtype and device, and nothing else of it."""
-_UNTOLD = ("rand", "normal", "bernoulli", "multinomial", "dropout", "empty", "uniform", "poisson", "exponential", "geometric", "cauchy")
-"""In the names of functions whose results do not follow from what they are given."""
-_IN_PLACE = {
-    "__setitem__",
-    *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")),
-}
-_STATIC = {
-    "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
-    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_tensor",
-}  # fmt: skip
-_STATIC_PROPERTIES = {
-    "shape",
-    "dtype",
-    "device",
-    "ndim",
-    "layout",
-    "is_cuda",
-    "is_cpu",
-    "is_meta",
-    "requires_grad",
-    "names",
-    "itemsize",
-    "nbytes",
-}
-"""Metadata queries; they never read tensor data."""
-_STATIC_OR_TENSOR = {"__get__", "type"}
-"""Metadata queries too where they return no tensor."""
-_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "equal", "allclose"}
-_SYMBOLS = (SymInt, SymFloat, SymBool)
-_ATOMS = {Tensor, nn.Parameter, *_SYMBOLS, int, float, bool, str, type(None), torch.dtype, torch.device}
-_NEW = {"zeros", "ones", "full", "empty", "rand", "randn", "arange", "linspace", "eye"}
-_TAKES_SIZES = _NEW | {
-    "view", "reshape", "expand", "broadcast_to", "repeat", "tile", "unflatten", "permute", "split", "narrow", "chunk", "roll", "pad",
-    "new_zeros", "new_ones", "new_full", "new_empty", "unfold", "interpolate", "flatten", "as_strided", "repeat_interleave",
-}  # fmt: skip
-"""Functions that take 0-dim tensors for ints and read them out of sight."""
-
-Source = int | str
-"""Where a value comes from that the model does not make itself: a position among the leaves of the call, or a buffer's name."""
-Origin = Source | Reading
-"""A source, or what was computed of one that is too large to be followed itself."""
-
-
-def _is_static(func: Any, name: str) -> bool:
-    return name in _STATIC or (name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _STATIC_PROPERTIES)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    """Return what a call was given, the bounds of slices too.
-
-    This runs at every function that a traced model calls, so what nearly all calls consist of goes past `pytree`.
-    """
-    kind = type(tree)
-    if kind in _ATOMS:
-        return [tree]
-    if kind is tuple or kind is list:
-        return [leaf for part in tree for leaf in _leaves(part)]
-    if kind is dict:
-        return [leaf for part in tree.values() for leaf in _leaves(part)]
-    if kind is slice:
-        return [tree.start, tree.stop, tree.step]
-    found = pytree.tree_leaves(tree)
-    return [tree] if len(found) == 1 and found[0] is tree else [leaf for part in found for leaf in _leaves(part)]
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in _leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _mapped(function: Any, tree: Any) -> Any:
-    """Apply a function to each leaf of what a call was given, to the bounds of slices too."""
-
-    def of_leaf(leaf: Any) -> Any:
-        return slice(*map(function, (leaf.start, leaf.stop, leaf.step))) if isinstance(leaf, slice) else function(leaf)
-
-    return pytree.tree_map(of_leaf, tree)
-
 
 def _constant(real: Tensor) -> Tensor:
-    """Write a known tensor into the graph."""
+    """Return a known tensor as a constant of the graph."""
     return torch.tensor(real.tolist(), dtype=real.dtype, device=real.device).reshape(tuple(real.shape))
-
-
-def _small(tensors: Iterable[Tensor]) -> bool:
-    return all(tensor.numel() <= _MOST for tensor in tensors)
 
 
 def _of_elements(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,33 +51,14 @@ def _of_elements(function: Callable[..., Any]) -> Callable[..., Any]:
     return reduced
 
 
-def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Tensor]:
-    """Return the tensors of a call, by position among its leaves."""
-    leaves = pytree.tree_leaves((args, kwargs))
-    return {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-
-
-def sources(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Source, Tensor]:
-    """Return what a model may read in Python beside shapes: short masks, lengths and sizes of a call, and short buffers."""
-    found: dict[Source, Tensor] = dict(inputs_of(args, kwargs).items())
-    found |= {name: buffer for name, buffer in model.named_buffers() if buffer is not None}
-    static = {name: t for name, t in found.items() if all(isinstance(size, int) for size in t.shape)}
-    return {name: t for name, t in static.items() if _small([t]) and (t.dim() <= 1 or isinstance(name, str) or not t.is_floating_point())}
-
-
-def _written(name: str, args: Any, kwargs: Any) -> list[Tensor]:
-    """Return the tensors that a function writes to, going by its name."""
-    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name not in ("detach_", "requires_grad_"))
-    return _tensors((args[:1] if in_place else (), kwargs.get("out")))
-
-
 class KnownValues(TorchFunctionMode):
-    """While active, a tensor that was made of shapes and numbers is read in Python as what it holds.
+    """Let Python read the values of tensors that were made of shapes and numbers, while this mode is active.
 
     Original video models carry sizes around as tensors (`torch.tensor(x.shape[2:])`, and `.tolist()` in every block). A
-    tracer knows no tensor's values, and would give each number that is read a symbol. Here a real tensor stands beside
-    each one that is made of numbers, every function of such tensors is run on the real ones too, and what Python reads is
-    read off those. The graph is traced as ever. Nothing that depends on an input, a weight or chance is known.
+    tracer does not know the values of tensors: it would make a symbol of each number that Python reads. This mode keeps a
+    real tensor for each traced one that was made of numbers, runs every function of such tensors on the real ones too, and
+    returns to Python what the real ones hold. The graph itself is traced as usual. A value that depends on an input, a
+    weight or a random number is not known.
     """
 
     def __init__(self) -> None:
@@ -170,12 +81,14 @@ class KnownValues(TorchFunctionMode):
 
     @contextlib.contextmanager
     def knowing(self, model: nn.Module, values: dict[Source, Tensor], large: dict[int, Tensor]) -> Iterator[None]:
-        """Know these values too while the model is traced; `read` says afterwards on which the graph depends, `read_at` since where.
+        """Let Python read these values too while the model is traced.
+
+        Afterwards `read` holds those that Python has read, on which the graph depends, and `read_at` the first line that did so.
 
         Args:
             model: The model.
-            values: Of short inputs and buffers.
-            large: Of the other inputs: what is reduced to a short tensor, such as `torch.all(x == 0)`, is known.
+            values: Short inputs and buffers.
+            large: The other inputs: what the model reduces one to, such as `torch.all(x == 0)`, is known where it is short.
         """
         self._files = class_files(model.modules())
         real = {name: value.clone() for name, value in values.items()}  # what the model writes in place is written to these too
@@ -199,82 +112,98 @@ class KnownValues(TorchFunctionMode):
             handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function, and take down on which inputs its result depends."""
+        """Run a function, and record on which inputs its result depends."""
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if _is_static(func, name):
+        if is_metadata(func, name):
             return func(*args, **kwargs)
-        depends = frozenset().union(*(self._inputs.get(tensor, ()) for tensor in _tensors((args, kwargs))))
-        if name in _READS:
+        depends = frozenset().union(*(self._inputs.get(tensor, ()) for tensor in tensors_in((args, kwargs))))
+        if name in READS:
             self.asked = depends
         result = self._run_with_values(func, types, args, kwargs)
         if depends:
-            for tensor in (*_tensors(result), *_written(name, args, kwargs)):
+            for tensor in (*tensors_in(result), *written_by(name, args, kwargs)):
                 self._inputs[tensor] = self._inputs.get(tensor, frozenset()) | depends
         return result
 
     def _run_with_values(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """Run a function; where it follows from what is known, run it on the known values too."""
+        """Run a function; if all its arguments are known, run it on their values too."""
         name = getattr(func, "__name__", "")
         if name == "__deepcopy__" and not isinstance(args[0], nn.Parameter):
             return self.__torch_function__(torch.clone, types, args[:1])
         if name == "__iter__" and (args[0] in self._real or self._sizes.knows(args[0])):
             return iter(self.__torch_function__(torch.unbind, types, args))
-        if name in _TAKES_SIZES or name in ("__getitem__", "__setitem__"):
+        if name in TAKES_SIZES or name in ("__getitem__", "__setitem__"):
             args, kwargs = self._with_sizes(name, args, kwargs)
-        name, leaves = getattr(func, "__name__", ""), _leaves((args, kwargs))
+        leaves = leaves_of((args, kwargs))
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if isinstance(func, (OpOverload, OpOverloadPacket)):  # called by itself, it may write to anything
             self._forget(given)
             return func(*args, **kwargs)
-        held = self._sizes.run(name, args, kwargs, leaves, self._real)
-        if held is not UNKNOWN:
-            if name in READS_OF_SIZES:
-                return held
-            if name == "new_tensor":  # it would fix the sizes
-                result = self._sizes.tensor(held, {"dtype": args[0].dtype, "device": args[0].device, **kwargs})
-            else:
-                result = func(*args, **kwargs)
-            self._sizes.keep(result, held)
-            return result
-        told = not any(part in name for part in _UNTOLD)
-        told = told and not any(isinstance(leaf, _SYMBOLS) for leaf in leaves)
-        if told and given and all(tensor in self._real for tensor in given):
-            real, origins = self._run(func, args, kwargs), self._origins_of(given)
-            written = _written(name, args, kwargs)
-            if not _tensors(real) and not written:
-                self._reads(origins if name not in _STATIC_OR_TENSOR else frozenset())
-                return real
-            for tensor in (other for one in written for other in self._sharing(one)):
-                self._origins[tensor] = origins | self._origins_of([tensor])
-            return self._beside(func(*args, **kwargs), real, origins)
-        self._forget(_written(name, args, kwargs))
-        if len(args) == 2 and not kwargs and name == "__getitem__":
-            args = (args[0], self._without_masks(args[0], args[1]))
-        elif len(args) == 2 and not kwargs and name == "masked_select" and args[1] in self._real:
-            spread = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
-            if all(isinstance(size, int) for size in spread):
-                func, args = torch.Tensor.__getitem__, (args[0].expand(spread), self._places(args[1], spread))
+        sizes = self._sizes.run(name, args, kwargs, leaves, self._real)
+        if sizes is not UNKNOWN:
+            return sizes if name in READS_OF_SIZES else self._run_on_sizes(func, args, kwargs, sizes)
+        determined = not is_random(name) and not any(isinstance(leaf, SYMBOLS) for leaf in leaves)
+        if determined and given and all(tensor in self._real for tensor in given):
+            return self._run_on_known(func, args, kwargs, given)
+        written = written_by(name, args, kwargs)
+        self._forget(written)
+        if len(args) == 2 and not kwargs:
+            func, args = self._with_places(func, args)
         result = func(*args, **kwargs)
-        if told and len(given) == 1 and given[0] in self._large and not _written(name, args, kwargs):
+        if not determined:
+            return result
+        if len(given) == 1 and given[0] in self._large and not written:
             return self._reduced(result, func, args, kwargs)
-        if told and name in _MADE_OF_NUMBERS and not given and _small(_tensors(result)):
+        if name in MADE_OF_NUMBERS and not given and all(map(is_short, tensors_in(result))):
             return self._beside(result, self._run(func, args, kwargs))
-        if told and name in _MADE_BESIDE and not _tensors((args[1:], kwargs)) and _small([result]):
+        if name in MADE_LIKE and not tensors_in((args[1:], kwargs)) and is_short(result):
             with disable_current_modes():
                 like = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
                 return self._beside(result, func(like, *args[1:], **kwargs))
         return result
 
+    def _run_on_sizes(self, func: Any, args: Any, kwargs: Any, sizes: Any) -> Any:
+        """Run a function that returns a tensor of these sizes, and know them."""
+        if getattr(func, "__name__", "") == "new_tensor":  # it would fix the sizes
+            result = self._sizes.tensor(sizes, {"dtype": args[0].dtype, "device": args[0].device, **kwargs})
+        else:
+            result = func(*args, **kwargs)
+        self._sizes.keep(result, sizes)
+        return result
+
+    def _run_on_known(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
+        """Run a function on known values too; what it returns to Python is read off these."""
+        name = getattr(func, "__name__", "")
+        real, origins = self._run(func, args, kwargs), self._origins_of(given)
+        written = written_by(name, args, kwargs)
+        if not tensors_in(real) and not written:
+            self._reads(origins if name not in METADATA_UNLESS_TENSOR else frozenset())
+            return real
+        for tensor in (other for one in written for other in self._sharing(one)):
+            self._origins[tensor] = origins | self._origins_of([tensor])
+        return self._beside(func(*args, **kwargs), real, origins)
+
+    def _with_places(self, func: Any, args: Any) -> tuple[Any, Any]:
+        """Return a selection by known masks as one by indices; any other function as it is."""
+        name = getattr(func, "__name__", "")
+        if name == "__getitem__":
+            return func, (args[0], without_masks(args[0], args[1], self._real, self._places))
+        if name == "masked_select" and args[1] in self._real:
+            spread = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
+            if all(isinstance(size, int) for size in spread):
+                return torch.Tensor.__getitem__, (args[0].expand(spread), self._places(args[1], spread))
+        return func, args
+
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         def lookup(leaf: Any) -> Any:
             return self._real[leaf] if isinstance(leaf, Tensor) else leaf
 
-        real_args, real_kwargs = _mapped(lookup, (args, kwargs))
+        real_args, real_kwargs = mapped(lookup, (args, kwargs))
         with disable_current_modes():
             return func(*real_args, **real_kwargs)
 
     def _reads(self, origins: frozenset[Origin]) -> None:
-        """Take down that the graph depends on the values of these, and the first line that makes it so."""
+        """Record that the graph depends on these values, and the first line of the model that reads one."""
         if origins and not self.read:
             self.read_at = source_line(traceback.extract_stack(), self._files)
         self.read |= origins
@@ -283,7 +212,7 @@ class KnownValues(TorchFunctionMode):
         return frozenset().union(*(self._origins.get(tensor, ()) for tensor in given))
 
     def _with_sizes(self, name: str, args: Any, kwargs: Any) -> Any:
-        """Put numbers for known 0-dim tensors where a function takes sizes or bounds."""
+        """Replace known 0-dim tensors by numbers where a function takes sizes or bounds."""
         origins: frozenset[Origin] = frozenset()
 
         def number(leaf: Any) -> Any:
@@ -296,54 +225,34 @@ class KnownValues(TorchFunctionMode):
             return self._real[leaf].item()
 
         def bounds(leaf: Any) -> Any:
-            return _mapped(number, leaf) if isinstance(leaf, slice) else leaf
+            return mapped(number, leaf) if isinstance(leaf, slice) else leaf
 
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], pytree.tree_map(bounds, args[1]), *args[2:])
         else:
-            first = args[:1] if args and isinstance(args[0], Tensor) and name not in _NEW else ()
+            first = args[:1] if args and isinstance(args[0], Tensor) and name not in MAKES else ()
             args, kwargs = (*first, *pytree.tree_map(number, tuple(args[len(first) :]))), pytree.tree_map(number, kwargs)
         self._reads(origins)
         return args, kwargs
 
     def _places(self, mask: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Return where a known mask is true, once spread over a shape: an index of known size for each dimension."""
+        """Return where a known mask, expanded to a shape, is true: one index tensor for each dimension, of known size."""
         with disable_current_modes():
             found = self._real[mask].expand(shape).nonzero(as_tuple=True)
         self._reads(self._origins_of([mask]))
         return tuple(map(_constant, found))
 
-    def _without_masks(self, tensor: Tensor, index: Any) -> Any:
-        """Put indices for known masks, which leave as many rows as they leave; a tracer knows no such size."""
-        parts = index if isinstance(index, tuple) else (index,)
-        masks = [isinstance(part, Tensor) and part.dtype is torch.bool and part.dim() > 0 and part in self._real for part in parts]
-        if not any(masks):
-            return index
-        taken = [part.dim() if isinstance(part, Tensor) and part.dtype is torch.bool else int(part is not None) for part in parts]
-        found: list[Any] = []
-        dimension = 0
-        for part, is_mask, count in zip(parts, masks, taken, strict=True):
-            if part is Ellipsis:
-                count = tensor.dim() - sum(taken) + 1
-            if is_mask:
-                for size, expected in zip(tensor.shape[dimension : dimension + count], part.shape, strict=True):
-                    if size != expected:  # which fixes a dynamic size
-                        raise IndexError(f"the shape of the mask {tuple(part.shape)} does not match the tensor's, {tuple(tensor.shape)}")
-            found += self._places(part, tuple(part.shape)) if is_mask else [part]
-            dimension += count
-        return tuple(found)
-
     def _reduced(self, result: Any, func: Any, args: Any, kwargs: Any) -> Any:
-        """Follow what is computed of a large input as long as it is short or a truth value for each element; know one truth value."""
-        (operand,) = _tensors((args, kwargs))
+        """Follow what is computed from a large input while it is short or boolean; a single boolean becomes known."""
+        (operand,) = tensors_in((args, kwargs))
         real, reading = self._large[operand]
         if not isinstance(result, Tensor):
             return result
-        short = all(isinstance(size, int) for size in result.shape) and _small([result])
+        short = all(isinstance(size, int) for size in result.shape) and is_short(result)
         truth = result.dtype is torch.bool
         if not short and not truth:
             return result
-        step = (func, *_mapped(lambda leaf: OPERAND if isinstance(leaf, Tensor) else leaf, (args, kwargs)))
+        step = (func, *mapped(lambda leaf: OPERAND if isinstance(leaf, Tensor) else leaf, (args, kwargs)))
         reading = Reading(reading.source, (*reading.steps, step))
         with disable_current_modes():
             value = reading.apply(real).clone()
@@ -353,25 +262,25 @@ class KnownValues(TorchFunctionMode):
         return self._beside(result, value, frozenset([dataclasses.replace(reading, value=value)]))
 
     def _beside(self, result: Any, real: Any, origins: frozenset[Origin] = frozenset()) -> Any:
-        """Know what a function returned; where it returned sizes that a tracer does not know, put a constant instead."""
-        known = {id(traced): value for traced, value in zip(_tensors(result), _tensors(real), strict=True)}
-        if any(isinstance(size, SymInt) for traced in _tensors(result) for size in traced.shape):
+        """Record what a function returned; a result whose sizes the tracer does not know is replaced by a constant."""
+        known = {id(traced): value for traced, value in zip(tensors_in(result), tensors_in(real), strict=True)}
+        if any(isinstance(size, SymInt) for traced in tensors_in(result) for size in traced.shape):
             self._reads(origins)
             result = pytree.tree_map_only(Tensor, lambda traced: self._told(_constant(known[id(traced)]), known[id(traced)]), result)
             return result
-        for traced in _tensors(result):
-            if _small([known[id(traced)]]):
+        for traced in tensors_in(result):
+            if is_short(known[id(traced)]):
                 self._real[traced] = known[id(traced)]
                 self._origins[traced] = origins | self._origins_of([traced])
         return result
 
     def _told(self, constant: Tensor, real: Tensor) -> Tensor:
-        if _small([real]):
+        if is_short(real):
             self._real[constant] = real
         return constant
 
     def _forget(self, written: list[Tensor]) -> None:
-        """Forget tensors that something unknown is written to, and all that share memory with them."""
+        """Forget tensors that an unknown value is written to, and all tensors that share memory with them."""
         self._sizes.forget(written)
         for tensor in written:
             for other in [other for other in self._large if other.untyped_storage()._cdata == tensor.untyped_storage()._cdata]:

@@ -1,4 +1,4 @@
-"""Follow dynamic sizes through tensors that are made of them, so that what Python reads of these tensors stays open."""
+"""Follow dynamic sizes through tensors that hold them, so that Python reads symbolic sizes from these tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Nested = Any
 """What a tensor of sizes holds: a number, ints and symbolic ints alike, or a list of these for each dimension."""
 
 UNKNOWN = object()
-"""What a function returns here that is not followed."""
+"""Stands for the result of a function that is not followed."""
 
 _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floor_divide": operator.floordiv, "remainder": operator.mod,
@@ -46,7 +46,7 @@ _FOLLOWED = {
 
 
 class _NotFollowedError(Exception):
-    """A function does something to sizes that is not followed."""
+    """A function computes something from sizes that is not followed."""
 
 
 def _mapped(function: Callable[..., Any], *held: Nested) -> Nested:
@@ -79,35 +79,35 @@ def _indexed(held: Nested, index: tuple[Any, ...]) -> Nested:
 
 
 class KnownSizes:
-    """Tensors of sizes, and what each holds."""
+    """Remembers which sizes each tensor holds."""
 
     def __init__(self) -> None:
         """Know none."""
         self._held: Any = WeakIdKeyDictionary()
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether a tensor is one of sizes."""
+        """Whether the sizes that a tensor holds are known."""
         return tensor in self._held
 
     def number(self, tensor: Tensor) -> Any:
-        """Return what a tensor of one size holds; None where it is none."""
+        """Return the size that a 0-dim tensor holds; None if the tensor has dimensions or is unknown."""
         held = self._held.get(tensor)
         return None if isinstance(held, list) else held
 
     def tensor(self, held: Nested, options: dict[str, Any]) -> Tensor:
-        """Return a tensor of sizes in which they stay open."""
+        """Return a tensor that holds these sizes, which stay symbolic."""
         if isinstance(held, list):
             return torch.stack([self.tensor(part, options) for part in held])
         return torch.scalar_tensor(held, **options)
 
     def forget(self, written: list[Tensor]) -> None:
-        """Forget what shares memory with tensors that are written to."""
+        """Forget every tensor that shares memory with one that is written to."""
         memory = {tensor.untyped_storage()._cdata for tensor in written} if len(self._held) else set()
         for other in [other for other in self._held if other.untyped_storage()._cdata in memory]:
             self._held.pop(other, None)
 
     def keep(self, result: Any, held: Nested) -> None:
-        """Know what a function returned: a tensor, or several."""
+        """Record the sizes that a function returned, in one tensor or several."""
         for tensor, part in zip(
             [result] if isinstance(result, Tensor) else result, [held] if isinstance(result, Tensor) else held, strict=True
         ):
@@ -115,14 +115,14 @@ class KnownSizes:
                 self._held[tensor] = part
 
     def run(self, name: str, args: Any, kwargs: Any, leaves: list[Any], numbers: Any) -> Any:
-        """Return what a function of sizes returns: nested sizes, or what Python reads; `UNKNOWN` where it is not followed.
+        """Apply a function to known sizes; return nested sizes, or what Python reads, or `UNKNOWN` if it is not followed.
 
         Args:
-            name: Of the function.
-            args: What it is given.
-            kwargs: The same by keyword.
+            name: Name of the function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
             leaves: The leaves of both.
-            numbers: Tensors that hold plain ints, and these.
+            numbers: Tensors that hold plain numbers, and these numbers as real tensors.
         """
         if name not in _FOLLOWED:
             return UNKNOWN

@@ -1,1 +1,1 @@
-"""Writing cached programs to files for other runtimes, and running them there. What opens a bundle needs no torch."""
+"""Write cached programs to files for other runtimes. The code that opens them is in `bundle` and needs no torch."""

@@ -1,4 +1,4 @@
-"""The exporter checks itself: the reuse graph runs no cached block, and the files do what the program does, step after step."""
+"""Check an export: the reuse graph contains no cached block, and the files compute what the program computes, step by step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bwcache_compile.bundle.session import Session
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.graphs import PlainGraph, under_autocast
-from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out, policy_input
 from bwcache_compile.ir.examples import input_at, is_maskable
 from bwcache_compile.ir.layout import in_order, slot_order
 from bwcache_compile.ir.policy_tensors import policy_parameters
@@ -42,7 +42,7 @@ def tolerance_of(program: ModelProgram) -> float:
 
 
 class Written(Protocol):
-    """A graph as it was written: what it holds of the region (name here, and the node it was), and which weights."""
+    """A written graph: its operators of the cached region (name, and the node that each came from), and its weights."""
 
     @property
     def region(self) -> dict[str, str]: ...  # noqa: D102
@@ -98,6 +98,7 @@ class TorchRun:
         plan = self.program.planned()
         self.slots = {slot.name: slot.fresh(self.sizes, plan.device) for slot in plan.slots}
         self.cursor = Cursor()
+        self.parameters = [policy_input(parameter.name) for parameter in plan.settings.parameters]
 
     def step(self, step: int, flat: list[Any]) -> tuple[list[Any], bool, Tensor | None]:
         """Run one step; return the outputs, whether it computed, and the indicator."""
@@ -106,7 +107,7 @@ class TorchRun:
         computes = not cursor.reuses
         io = program.io("compute" if computes else "reuse")
         values = dict(zip(io.users, flat, strict=True)) | {cache_in(name): value for name, value in self.slots.items()}
-        values |= dict(zip(io.policy_inputs, policy_parameters(self.config, self.num_steps, device), strict=False))
+        values |= dict(zip(self.parameters, policy_parameters(self.config, self.num_steps, device), strict=True))
         values[STEP] = torch.tensor([step], device=device)
         returned = io.unpack(getattr(program, io.kind)(*io.pack(values)))
         if computes:
@@ -116,7 +117,7 @@ class TorchRun:
 
 
 def other_sizes(program: ModelProgram, conditions: Sequence[str]) -> dict[str, int] | None:
-    """Return other values of the dynamic sizes, for which the graphs are proved too; None if none come to mind."""
+    """Return other values of the dynamic sizes that satisfy the conditions; None if none of those tried do."""
     for factor in (3, 2, 4) if program.signature.sizes else ():
         known = {name: factor * value for name, value in program.signature.captured_sizes.items()}
         if all(evaluate(condition, known) for condition in conditions):
@@ -176,12 +177,19 @@ def _error(actual: Any, expected: Any, least: float = 1e-30) -> float:
 def _forced(config: CacheConfig, threshold: float) -> CacheConfig:
     """Return settings under which both branches are taken, where the policy reads a threshold; else these."""
     at_threshold = POLICIES[config.policy].at_threshold
+    config = config.changed(timesteps=None)  # the check makes up times of its own
     return config if at_threshold is None else at_threshold(config, threshold, _STEPS + 1)
+
+
+def _checked_steps(mask: Sequence[int]) -> int:
+    """Return how many steps of a mask to run: two of those that reuse are among them, if there are as many."""
+    reused = [step for step, reuses in enumerate(mask) if reuses][:2]
+    return min(len(mask), max(8, *(step + 2 for step in reused)))
 
 
 @dataclasses.dataclass
 class _Compared:
-    """Runs of a session beside torch's, and the worst that was seen."""
+    """Compares a session with torch step by step, and keeps the largest error."""
 
     program: ModelProgram
     manifest: Manifest
@@ -265,7 +273,7 @@ def check_runs(
         ExportError: A file does not open, or they differ; the message names the step and the output or slot.
     """
     compared = _Compared(program, manifest, tolerance, to_session)
-    steps = min(len(config.steps_mask), 8) if config.steps_mask is not None else _STEPS
+    steps = _STEPS if config.steps_mask is None else _checked_steps(config.steps_mask)
     pattern, elsewhere, padding = "", other_sizes(program, manifest.conditions), _takes_padding(program, config)
     for opened in sessions.values():
         try:

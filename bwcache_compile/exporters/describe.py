@@ -1,4 +1,4 @@
-"""What a manifest says about a program: its call, its state, its policy."""
+"""Describe a program for the manifest: its call, its state, its policy."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _constant(value: Any, said: str, program: ModelProgram) -> Any:
-    """Return what a manifest holds as it is.
+    """Return a constant as a manifest stores it.
 
     Raises:
-        ExportError: It is nothing of that kind.
+        ExportError: A manifest cannot store such a value.
     """
     if isinstance(value, enum.Enum) and not isinstance(value, (int, str)):  # a session takes the member, its value or its name
         return _constant(value.value if isinstance(value.value, (int, float, str)) else value.name, said, program)
@@ -114,10 +114,10 @@ def describe_inputs(program: ModelProgram, parameters: tuple[str, ...]) -> tuple
 
 
 def _form(tree: Any, leaves: list[dict[str, Any]], program: ModelProgram) -> dict[str, Any]:
-    """Describe how an output is put together; the leaves of the tree are their positions.
+    """Describe the structure of an output; the leaves of the tree are positions in `leaves`.
 
     Raises:
-        ExportError: It is put together in a way that a manifest does not know.
+        ExportError: The structure is not one that a manifest supports.
     """
     if isinstance(tree, int):
         return leaves[tree]
@@ -175,7 +175,7 @@ def _describe_symbol(symbol: Symbol, read_from: str) -> SymbolEntry:
 
 
 def check_sizes(program: ModelProgram, conditions: Sequence[str], sizes: Iterable[Size]) -> None:
-    """Refuse what a session could not evaluate, or would not find true at the captured sizes.
+    """Refuse sizes and conditions that a session could not evaluate, and conditions that are false at the captured sizes.
 
     Raises:
         ExportError: A size is more than integer arithmetic, or a condition does not hold.
@@ -197,7 +197,7 @@ def check_sizes(program: ModelProgram, conditions: Sequence[str], sizes: Iterabl
 def describe(
     program: ModelProgram, config: CacheConfig, parameters: tuple[str, ...], *, graph_format: str, opset: int | None = None
 ) -> Manifest:
-    """Return a manifest that says everything but which graphs and files there are, and what their check found.
+    """Return a manifest that lacks only the graphs, the files, and the result of their check.
 
     Raises:
         ExportError: A size is more than integer arithmetic.
@@ -247,5 +247,5 @@ def declared_shapes(manifest: Manifest) -> dict[str, Sequence[Size]]:
     shapes: dict[str, Sequence[Size]] = {entry.name: entry.shape for entry in manifest.outputs.items}
     shapes |= {entry.name: graph_shape(entry) for entry in manifest.inputs}
     shapes |= {name(slot.name): slot.shape for slot in manifest.slots for name in (cache_in, cache_out)}
-    shapes |= {entry.name: [entry.length] for entry in policy_inputs(manifest.config)}
+    shapes |= {entry.name: entry.shape for entry in policy_inputs(manifest.config)}
     return shapes | {STEP: [1], REUSE_LEFT: [1], INDICATOR: [len(manifest.measured)]}

@@ -1,4 +1,4 @@
-"""A program's graphs as exported programs of plain operators, every one of which still knows whether it belongs to the region."""
+"""Turn a program's graphs into exported programs of plain operators, each of which says whether it belongs to the region."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def under_autocast(program: ModelProgram) -> contextlib.ExitStack:
 
 
 def _one_mode(module: GraphModule) -> FakeTensorMode:
-    """Return the mode in which the graph's dynamic sizes live, those that depend on values too; a new one where there are none."""
+    """Return the FakeTensorMode of the graph's dynamic sizes, also of those that depend on values; a new one if it has none."""
     for node in module.graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, FakeTensor) and any(isinstance(size, SymInt) for size in value.shape):
@@ -59,7 +59,7 @@ def _one_mode(module: GraphModule) -> FakeTensorMode:
 
 
 def _in_one_mode(module: GraphModule, mode: FakeTensorMode) -> None:
-    """Describe every value in one mode: the exporter takes no graph of several."""
+    """Make the example value of every node anew in one mode: the exporter does not accept a graph with several."""
 
     def described(value: Tensor) -> Tensor:
         with mode:
@@ -72,7 +72,7 @@ def _in_one_mode(module: GraphModule, mode: FakeTensorMode) -> None:
 
 
 def _marked(module: GraphModule) -> None:
-    """Write on each operator what it is, in the one field that decompositions hand on."""
+    """Record on each operator where it came from, in the one field of `meta` that decompositions preserve."""
     for inner in module.modules():
         for node in inner.graph.nodes if isinstance(inner, GraphModule) else ():
             if node.op == "call_function":

@@ -1,4 +1,4 @@
-"""What a bundle cannot hold, said before anything is written."""
+"""Refuse programs that a bundle cannot hold, before anything is written."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _refuse_results(program: ModelProgram) -> None:
 
 
 def refuse(program: ModelProgram, config: CacheConfig) -> None:
-    """Say what cannot be exported before anything is done.
+    """Refuse what cannot be exported.
 
     Raises:
         ExportError: A guard per block, contexts that decide together, a model that writes to its buffers or inputs, an open

@@ -1,4 +1,4 @@
-"""One file that holds every weight once, however many graphs read it.
+"""Write every weight once to one file, however many graphs read it.
 
 safetensors would do for torch's formats alone: ONNX graphs map the file at offsets that must be aligned to pages, weights keep the order of
 their dimensions in memory, and the file is written while the tensors are still being made, so that none is held twice.

@@ -1,4 +1,4 @@
-"""Writing bundles: a folder or a file takes its place when it is whole, and nothing but a bundle is replaced. Needs no torch."""
+"""Write bundles atomically: files take their place when all are complete, and only a bundle is replaced. Needs no torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _described(path: Path) -> FileEntry:
 
 @contextlib.contextmanager
 def replaced_together(folder: Path) -> Iterator[Path]:
-    """Give a place to write files to, which take the places of those of the same names in `folder` if all goes well.
+    """Yield a folder to write files to; at the end they replace the files of the same names in `folder`, unless there was an error.
 
     Raises:
         ExportError: The folder cannot be written to. Every file there is what it was.
@@ -90,7 +90,7 @@ def _named_failures(target: str | Path) -> Iterator[None]:
 
 
 def _refuse_others(target: Path) -> None:
-    """Leave alone what no export wrote.
+    """Refuse to replace what no export wrote.
 
     Raises:
         ExportError: There is something else, or something beside a bundle.
@@ -114,7 +114,7 @@ def _refuse_others(target: Path) -> None:
 
 @contextlib.contextmanager
 def new_bundle(directory: str | Path) -> Iterator[Path]:
-    """Give a folder to write to, which takes the place of `directory` if all goes well; else nothing is left of it.
+    """Yield a folder to write to; at the end it replaces `directory`, or is removed if there was an error.
 
     Raises:
         ExportError: `directory` holds something that is no bundle's, or cannot be written to.

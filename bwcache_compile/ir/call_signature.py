@@ -1,4 +1,4 @@
-"""How a call of the graph corresponds to a call of the model, and which values of it the graph has built in."""
+"""How a call of the graph corresponds to a call of the model, and which of its values are constants of the graph."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _operand(tensor: Tensor, leaf: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-    """What a model read in Python of an input that is too large to be built in: a few functions of it, such as `torch.all(x == 0)`.
+    """A value that a model read in Python and computed from a large input by a few functions, such as `torch.all(x == 0)`.
 
     Attributes:
         source: The input's position among the leaves of the call.
-        steps: Functions with their arguments, where `OPERAND` stands for what the step before returned.
+        steps: Functions with their arguments, where `OPERAND` stands for the result of the previous step.
         value: What the last one returned when the model was captured.
     """
 
@@ -37,7 +37,7 @@ class Reading:
     value: Tensor | None = None
 
     def apply(self, tensor: Tensor) -> Tensor:
-        """Return what the steps make of a tensor."""
+        """Apply the steps to a tensor."""
         for function, args, kwargs in self.steps:
             operand = functools.partial(_operand, tensor)
             tensor = function(*pytree.tree_map(operand, args), **pytree.tree_map(operand, kwargs))
@@ -73,12 +73,12 @@ class Signature:
 
     @property
     def read_names(self) -> list[str]:
-        """Names of the inputs and buffers whose values are built in."""
+        """Names of the inputs and buffers whose values are constants of the graph."""
         return sorted({name if isinstance(name, str) else self.inputs[name] for name in (*self.read, *(r.source for r in self.readings))})
 
     @property
     def values(self) -> tuple[tuple[int, Hashable], ...]:
-        """The values of a call that are built in, by position among the inputs."""
+        """The values of a call that are constants of the graph, by position among the inputs."""
         found: dict[int, tuple[Any, ...]] = {}
         for i, value in [*self.read.items(), *((reading.source, reading.value) for reading in self.readings)]:
             if isinstance(i, int) and value is not None:

@@ -1,4 +1,4 @@
-"""Whether a graph returned what the model returns: bit for bit, or within its dtype's rounding."""
+"""Compare a graph's outputs with the model's: bit for bit, or within the rounding of the dtype."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def difference(expected: list[Any], actual: list[Any], close: bool = False) -> s
 
 
 class Reference:
-    """What a model returns for one call. It runs when that is first asked for, and once only unless a graph differs."""
+    """The outputs of a model for one call. The model runs when they are first needed, and only once unless a graph differs."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], verify: Verify = "bitwise") -> None:
         """Run nothing yet."""
@@ -76,10 +76,10 @@ class Reference:
             return flat_outputs(self.model(*clone_tensors(self.args), **clone_tensors(self.kwargs)))
 
     def outputs(self) -> list[Any]:
-        """Return the leaves of what the model returns.
+        """Return the leaves of the model's output.
 
         Raises:
-            CaptureError: Something that no graph returns.
+            CaptureError: The model returns something that a graph cannot return.
         """
         if self._expected is None:
             expected = self._run()
@@ -109,10 +109,10 @@ class Reference:
         return None
 
     def check_repeatable(self) -> None:
-        """Tell a wrong capture from a model that differs from itself; only then is a second eager run worth its time.
+        """Run the model again after a capture differed, to tell a wrong capture from a model that is not deterministic.
 
         Raises:
-            CaptureError: The model differs from itself.
+            CaptureError: The model is not deterministic.
         """
         noise = difference(self.outputs(), self._run())
         if noise is not None:
@@ -125,7 +125,7 @@ class Reference:
 
 
 def _check_outputs(name: str, expected: list[Any]) -> None:
-    """Refuse outputs that no graph returns."""
+    """Refuse outputs that a graph cannot return."""
     for leaf in expected:
         if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
             raise CaptureError(

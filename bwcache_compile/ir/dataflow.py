@@ -1,4 +1,4 @@
-"""Who depends on whom in a graph, in-place operators included.
+"""Compute which nodes of a graph depend on which, including dependencies through in-place operators.
 
 `x.copy_(y)` changes what every later reader of `x`, or of a view of it, sees. Plain FX edges do not say so; the edges
 here do. Node sets are bit masks over the order of the graph, so that reachability over thousands of nodes stays cheap.
@@ -115,7 +115,7 @@ class DataFlow:
         return readers
 
     def live(self, outputs: Iterable[Node], instead: Mapping[Node, Sequence[Node]] | None = None) -> set[Node]:
-        """Return what the outputs' values need: writes to a value that they read count, writes that no one reads do not.
+        """Return the nodes that the outputs depend on, including writes to values that these nodes read.
 
         Args:
             outputs: Where to begin.
@@ -141,7 +141,7 @@ def _calls(node: Node) -> list[str]:
 
 
 def _is_private(writer: Node, root: Node) -> bool:
-    """Whether a write stays inside one of numbered siblings (`blocks.0`): the module that writes made the memory too."""
+    """Whether a module of a numbered stack (`blocks.0`) writes to memory that it allocated itself."""
     if writer.target is torch.ops.aten.detach_.default:  # stands behind each tensor made of numbers, and changes none
         return True
     calls = _calls(writer)
@@ -152,10 +152,10 @@ def _is_private(writer: Node, root: Node) -> bool:
 
 
 def writes_escape(module: GraphModule) -> bool:
-    """Whether a graph writes in place to more than what a block makes and fills itself, nested graphs included.
+    """Whether a graph, or one nested in it, writes in place to memory that the writing block did not allocate.
 
-    Such a write changes what another block reads, and no edge of the graph shows it: a stream edited in place seems to
-    stay what it was before the first block. The functional form of the graph shows every value.
+    Such a write changes what another block reads, and no edge of the graph shows it: a hidden state that blocks edit in
+    place seems to keep its value from before the first block. The functional form of the graph shows every value.
     """
     flow = DataFlow(module.graph)
     if any(not _is_private(writer, root) for root, writers in flow.writers.items() for writer in writers):

@@ -1,4 +1,4 @@
-"""What several transforms need to edit a graph: inputs, slots, and functions as graphs of their own."""
+"""Edit graphs: add inputs, read and write cache slots, compute sizes, and insert calls of traced functions."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from bwcache_compile.ir.program import OURS, ModelProgram
 from bwcache_compile.ir.sizes import Size, Symbol, hint_shape, size_of
 from bwcache_compile.ir.torch_compat import FakeTensor, FakeTensorMode, make_fx
 from bwcache_compile.ir.tracing import tracing
+from bwcache_compile.policies import Parameter
 from bwcache_compile.size_expressions import evaluate, evaluated, names_in
 
 CACHE = f"{OURS}cache"
@@ -29,7 +30,7 @@ _SIZE = "size: "
 
 
 def fake_mode(graph: Graph) -> FakeTensorMode:
-    """Return the mode in which a graph's dynamic sizes live; any, where there are none."""
+    """Return the FakeTensorMode of a graph's dynamic sizes; a new one if it has none."""
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, FakeTensor) and any(isinstance(size, SymInt) for size in value.shape):
@@ -83,7 +84,7 @@ def new_input(graph: Graph, name: str, value: Any) -> Node:
 
 
 def graph_input(graph: Graph, role: str, value: Tensor) -> Node:
-    """Return our input of that role, after adding it behind the others if it is not there; `step` stays the last."""
+    """Return our input of this role, and add it after the others if there is none; `step` stays the last input."""
     inputs = graph.find_nodes(op="placeholder")
     for node in inputs:
         if node.meta.get(_ROLE) == role:
@@ -95,13 +96,24 @@ def graph_input(graph: Graph, role: str, value: Tensor) -> Node:
     return node
 
 
+def parameter_value(program: ModelProgram, parameter: Parameter) -> Tensor:
+    """Describe the value of one of the settings that graphs take."""
+    plan = program.planned()
+    return fake(plan.settings.shape(parameter), getattr(torch, parameter.dtype), plan.device)
+
+
+def parameter_inputs(program: ModelProgram, graph: Graph, parameters: Sequence[Parameter]) -> dict[str, Node]:
+    """Return a graph's inputs for some of the settings, by their names; those that are not there are added."""
+    return {p.name: graph_input(graph, f"policy_{p.name}", parameter_value(program, p)) for p in parameters}
+
+
 def step_input(program: ModelProgram) -> Node:
     """Return the input that holds the step, int64[1]."""
     return graph_input(program.compute.graph, "step", fake((1,), torch.int64, program.planned().device))
 
 
 def read_slot(program: ModelProgram, slot: CacheSlot) -> Node:
-    """Return a node that reads a slot, standing before all operators."""
+    """Return the node that reads a slot; it is placed before all operators."""
     graph, module = program.compute.graph, program.compute
     if not hasattr(module, CACHE):
         module.add_module(CACHE, nn.Module())
@@ -120,7 +132,7 @@ def read_slot(program: ModelProgram, slot: CacheSlot) -> Node:
 
 
 def write_slot(program: ModelProgram, slot: CacheSlot, value: Node) -> None:
-    """Make a slot's next value known, at the end of the graph."""
+    """Write a slot's next value, at the end of the graph."""
     target = read_slot(program, slot)
     graph = program.compute.graph
     with graph.inserting_before(graph.output_node()):
@@ -150,7 +162,7 @@ def _behind_sizes(graph: Graph) -> Node:
 
 
 def move_early(node: Node) -> None:
-    """Put a number that is made from sizes behind the sizes."""
+    """Move a number that is computed from sizes to the front of the graph, after the sizes."""
     _behind_sizes(node.graph).prepend(node)
     node.meta[_ROLE] = f"{_SIZE}{node.name}"
 

@@ -1,4 +1,4 @@
-"""What a capture keeps of its example inputs, bounded, and inputs like them at other steps and sizes."""
+"""Keep the example inputs of a capture, or samples of large ones, and make inputs like them for other steps and sizes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Example:
 
     @property
     def kind(self) -> Kind:
-        """What the values say of the input.
+        """What the input is likely to be, judged by its values.
 
         A `mask` holds at most two different values: flags, ones, or a number per key that is added to scores. Zeros alone tell nothing.
         A `time` is a float of rank 0 or 1. `whole` numbers are indices, lengths and the like.
@@ -58,7 +58,7 @@ class Example:
 
 
 def keep_examples(names: Sequence[str], leaves: Sequence[Any]) -> dict[str, Example]:
-    """Keep what the budget lets of the tensors among some inputs: the small ones whole, a sample of the others."""
+    """Keep the tensors among some inputs: small ones whole, as far as the budget allows, and a sample of each of the others."""
     tensors = {
         name: leaf for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor)
     }
@@ -77,7 +77,7 @@ def keep_examples(names: Sequence[str], leaves: Sequence[Any]) -> dict[str, Exam
 
 
 def _filled(values: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Return a tensor of this shape with the values of another: as it is, tiled where sizes differ, drawn from where it is a sample."""
+    """Return a tensor of this shape with the values of another: a copy, tiled if sizes differ, drawn from it if it is a sample."""
     if tuple(values.shape) == tuple(shape):
         return values.clone()
     if values.dim() == len(shape) and values.numel():

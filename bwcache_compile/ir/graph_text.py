@@ -1,4 +1,4 @@
-"""The one printer of graphs: for tests, errors and users.
+"""Print and compare graphs, for tests, errors and users.
 
 A line per operator, `name: dtype[shape] = op(operands)`; parameters stand in place under their own names; a graph
 called by another, and each arm of a cond, is printed indented below the call.

@@ -1,4 +1,4 @@
-"""Writing a graph's calls of other graphs out in place."""
+"""Inline the graphs that a graph calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory. A cached tensor lies as the blocks returned it, or kernels would round differently on a reused step."""
+"""Memory layouts of tensors. A cached tensor keeps the layout that the blocks returned: kernels may round differently for another."""
 
 from __future__ import annotations
 

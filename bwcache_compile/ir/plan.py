@@ -12,7 +12,6 @@ from bwcache_compile.config import GraphSettings
 from bwcache_compile.ir.layout import Order, in_order
 from bwcache_compile.ir.sizes import Shape, Size
 from bwcache_compile.ir.work_share import WorkShare
-from bwcache_compile.policies import REUSES
 from bwcache_compile.size_expressions import evaluated
 
 
@@ -200,14 +199,17 @@ class CachePlan:
 
     def __str__(self) -> str:
         """Say what is skipped and what it costs, before the first step."""
-        settings, way = self.settings, REUSES[self.settings.reuse]
+        settings, way = self.settings, self.settings.way
         mib = 2**20
         outputs = sum(slot.bytes for slot in self.slots if slot.role in way.slots)
         references = sum(slot.bytes for slot in self.slots if slot.role == "reference")
         lines = [
-            f"{len(self.blocks)} blocks are skipped on a reused step: {self.blocks[0].name} .. {self.blocks[-1].name}",
+            f"{len(self.blocks)} blocks are skipped on a reused step: {self.blocks[0].name} .. {self.blocks[-1].name}"
+            + (", and all else of the model" if settings.cut == "output" else ""),
             str(self.work),
-            f"policy {settings.policy}, reuse {settings.reuse}, {len(self.measured)} blocks measured"
+            f"policy {settings.policy}, reuse {settings.reuse}"
+            + (f" from {settings.anchors} computed steps" if settings.anchors > 1 else "")
+            + f", {len(self.measured)} blocks measured"
             + (f", one token in {settings.indicator_tokens}" if settings.indicator_tokens != "all" else ", every token"),
             f"state per context: {self.state_bytes / mib:.2f} MiB = {self.hidden_states:.2f} hidden states"
             f" ({outputs / mib:.2f} MiB outputs, {references / mib:.2f} MiB indicator);"

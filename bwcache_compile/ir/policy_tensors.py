@@ -1,4 +1,4 @@
-"""The policy's inputs as tensors."""
+"""Make tensors of what the graphs take of the settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ def policy_parameters(config: CacheConfig, num_steps: int | None, device: torch.
     Raises:
         ConfigError: The policy needs the number of steps and it is not known.
     """
-    dtypes = config.policy_dtypes
-    return tuple(
-        torch.tensor(value, dtype=getattr(torch, dtypes[name]), device=device) for name, value in config.policy_values(num_steps).items()
-    )
+    dtypes = [getattr(torch, parameter.dtype) for parameter in config.graph_settings.parameters]
+    values = config.policy_values(num_steps).values()
+    return tuple(torch.tensor(value, dtype=dtype, device=device) for value, dtype in zip(values, dtypes, strict=True))

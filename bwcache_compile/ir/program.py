@@ -94,7 +94,8 @@ class ModelProgram:
         plan = self.planned()
         slots = tuple(slot.name for slot in (plan.guard_slots if kind == "guarded" else plan.slots))
         read = {"compute": self.compute_slots, "reuse": self.reuse_slots, "guarded": slots}[kind]
-        parameters = () if kind == "reuse" else tuple(parameter.name for parameter in POLICIES[plan.settings.policy].parameters)
+        deciding, reusing = POLICIES[plan.settings.policy].parameters, plan.settings.way.parameters
+        parameters = {"compute": deciding, "reuse": reusing, "guarded": (*deciding, *reusing)}[kind]
         own = (STEP, REUSE_LEFT, INDICATOR)
         results = map(output_name, leaf_paths(self.signature.out_spec))
         taken = (*self.signature.inputs, *own, *(cache_out(slot.name) for slot in plan.slots))
@@ -108,7 +109,7 @@ class ModelProgram:
             kind=kind,
             users=user_names(self.signature.inputs, own, ".in"),
             slots=read,
-            parameters=parameters,
+            parameters=tuple(parameter.name for parameter in parameters),
             results=user_names(results, taken, ".out"),
             written=() if kind == "reuse" else slots,
             measures=measures,

@@ -1,4 +1,4 @@
-"""Sizes that are known only at a call: how they are printed, where each symbol is read, and which sizes are proved."""
+"""Dynamic sizes: print them as arithmetic, read each symbol from an input, and check that a program serves a call's sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CallSizes = tuple[tuple[int, ...] | int | None, ...]
 
 
 class _SizePrinter(PythonPrinter):
-    """Print what `size_expressions` evaluates, and refuse all else."""
+    """Prints what `size_expressions` evaluates, and refuses everything else."""
 
     def _call(self, name: str, expression: sympy.Expr) -> str:
         return f"{name}({', '.join(map(self._print, expression.args))})"
@@ -105,7 +105,7 @@ def at_most(low: int | SymInt, high: int | SymInt) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class VaryingSizes:
-    """Open every size that the model lets.
+    """Asks a capture to make every size dynamic that the model allows.
 
     Attributes:
         seen: Sizes of other calls, which the program should serve too.
@@ -116,7 +116,7 @@ class VaryingSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Symbol:
-    """A size that a call decides.
+    """A dynamic size: each call decides its value.
 
     Attributes:
         name: As it stands in size strings.
@@ -196,10 +196,10 @@ def _read_at(expression: sympy.Expr, symbol: sympy.Symbol) -> tuple[int, int] | 
 
 
 def open_sizes(inputs: list[Any], ranges: dict[Any, Any]) -> DynamicSizes | None:
-    """Read off an exported graph's inputs which sizes are open, and what was assumed of them.
+    """Return the dynamic sizes of an exported graph's inputs, and the conditions that torch.export assumed of them.
 
     Returns:
-        None where every size turned out fixed.
+        The sizes; None if every size turned out fixed.
 
     Raises:
         CaptureError: A symbol cannot be read off any input.

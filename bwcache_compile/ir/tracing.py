@@ -25,7 +25,7 @@ _LOGGERS = (
 
 
 class _WithoutOwnThread(io.TextIOBase):
-    """A stream that drops what the thread that made it writes, until it is released; other threads write as ever."""
+    """A stream that drops what the thread that made it writes, until it is released; it passes on what other threads write."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._thread = stream, threading.get_ident()
@@ -68,7 +68,7 @@ def _without_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_logs(names: tuple[str, ...]) -> Iterator[None]:
-    """Let loggers say nothing, but those whose level the user has lowered."""
+    """Silence loggers, except those whose level the user has lowered."""
     loggers = [logger for logger in map(logging.getLogger, names) if logger.getEffectiveLevel() >= logging.WARNING]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -82,12 +82,12 @@ def _without_logs(names: tuple[str, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tracing(*loggers: str) -> Iterator[None]:
-    """Hold the lock of all tracing in the process, and keep torch from printing, warning and logging meanwhile.
+    """Hold the process-wide tracing lock, and keep torch from printing, warning and logging while active.
 
     Where a front end fails, torch prints the graph so far, thousands of lines of it, also if the next one succeeds.
 
     Args:
-        *loggers: More loggers that say nothing.
+        *loggers: More loggers to silence.
     """
     with _LOCK, _without_stderr(), _without_logs((*_LOGGERS, *loggers)), warnings.catch_warnings():
         warnings.simplefilter("ignore")

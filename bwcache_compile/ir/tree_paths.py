@@ -1,4 +1,4 @@
-"""Where the leaves of a call or of an output are: the path of each, through lists, tables and registered classes."""
+"""Find the path of each leaf of a call or of an output, through lists, dictionaries and registered classes."""
 
 from __future__ import annotations
 

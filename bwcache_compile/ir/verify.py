@@ -1,4 +1,4 @@
-"""The rules that hold after every pass, checked over the graph and every graph it calls."""
+"""Check the rules that hold after every pass, for the graph and every graph that it calls."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _verify_specialized(program: ModelProgram, after: str) -> None:
 
 
 def _verify_ends(program: ModelProgram, kind: str, after: str) -> None:
-    """Check that a graph takes and returns as much as there are names for."""
+    """Check that a graph has as many inputs and outputs as `graph_io` names."""
     io, graph = program.io(kind), getattr(program, kind).graph
     outputs = graph.output_node().args[0]
     returned, taken = len(outputs) if isinstance(outputs, (list, tuple)) else 1, len(graph.find_nodes(op="placeholder"))

@@ -17,7 +17,6 @@ from bwcache_compile.ir.layout import Order, in_order, memory_order
 from bwcache_compile.ir.plan import CacheSlot, Region
 from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.passes.arrange_sources import source_role
-from bwcache_compile.policies import REUSES
 from bwcache_compile.policies.definitions import takes
 
 aten = torch.ops.aten
@@ -121,7 +120,7 @@ def _itself(node: Node) -> Node:
 
 def _keep(program: ModelProgram, region: Region) -> None:
     plan, graph = program.planned(), program.compute.graph
-    way, slots = REUSES[plan.settings.reuse], {slot.name: slot for slot in plan.slots}
+    way, slots = plan.settings.way, {slot.name: slot for slot in plan.slots}
     call = inserted(graph, f"region{region.tag}")
     shared_storage = _shared_inside(called_graph(program.compute, call))
     shared = [slots[region.slot(slot.name)] for slot in way.shared]

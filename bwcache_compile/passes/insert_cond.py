@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile.ir.dataflow import eliminate_dead_code
-from bwcache_compile.ir.edit import fake, fake_mode, inserted, new_input, slot_value
+from bwcache_compile.ir.edit import fake, fake_mode, inserted, new_input, parameter_inputs, slot_value
 from bwcache_compile.ir.inline import Flat, inline_calls
 from bwcache_compile.ir.layout import memory_order
 from bwcache_compile.ir.plan import Region
@@ -36,8 +36,7 @@ class _Parts:
         following: What a computed step leaves behind: the slots' next values, `reuse_left` and `change`.
         outputs: The region's outputs.
         sources: What they continue, with `reuse="residual"`.
-        step: The input that holds the step.
-        time: The input that tells the time for extrapolation.
+        others: The inputs that hold the step, tell the time and hold what a reused step takes of the settings, by name.
     """
 
     program: ModelProgram
@@ -47,8 +46,7 @@ class _Parts:
     following: dict[str, Node]
     outputs: list[Node]
     sources: list[Node]
-    step: Node
-    time: Node
+    others: dict[str, Node]
 
 
 def _append(graph: Graph, target: Callable[..., Any], *args: Any, name: str, value: Any) -> Node:
@@ -100,7 +98,7 @@ def _arms(parts: _Parts) -> tuple[Arm, Arm, dict[str, tuple[Node, Node]]]:
     as_they_are: set[str] = set()
     for i, node in enumerate(parts.outputs):
         source = parts.sources[i] if parts.sources else None
-        function, operands = stand_in(parts.program, region, i, slots, source, parts.time, parts.step)
+        function, operands = stand_in(parts.program, region, i, slots, source, parts.others)
         if function is None:
             as_they_are |= {name for name, node in slots.items() if node is operands[0]}
         here = [reusing.find(n) for n in operands]
@@ -115,7 +113,7 @@ def _arms(parts: _Parts) -> tuple[Arm, Arm, dict[str, tuple[Node, Node]]]:
         if slot.name not in as_they_are or following not in parts.outputs:
             results[slot.name] = computing.find(following), reusing.find(slots[slot.name])
     until, left = region.slot("reuse_until"), computing.find(parts.following[region.slot("reuse_left")])
-    until_now = computing.append(aten.add.Tensor, computing.find(parts.step), left, value=left.meta["val"])
+    until_now = computing.append(aten.add.Tensor, computing.find(parts.others["step"]), left, value=left.meta["val"])
     results[until] = until_now, reusing.find(slots[until])
     if region.measured:
         size, nan = [len(region.measured)], float("nan")
@@ -133,7 +131,7 @@ def _insert(parts: _Parts) -> dict[str, Node]:
     # right behind the region: before whoever reads its outputs
     with graph.inserting_before(parts.flat.parts[f"{REGION}{region.tag}"][-1].next):
         flag = fake((), torch.bool, device)
-        step = _append(graph, aten.reshape.default, parts.step, [], name="now", value=fake((), torch.int64, device))
+        step = _append(graph, aten.reshape.default, parts.others["step"], [], name="now", value=fake((), torch.int64, device))
         until = parts.slots[region.slot("reuse_until")]
         last = _append(graph, aten.reshape.default, until, [], name=f"last{region.tag}", value=step.meta["val"])
         reuses = _append(graph, aten.le.Tensor, step, last, name=f"reuses{region.tag}", value=flag)
@@ -160,7 +158,9 @@ def _insert(parts: _Parts) -> dict[str, Node]:
     return found
 
 
-def _parts(program: ModelProgram, flat: Flat, region: Region, slots: dict[str, Node], returned: dict[str, Node]) -> _Parts:
+def _parts(
+    program: ModelProgram, flat: Flat, region: Region, slots: dict[str, Node], parameters: dict[str, Node], returned: dict[str, Node]
+) -> _Parts:
     compute = program.compute.graph
     call = inserted(compute, f"region{region.tag}")
     names = [*(slot.name for slot in region.slots), region.slot("reuse_left"), region.slot("change")]
@@ -172,8 +172,7 @@ def _parts(program: ModelProgram, flat: Flat, region: Region, slots: dict[str, N
         following={name: returned[name] for name in names if name in returned},
         outputs=[flat.places[inserted(compute, f"region{region.tag}_{i}")] for i in range(len(region.outputs))],
         sources=[flat.places[source_of(call, region, i)] for i in range(len(region.outputs))] if region.sources else [],
-        step=flat.places[inserted(compute, "step")],
-        time=flat.places[clock(program)],
+        others={"time": flat.places[clock(program)], "step": flat.places[inserted(compute, "step")], **parameters},
     )
 
 
@@ -189,6 +188,7 @@ def insert_cond(program: ModelProgram) -> PassResult:
     plan = program.planned()
     flat = inline_calls(program.compute)
     slots = _slot_inputs(flat, program)
+    parameters = parameter_inputs(program, flat.graph, plan.settings.way.parameters)
     users = program.signature.out_spec.num_leaves
     everything: Any = flat.graph.output_node().args[0]
     names = [slot.name for slot in plan.slots]
@@ -198,7 +198,7 @@ def insert_cond(program: ModelProgram) -> PassResult:
     flat.graph.output_node().args = (tuple(everything[:users]),)
     found: dict[str, Node] = {}
     for region in plan.regions:
-        found |= _insert(_parts(program, flat, region, slots, returned))
+        found |= _insert(_parts(program, flat, region, slots, parameters, returned))
     output = flat.graph.output_node()
     behind = [found[slot.name] for slot in plan.guard_slots]
     changes = [found[region.slot("change")] for region in plan.regions if region.measured]

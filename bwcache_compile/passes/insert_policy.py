@@ -13,8 +13,8 @@ from bwcache_compile.ir.edit import (
     call_traced,
     check_results,
     fake,
-    graph_input,
     inserted,
+    parameter_inputs,
     read_slot,
     result,
     slot_value,
@@ -26,13 +26,6 @@ from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.policies import POLICIES, Policy
 from bwcache_compile.policies.definitions import takes
-
-
-def policy_inputs(program: ModelProgram) -> dict[str, Tensor]:
-    """Return the policy's inputs by the policy's names for them, as values without data."""
-    plan = program.planned()
-    parameters = POLICIES[plan.settings.policy].parameters
-    return {p.name: fake((plan.settings.length(p),), getattr(torch, p.dtype), plan.device) for p in parameters}
 
 
 def _deciding(policy: Policy) -> Any:
@@ -72,7 +65,7 @@ def insert_policy(program: ModelProgram) -> PassResult:
     report. With guards per block there is one pair of outputs for each.
     """
     graph = program.compute.graph
-    named = {name: graph_input(graph, f"policy_{name}", value) for name, value in policy_inputs(program).items()}
+    named = parameter_inputs(program, graph, POLICIES[program.planned().settings.policy].parameters)
     named["step"] = step_input(program)
     extra = [node for region in program.planned().regions for node in _decide(program, region, named)]
     output = graph.output_node()

@@ -13,7 +13,7 @@ from torch.fx import Node
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.ir.dataflow import DataFlow
-from bwcache_compile.ir.edit import size_values
+from bwcache_compile.ir.edit import is_early, size_values
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.layout import Order, slot_order
 from bwcache_compile.ir.plan import Block, BlockSearch, CachePlan, CacheSlot, IndicatorProbe, Region
@@ -23,7 +23,7 @@ from bwcache_compile.ir.source_lines import node_line
 from bwcache_compile.passes._arrangement import arrangement
 from bwcache_compile.passes._work import module_of, work_share
 from bwcache_compile.passes.block_search.streams import continued, merged_skip, path_ends
-from bwcache_compile.policies import POLICIES, REUSES, SmallSlot
+from bwcache_compile.policies import POLICIES, SmallSlot
 from bwcache_compile.size_expressions import evaluated, largest
 
 _NEAREST = 5
@@ -61,6 +61,11 @@ def _region(flow: DataFlow, blocks: tuple[Block, ...]) -> list[Node]:
         if grown == region:
             return inside
         region = grown
+
+
+def _whole(flow: DataFlow) -> list[Node]:
+    """Return all operators on tensors; sizes that are worked out from the inputs stay in front of them."""
+    return [node for node in flow.nodes if node.op == "call_function" and not is_early(node)]
 
 
 def _check_writes(flow: DataFlow, region: list[Node], outputs: list[Node], program: ModelProgram) -> None:
@@ -200,7 +205,7 @@ def _slots(program: ModelProgram, config: CacheConfig, region: Region, nodes: di
     def small(slot: SmallSlot) -> CacheSlot:
         return _slot(region.slot(slot.name), slot.name, slot.shape, getattr(torch, slot.dtype), slot.fill)
 
-    way, policy = REUSES[config.reuse], POLICIES[config.policy]
+    way, policy = config.graph_settings.way, POLICIES[config.policy]
     slots = [like_output(i, value, kind) for kind in way.slots for i, value in enumerate(values)]
     slots += map(small, way.shared)
     for i, m in enumerate(region.measured):
@@ -218,14 +223,14 @@ def _make_region(
     tag: str,
 ) -> Region:
     """Take in all that depends on one of the blocks and that one of them depends on, and check that it may be skipped."""
-    members = _region(flow, blocks)
+    members = _region(flow, blocks) if config.cut == "blocks" else _whole(flow)
     inside = set(members)
     inputs = list(dict.fromkeys(a for n in members for a in n.all_input_nodes if a not in inside and a.op != "get_attr"))
     outputs = [n for n in members if isinstance(n.meta.get("val"), Tensor) and any(u not in inside for u in n.users)]
     _check_sizes(outputs, program)
     _check_writes(flow, members, outputs, program)
     for node in outputs:
-        if not REUSES[config.reuse].any_dtype and not node.meta["val"].is_floating_point():
+        if not config.graph_settings.way.any_dtype and not node.meta["val"].is_floating_point():
             raise ConfigError(f"reuse={config.reuse!r} needs floating outputs; `{node.name}` is {format_value(node.meta['val'])}.")
     region = Region(
         tag=tag,
@@ -235,7 +240,7 @@ def _make_region(
         sources={},
         measured=measured,
     )
-    if REUSES[config.reuse].needs_source:
+    if config.graph_settings.way.needs_source:
         region = _sources(program, flow, region, nodes, blocks, config)
     return dataclasses.replace(region, slots=_slots(program, config, region, nodes))
 
@@ -247,9 +252,9 @@ def _notes(
     if program.signature.sizes is not None:
         captured = ", ".join(f"{name} = {value}" for name, value in program.signature.captured_sizes.items())
         notes.append(f"sizes are dynamic; bytes are given for {captured}")
-        if REUSES[config.reuse].needs_source:
+        if config.graph_settings.way.needs_source:
             notes.append("which output continues which input was proved at these sizes")
-    if REUSES[config.reuse].needs_time and time_input is None:
+    if config.graph_settings.way.needs_time and time_input is None:
         notes.append(
             "no input is certain to be the time (the only one of rank 0 or 1, or the only column, in float32), so steps are counted instead"
         )
@@ -282,9 +287,13 @@ def plan_cache(program: ModelProgram, search: BlockSearch, config: CacheConfig) 
         regions = tuple(_make_region(program, flow, nodes, (block,), m, config, str(i)) for i, (block, m) in each)
     else:
         regions = (_make_region(program, flow, nodes, blocks, measured, config, ""),)
-    found = regions[0].nodes if len(regions) == 1 and blocks == search.blocks else [n.name for n in _region(flow, search.blocks)]
+    found = (
+        regions[0].nodes
+        if config.cut == "blocks" and len(regions) == 1 and blocks == search.blocks
+        else [n.name for n in _region(flow, search.blocks)]
+    )
     sources = {name: region.continued_inputs(name) for region in regions for name in region.outputs}
-    time_input = _time_input(program) if REUSES[config.reuse].needs_time else None
+    time_input = _time_input(program) if config.graph_settings.way.needs_time else None
     feature = nodes[blocks[-1].feature].meta["val"]
     return CachePlan(
         settings=config.graph_settings,

@@ -9,16 +9,15 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile.ir.dataflow import DataFlow, eliminate_dead_code
-from bwcache_compile.ir.edit import as_graph, call_traced, check_results, fake_mode, inserted, new_input, slot_value
+from bwcache_compile.ir.edit import as_graph, call_traced, check_results, fake_mode, inserted, new_input, parameter_inputs, slot_value
 from bwcache_compile.ir.plan import Region
 from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.passes.insert_cache import clock, source_of, traceable
-from bwcache_compile.policies import REUSES
 from bwcache_compile.policies.definitions import takes
 
 
 def stand_in(
-    program: ModelProgram, region: Region, index: int, slots: dict[str, Node], source: Node | None, time: Node, step: Node
+    program: ModelProgram, region: Region, index: int, slots: dict[str, Node], source: Node | None, others: dict[str, Node]
 ) -> tuple[Callable[..., Any] | None, list[Node]]:
     """Choose what a reused step takes in place of the region's output `index`; it lies in memory as that output does.
 
@@ -28,18 +27,17 @@ def stand_in(
         index: Position among its outputs.
         slots: The inputs that hold the state, by slot name.
         source: What the output continues, where the plan proves it.
-        time: The input that tells the time.
-        step: The input that holds the step.
+        others: The inputs that tell the time and hold the step and the parameters, by name.
 
     Returns:
         A function of tensors and its operands, or None and the slot that stands in as it is.
     """
     plan = program.planned()
-    way, described = REUSES[plan.settings.reuse], {slot.name: slot for slot in region.slots}
+    way, described = plan.settings.way, {slot.name: slot for slot in region.slots}
     named = {f"kept_{kind}": region.slot(kind, index) for kind in way.slots}
     named |= {f"kept_{slot.name}": region.slot(slot.name) for slot in way.shared}
-    others = {"source": source, "time": time, "step": step}
-    operands = [slots[named[name]] if name in named else others[name] for name in takes(way.reuse)]
+    given: dict[str, Node | None] = {"source": source, **others, **{name: slots[slot] for name, slot in named.items()}}
+    operands = [given[name] for name in takes(way.reuse)]
     found = [node for node in operands if node is not None]
     assert len(found) == len(operands), "the plan proves what each output continues"
     first = described[region.slot(way.slots[0], index)]
@@ -70,8 +68,8 @@ def _protect(graph: Graph, slots: dict[str, Node]) -> None:
 def specialize(program: ModelProgram) -> PassResult:
     """Add the `reuse` graph: prologue as far as still needed, then epilogue; no cached block and no policy.
 
-    Its inputs are the user's, then the slots it reads (`cache_in_*`), then `step`; its outputs are the user's. It
-    writes to no slot. The compute graph stays as it is.
+    Its inputs are the user's, then the slots it reads (`cache_in_*`), what it takes of the settings (`policy_*`), then `step`; its
+    outputs are the user's. It writes to no slot. The compute graph stays as it is.
     """
     if program.reuse is not None:
         return PassResult(program, False)
@@ -82,20 +80,21 @@ def specialize(program: ModelProgram) -> PassResult:
     copies: dict[Node, Node] = {node: graph.node_copy(node) for node in inputs[:user_inputs]}
     slots = {}
     for slot in plan.slots:
-        if slot.role in REUSES[plan.settings.reuse].slot_names:
+        if slot.role in plan.settings.way.slot_names:
             slots[slot.name] = new_input(graph, f"cache_in_{slot.name}", slot_value(program, slot))
     step = inserted(source.graph, "step")
     copies[step] = graph.node_copy(step)
+    parameters = parameter_inputs(program, graph, plan.settings.way.parameters)
     unused = {node: new_input(graph, "unused", node.meta["val"]) for node in inputs if node not in copies}
     returned: Any = graph.graph_copy(source.graph, copies | unused)
     graph.output(tuple(returned[:user_outputs]))
     module = GraphModule(source, graph, "Reuse")
     (region,) = plan.regions
-    time = copies[clock(program)]
+    others = {"time": copies[clock(program)], "step": copies[step], **parameters}
     for i in range(len(region.outputs)):
         node = inserted(graph, f"region_{i}")
         continued = source_of(inserted(graph, "region"), region, i) if region.sources else None
-        function, operands = stand_in(program, region, i, slots, continued, time, copies[step])
+        function, operands = stand_in(program, region, i, slots, continued, others)
         with graph.inserting_before(node):
             node.replace_all_uses_with(operands[0] if function is None else call_traced(module, f"reuse_{i}", function, operands))
     _protect(graph, slots)

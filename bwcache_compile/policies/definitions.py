@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from bwcache_compile.report import StepRecord
 
 Dtype = Literal["float32", "int64"]
+Values = tuple[float | int, ...] | tuple[tuple[float | int, ...], ...]
+"""What a parameter holds: numbers, or rows of them."""
 
 
 def takes(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -29,12 +31,13 @@ def takes(function: Callable[..., Any]) -> tuple[str, ...]:
 class Parameter:
     """A value that the graphs take as an input `policy_<name>`, so that changing it recompiles nothing.
 
-    Its shape is [1], or with `per_step` one entry for each step of `CacheConfig.steps_mask`.
+    Its shape is [1], or with `per_step` one entry for each step of `CacheConfig.steps_mask`; with `columns` each entry is a row.
     """
 
     name: str
     dtype: Dtype = "int64"
     per_step: bool = False
+    columns: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Policy:
     """
 
     decide: Callable[..., Any]
-    values: Callable[[CacheConfig, int | None], dict[str, tuple[float | int, ...]]]
+    values: Callable[[CacheConfig, int | None], dict[str, Values]]
     parameters: tuple[Parameter, ...]
     slots: tuple[SmallSlot, ...] = ()
     at_threshold: Callable[[CacheConfig, float, int], CacheConfig] | None = None
@@ -92,11 +95,16 @@ class Reuse:
         keep: Called for each output. Takes tensors by these names: `output` (what the blocks returned), `source` (the input of
             the blocks that the output continues: input plus what the blocks added), `kept_<slot>` (what a slot holds from the
             computed step before), `time` (float32[1]), `step` (int64[1]). Returns the slots' next values in order.
-        reuse: Called for each output. Takes `source`, `kept_<slot>` for every slot, `time` and `step`. Returns the output.
+        reuse: Called for each output. Takes `source`, `kept_<slot>` for every slot, the parameters, `time` and `step`. Returns the
+            output.
         slots: Names of what is kept for each output; each has the output's shape and dtype.
         shared: What is kept once for all outputs.
         keep_shared: Takes `kept_<slot>` of the shared slots, `time` and `step`. Returns the shared slots' next values in order.
+        parameters: The values that the graph of a reused step takes as inputs.
+        values: From the settings to the parameters' values, in order.
         any_dtype: Whether outputs of whole numbers can be reused too.
+        anchors: How many computed steps it keeps.
+        with_anchors: The same with another number of anchors, where that is a choice.
     """
 
     keep: Callable[..., Any]
@@ -104,7 +112,11 @@ class Reuse:
     slots: tuple[str, ...] = ("output",)
     shared: tuple[SmallSlot, ...] = ()
     keep_shared: Callable[..., Any] | None = None
+    parameters: tuple[Parameter, ...] = ()
+    values: Callable[[CacheConfig], dict[str, Values]] | None = None
     any_dtype: bool = False
+    anchors: int = 1
+    with_anchors: Callable[[int], Reuse] | None = None
 
     @property
     def slot_names(self) -> tuple[str, ...]:
@@ -163,11 +175,14 @@ def check_reuse(name: str, way: Reuse) -> None:
         ConfigError: Two are equal, or a function takes what there is not.
     """
     kind, shared = f"reuse {name!r}", [slot.name for slot in way.shared]
-    _check_names(kind, way.slot_names)
+    parameters = [parameter.name for parameter in way.parameters]
+    _check_names(kind, [*way.slot_names, *parameters])
     moment = ["time", "step"]
     kept, kept_shared = [f"kept_{slot}" for slot in way.slot_names], [f"kept_{slot}" for slot in shared]
     _check_takes(kind, "keep", way.keep, ["output", "source", *kept, *moment])
-    _check_takes(kind, "reuse", way.reuse, ["source", *kept, *moment])
+    _check_takes(kind, "reuse", way.reuse, ["source", *kept, *parameters, *moment])
+    if bool(parameters) != (way.values is not None):
+        raise ConfigError(f"{kind}: `parameters` and `values` must be given together.")
     if way.keep_shared is not None:
         _check_takes(kind, "keep_shared", way.keep_shared, [*kept_shared, *moment])
     if bool(shared) != (way.keep_shared is not None):

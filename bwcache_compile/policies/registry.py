@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from bwcache_compile.errors import ConfigError
+from bwcache_compile.policies.adaptive import ADAPTIVE
 from bwcache_compile.policies.definitions import Policy, Reuse, check_indicator, check_policy, check_reuse
 from bwcache_compile.policies.l1 import relative_change
-from bwcache_compile.policies.reuse.output import OUTPUT
-from bwcache_compile.policies.reuse.residual import RESIDUAL
-from bwcache_compile.policies.reuse.taylor import TAYLOR
+from bwcache_compile.policies.reuse.linear import linear
 from bwcache_compile.policies.schedule import SCHEDULE
 from bwcache_compile.policies.static import STATIC
 
@@ -18,15 +17,17 @@ Kind = TypeVar("Kind")
 
 POLICIES: dict[str, Policy] = {
     "schedule": SCHEDULE,
+    "adaptive": ADAPTIVE,
     "static": STATIC,
 }
 INDICATORS: dict[str, Callable[..., Any]] = {
     "l1": relative_change,
 }
 REUSES: dict[str, Reuse] = {
-    "output": OUTPUT,
-    "residual": RESIDUAL,
-    "taylor": TAYLOR,
+    "output": linear(1),
+    "residual": linear(1, residual=True),
+    "taylor": linear(2),
+    "linear": linear(4),
 }
 
 

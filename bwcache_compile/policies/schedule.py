@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.policies.arithmetic import quotient
-from bwcache_compile.policies.definitions import Parameter, Policy, SmallSlot
+from bwcache_compile.policies.definitions import Parameter, Policy, SmallSlot, Values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ def schedule(
     return trigger, torch.where(active, stop - step - 1, torch.zeros_like(step))
 
 
-def _values(config: CacheConfig, num_steps: int | None) -> dict[str, tuple[float | int, ...]]:
+def _values(config: CacheConfig, num_steps: int | None) -> dict[str, Values]:
     if num_steps is None:
         raise ConfigError(
             "policy='schedule' needs the number of steps. Set CacheConfig(num_steps=...),"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bwcache_compile.policies.definitions import Parameter, Policy
+from bwcache_compile.policies.definitions import Parameter, Policy, Values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ def static(mask: Tensor, step: Tensor) -> Tensor:
     return following.min().reshape(1) - step - 1
 
 
-def _values(config: CacheConfig, num_steps: int | None) -> dict[str, tuple[float | int, ...]]:
+def _values(config: CacheConfig, num_steps: int | None) -> dict[str, Values]:
     assert config.steps_mask is not None
     return {"mask": config.steps_mask}
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bwcache_compile.clock import check_time
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
@@ -20,6 +22,7 @@ from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import ModelContext, check_values, state_for, time_inputs, warn_without_reuse
+from bwcache_compile.runtime.fingerprint import check_calibrated
 from bwcache_compile.runtime.frames import call_directly, hidden, left_out
 from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
 from bwcache_compile.runtime.joint import synchronize_decisions
@@ -75,6 +78,7 @@ class CachedModel(ModelWrapper):
     ) -> None:
         """Wrap a model; nothing is captured yet."""
         super().__init__(model)
+        check_calibrated(model, config)
         self.cache_config = config
         self._toolchain = toolchain
         self._dynamic_shapes, self._verify = dynamic_shapes, verify
@@ -99,6 +103,25 @@ class CachedModel(ModelWrapper):
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         """Copy or pickle the model and the settings; the copy captures anew and starts without state."""
         return CachedModel, (self._original, self.cache_config, self._toolchain, self._dynamic_shapes, self._verify)
+
+    @property
+    def original(self) -> nn.Module:
+        """The model that is wrapped."""
+        return self._original
+
+    @property
+    def guard(self) -> str:
+        """Who decides at each step: "host" or "graph"."""
+        return self._toolchain.guard
+
+    def with_settings(self, config: CacheConfig) -> CachedModel:
+        """Return another cached model of the same model: its settings, programs and contexts are its own.
+
+        Raises:
+            ConfigError: The settings do not fit the guard.
+        """
+        config.check_guard(self._toolchain.guard)
+        return CachedModel(self._original, config, self._toolchain, self._dynamic_shapes, self._verify)
 
     def _changed(self) -> None:
         self.invalidate()
@@ -217,7 +240,9 @@ class CachedModel(ModelWrapper):
             synchronize_decisions(context, self._contexts.values(), config, num_steps)
         state, events = state_for(context, advance, fit)
         kind = loaded.kind(state)
-        operands = loaded.operands(flat, state, () if kind == "reuse" else loaded.parameters(config, num_steps))
+        if config.timesteps is not None and kind != "reuse":
+            check_time(state.step, config.timesteps, time_inputs(flat).values())
+        operands = loaded.operands(flat, state, loaded.parameters(config, num_steps))
         if state.step != 0 or state.cursor.computed_at >= 0:
             first = None
         return _Call(context, advance, fit, state, events, renumbered, num_steps, kind, operands, first)
@@ -360,13 +385,25 @@ class CachedModel(ModelWrapper):
         """
         self._contexts.drop(StepInfo(name, group=group).key)
 
-    def configure(self, **changes: Any) -> None:
-        """Change policy settings; they take effect at the next computed step and recompile nothing.
+    def configure(self, config: CacheConfig | Mapping[str, Any] | None = None, /, **changes: Any) -> None:
+        """Change settings, or replace them all by a `CacheConfig`.
+
+        Those that are inputs of the graphs (thresholds, a mask, weights) take effect at the next computed step and recompile nothing.
+        Those that shape the graphs (`CacheConfig.graph_settings`) make the graphs anew from what is captured already, and every
+        context begins a new generation.
 
         Raises:
-            ConfigError: A value is bad, or the setting is built into the graphs (transform the model again for those).
+            ConfigError, UnsupportedGraphError: A value is bad or does not fit the model. The settings stay what they were.
+            StateError: The settings were calibrated for another model.
         """
-        self.cache_config = self._changed_config(changes)
+        given = CacheConfig.of(self.cache_config if config is None or isinstance(config, Mapping) else config)
+        new = CacheConfig.of(given, **{**(config if isinstance(config, Mapping) else {}), **changes})
+        new.check_guard(self._toolchain.guard)
+        check_calibrated(self._original, new)
+        if new.graph_settings != self.cache_config.graph_settings:
+            self._programs.rebuild(new)
+            self._contexts.clear()
+        self.cache_config = new
 
     def invalidate(self) -> None:
         """Take the weights for changed: each context drops what it cached at its next call and keeps its step.

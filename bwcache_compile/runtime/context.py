@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bwcache_compile.clock import HALF, TimeInput, may_be_time
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import Context
 from bwcache_compile.errors import StateError, warn
@@ -15,7 +16,7 @@ from bwcache_compile.runtime.programs import ProgramMatch
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.size_expressions import evaluated
-from bwcache_compile.stepping import HALF, Advance, StepInfo, TimeInput, may_be_time
+from bwcache_compile.stepping import Advance, StepInfo
 
 
 class ModelContext(Context):
@@ -28,7 +29,7 @@ class ModelContext(Context):
         version: Structure and weights of the model at the last call.
         renumbered: Whether a Python number changed at the last call.
         agreed_at: The last computed step after which contexts decided together.
-        trigger: int64[1], the trigger that they decided on.
+        decided: What the policy kept of their decision, in the order of its slots.
     """
 
     def __init__(self, info: StepInfo, created: int) -> None:
@@ -40,11 +41,11 @@ class ModelContext(Context):
         self.version = (-1, -1)
         self.renumbered = False
         self.agreed_at = -1
-        self.trigger: Tensor | None = None
+        self.decided: tuple[Tensor, ...] | None = None
 
     def release(self) -> None:
         """Drop the cache and the program; the step is kept."""
-        self.state = self.fit = self.trigger = None
+        self.state = self.fit = self.decided = None
         self.agreed_at = -1
 
 
@@ -58,69 +59,69 @@ def time_inputs(flat: list[Any]) -> Mapping[Hashable, TimeInput]:
     return {i: input_of(leaf, dtype) for i, leaf, dtype in named if may_be_time(leaf.shape, dtype)}
 
 
-def check_values(context: ModelContext, fit: ProgramMatch, num_steps: int | None) -> None:
+def check_values(context: ModelContext, match: ProgramMatch, num_steps: int | None) -> None:
     """Refuse values that are built into a program and change in the middle of a run.
 
     Raises:
-        StateError: They did.
+        StateError: Such a value changed.
     """
     if context.key is None or context.state is None:
         return
     old, step = dict(context.key.values), context.tracker.next_step
-    names = [fit.loaded.program.signature.inputs[i] for i, value in fit.key.values if old.get(i, value) != value]
-    if names and context.key._replace(values=()) == fit.key._replace(values=()) and 0 < step < (num_steps or 0):
+    names = [match.loaded.program.signature.inputs[i] for i, value in match.key.values if old.get(i, value) != value]
+    if names and context.key._replace(values=()) == match.key._replace(values=()) and 0 < step < (num_steps or 0):
         raise StateError(
             f"the values of `{names[0]}` changed after step {step - 1}. The model reads them in Python, so they are constants"
             " of the captured graph, and nothing can be reused.\n"
-            f"    at {fit.loaded.program.signature.read_at}\n"
+            f"    at {match.loaded.program.signature.read_at}\n"
             "  Remove that Python (a branch, .item(), .tolist()) from the model's forward. If the previous run was interrupted, call"
             " cached.reset()."
         )
 
 
 def _interchangeable(one: ProgramMatch, other: ProgramMatch) -> bool:
-    """Whether what one program cached means the same to another, such as one for another dtype of the time, or of dynamic sizes."""
+    """Whether the cache of one program is valid for another, such as one for another dtype of the time or for dynamic sizes."""
     if one.loaded is other.loaded:
         return True
     kept = []
-    for fit in (one, other):
-        plan, sizes = fit.loaded.plan, fit.sizes
-        slots = [(slot.name, slot.role, slot.dtype, slot.order, evaluated(slot.shape, sizes)) for slot in fit.loaded.slots]
+    for match in (one, other):
+        plan, sizes = match.loaded.plan, match.sizes
+        slots = [(slot.name, slot.role, slot.dtype, slot.order, evaluated(slot.shape, sizes)) for slot in match.loaded.slots]
         kept.append(([block.name for block in plan.blocks], plan.time_input, slots))  # nodes are named by each graph
     return kept[0] == kept[1]
 
 
-def state_for(context: ModelContext, advance: Advance, fit: ProgramMatch) -> tuple[CacheState, list[str]]:
+def state_for(context: ModelContext, advance: Advance, match: ProgramMatch) -> tuple[CacheState, list[str]]:
     """Return the state that a call runs on, and what a report says of it.
 
     The cache is used only if the same model made it in the same generation.
     """
     step, events = advance.step, [advance.event] if advance.event else []
     if advance.began:
-        return fit.loaded.fresh(fit.sizes, step), events
+        return match.loaded.fresh(match.sizes, step), events
     why = ""
-    if context.version != fit.version:
-        why = f"the modules changed ({fit.changed})" if context.version[0] != fit.version[0] else "the weights changed"
+    if context.version != match.version:
+        why = f"the modules changed ({match.changed})" if context.version[0] != match.version[0] else "the weights changed"
     elif context.state is None or context.fit is None:
         why = "the generation had ended"
-    elif not _interchangeable(context.fit, fit):
+    elif not _interchangeable(context.fit, match):
         why = "the program changed"
     if why:
         events.append(f"{why} before step {step}: the cache was cleared")
     if why or advance.cleared or context.state is None:
-        return fit.loaded.fresh(fit.sizes, step), events
+        return match.loaded.fresh(match.sizes, step), events
     return context.state.at(step), events
 
 
 def warn_without_reuse(context: ModelContext, config: CacheConfig) -> None:
-    """At the end of a generation that reused nothing: say so, and which threshold would have."""
+    """Warn at the end of a generation that reused nothing, and name a threshold that would have."""
     explain = POLICIES[config.policy].no_reuse
     if explain is None:
         return
     report = context.report()
     if report.reused or any(report.reused_by_block):
         return
-    if len(report.steps) < 3:  # an expert that joined at the end: too short a stretch for any threshold
+    if len(report.steps) < 3:  # such as an expert that runs the last steps only: too few steps for any threshold
         return
     why = explain(config, report.smallest(max(1, config.warmup_steps)))
     if why is None:

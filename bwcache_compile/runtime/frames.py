@@ -1,4 +1,4 @@
-"""Which frames an outer `torch.compile` compiles: the graphs alone, never the code that keeps contexts and state."""
+"""Limit an outer `torch.compile` to the graphs: the code that manages contexts and state is not compiled."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def left_out(function: _Function) -> _Function:
-    """Keep a compiler from the function's own frame, and not from what it calls.
+    """Make torch.compile skip the function's own frame, but not the functions that it calls.
 
-    `torch.compiler.disable(recursive=False)` does so too, and raises while any thread of the process exports a model.
+    `torch.compiler.disable(recursive=False)` does so too, but raises while any thread of the process exports a model.
     """
     skip(function)
     return function
 
 
 def hidden(function: _Function) -> _Function:
-    """Keep a compiler from a function and from all that it calls; where none is at work, the call costs nothing more."""
+    """Make torch.compile skip a function and all that it calls; a call outside of compiled code costs nothing more."""
     disabled: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
 
     @functools.wraps(function)
@@ -35,5 +35,5 @@ def hidden(function: _Function) -> _Function:
 
 @left_out
 def call_directly(graph: Callable[..., Any], operands: Sequence[Any]) -> Any:
-    """Call a graph. A compiler leaves the frame out and takes the graph."""
+    """Call a graph. torch.compile skips this frame and compiles the graph."""
     return graph(*operands)

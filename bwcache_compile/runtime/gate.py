@@ -1,4 +1,4 @@
-"""Runs and captures of one model take turns: tracing puts hooks on every module of the process."""
+"""Keep runs and captures of one model apart: tracing puts hooks on every module of the process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class CaptureGate:
-    """Lets many threads run programs at once, and one capture while none runs.
+    """Lets many threads run programs at the same time, or one thread capture while no program runs.
 
     Attributes:
         lock: Held by whoever reads or writes the table of programs.
@@ -22,7 +22,7 @@ class CaptureGate:
         self._waiting = 0
 
     def enter(self) -> None:
-        """Keep captures out until `leave`: a program runs. One that waits already goes first, unless this thread runs another."""
+        """Keep captures out until `leave`. A capture that already waits goes first, unless this thread runs a program already."""
         thread = threading.get_ident()
         with self.lock:
             if self._waiting and thread not in self._running:
@@ -41,7 +41,7 @@ class CaptureGate:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Keep captures out meanwhile."""
+        """Keep captures out while active."""
         self.enter()
         try:
             yield
@@ -49,7 +49,7 @@ class CaptureGate:
             self.leave()
 
     def wait_until_idle(self) -> None:
-        """Wait until no other thread runs a program. The caller holds the lock, which is free meanwhile."""
+        """Wait until no other thread runs a program. The caller holds the lock, which is released while waiting."""
         mine = self._running.get(threading.get_ident(), 0)
         self._waiting += 1
         try:

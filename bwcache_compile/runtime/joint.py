@@ -1,4 +1,4 @@
-"""Letting the contexts of one step decide together: guidance amplifies the difference of their errors."""
+"""Make one decision for all contexts of a step: guidance amplifies the difference of their errors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,8 @@ from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import StateError
+from bwcache_compile.policies import POLICIES
 from bwcache_compile.runtime.context import ModelContext
-
-
-def _trigger(context: ModelContext) -> int:
-    """Return the position of the trigger among a context's slots."""
-    assert context.fit is not None
-    return next(i for i, slot in enumerate(context.fit.loaded.plan.slots) if slot.role == "trigger")
 
 
 def _change(context: ModelContext) -> Tensor | None:
@@ -35,15 +30,15 @@ def _decides_with(other: ModelContext, context: ModelContext) -> bool:
 
 
 def synchronize_decisions(context: ModelContext, contexts: Iterable[ModelContext], config: CacheConfig, num_steps: int | None) -> None:
-    """Give all contexts that computed the last step one trigger and one number of steps to reuse.
+    """Give all contexts that computed the last step one decision: one number of steps to reuse, and what the policy keeps of it.
 
-    Called when the first context arrives at the next step of its generation, so all of them have measured. The graph's
+    Called when the first context begins the next step of its generation, so all of them have measured. The graph's
     own policy runs once more, on the changes of all their blocks together: its indicator is the mean over all. A context
     that skipped the step, or joined late, decides with those that compute the same steps as it does. One that was not
     called since this one's last call takes no part: its run has ended.
 
     Args:
-        context: The one that arrives; locked by the caller.
+        context: The one that begins its next step; locked by the caller.
         contexts: All of the model's.
         config: Policy settings.
         num_steps: Steps of a generation.
@@ -78,18 +73,20 @@ def _decide(members: list[ModelContext], config: CacheConfig, num_steps: int | N
     first = members[0]
     assert first.fit is not None
     assert first.state is not None
-    computed_at, loaded = first.state.cursor.computed_at, first.fit.loaded
-    step = loaded.step_tensor(computed_at)
-    # what each graph decided on its own is dropped: the trigger goes on from the last common decision
-    triggers = [torch.full_like(step, -1), *(member.trigger for member in members if member.trigger is not None)]
+    computed_at, runnable = first.state.cursor.computed_at, first.fit.loaded
+    step, names = runnable.step_tensor(computed_at), [slot.name for slot in POLICIES[config.policy].slots]
+    fresh = tuple(slot.fresh({}, step.device) for name in names for slot in runnable.plan.slots if slot.role == name)
+    # what each graph decided on its own is dropped: the policy goes on from the last common decision
+    kept = next((member.decided for member in members if member.decided is not None), fresh)
     changes = [_change(member) for member in members]
     with torch.no_grad():
         change = torch.cat([c.to(step.device) for c in changes if c is not None])
-        trigger = torch.stack(triggers).amax(dim=0)  # equal, unless one joined late or lost its cache
-        trigger, left = loaded.decide(change, trigger, step, *loaded.parameters(config, num_steps))
+        kept, left = runnable.decide(change, kept, step, *runnable.parameters(config, num_steps))
     for member in members:
         assert member.state is not None
-        at, slots = _trigger(member), member.state.slots
+        assert member.fit is not None
+        roles = [slot.role for slot in member.fit.loaded.plan.slots]
+        slots = tuple(kept[names.index(r)] if r in names else slot for r, slot in zip(roles, member.state.slots, strict=True))
         cursor = dataclasses.replace(member.state.cursor, reuse_until=computed_at + int(left))
-        member.state = dataclasses.replace(member.state, slots=(*slots[:at], trigger, *slots[at + 1 :]), cursor=cursor)
-        member.agreed_at, member.trigger = computed_at, trigger
+        member.state = dataclasses.replace(member.state, slots=slots, cursor=cursor)
+        member.agreed_at, member.decided = computed_at, kept

@@ -1,4 +1,4 @@
-"""What a plan notes about the call that its program was captured for."""
+"""Notes for a plan about the call that its program was captured for, and warnings about the capture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bwcache_compile.runtime.watch import Forward
 
 
 def built_in(signature: Signature) -> list[str]:
-    """Say which values are built into a program."""
+    """Describe the values that are constants of a program."""
     path, dot, line = signature.read_at.partition(".py:")
     at = PurePath(path).name + dot + line  # notes go into manifests, which name no folders of this machine
     read = f" (read at {at})" if at else ""
@@ -23,7 +23,7 @@ def built_in(signature: Signature) -> list[str]:
 
 
 def fixed_sizes(signature: Signature, key: CallKey, others: Sequence[CallSizes], reason: str) -> list[str]:
-    """Say which sizes changed from call to call and are fixed nevertheless.
+    """Describe the sizes that changed from call to call, but are constants of the new program.
 
     Args:
         signature: Of the new program.
@@ -47,7 +47,7 @@ def fixed_sizes(signature: Signature, key: CallKey, others: Sequence[CallSizes],
 
 
 def suspicious(program: ModelProgram, forward: Forward) -> list[str]:
-    """Say what hints that a captured graph does less than the model: inputs that it does not read, and a cache of the model's own.
+    """Describe signs that a captured graph does less than the model: inputs that it does not read, and a cache of the model's own.
 
     Args:
         program: As it was captured.

@@ -1,4 +1,4 @@
-"""Python numbers that change at every call, such as a timestep: handed to the graphs as tensors."""
+"""Pass Python numbers that change at every call, such as a timestep, to the graphs as tensors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def _is_number(leaf: Any) -> bool:
 
 
 class NumberInputs:
-    """Which Python numbers of a model's calls are passed on as tensors. A graph has all others built in."""
+    """Remembers which Python numbers of a model's calls are passed as tensors. All others are constants of the graph."""
 
     def __init__(self) -> None:
-        """Pass on none."""
+        """Start with none."""
         self._places: set[tuple[str, int]] = set()
 
     def as_tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -40,7 +40,7 @@ class NumberInputs:
 
     @contextlib.contextmanager
     def trying(self, model: nn.Module, call: Call, at: int, name: str, before: Any) -> Iterator[None]:
-        """Pass the number at a position of such calls on as a tensor, if the model can be run and captured so.
+        """Pass the number at a position of such calls as a tensor, if the model can be run and captured with one.
 
         Raises:
             StateError: The model returns something else for the tensor, or what is done inside cannot capture it.

@@ -1,9 +1,8 @@
-"""The programs of one model: made when a call needs one, kept while they fit, and dropped when the model changes."""
+"""Keep the programs of one model: make one when a call needs it, and drop all of them when the model changes."""
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -12,16 +11,15 @@ from torch import nn
 from torch.fx import GraphModule
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError, warn
+from bwcache_compile.errors import StateError, warn
 from bwcache_compile.ir.compare import Reference, Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.program import ModelProgram
-from bwcache_compile.ir.sizes import VaryingSizes
-from bwcache_compile.runtime import notes
 from bwcache_compile.runtime.gate import CaptureGate
+from bwcache_compile.runtime.maker import ProgramMaker, differ_in_sizes
 from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.signature import CallKey, generation_kind
-from bwcache_compile.runtime.trial import Request, Toolchain, Trial
+from bwcache_compile.runtime.trial import Request, Toolchain
 from bwcache_compile.runtime.watch import ModelWatch
 
 MAX_PROGRAMS = 8
@@ -30,7 +28,7 @@ MAX_PROGRAMS = 8
 
 @dataclasses.dataclass(frozen=True)
 class ProgramMatch:
-    """What a call is run with: a cache serves the next call only if that one's match is the same.
+    """The program that serves a call, and what was true of the call and the model.
 
     Attributes:
         loaded: The program.
@@ -38,7 +36,7 @@ class ProgramMatch:
         sizes: The values of the program's symbols at this call; empty where no size is open.
         version: The model's structure and weights; another one means that what is cached came from another model.
         changed: What changed in the model's structure last, for messages.
-        first: What the program's graph returned for this very call on a fresh state at step 0, if it was just checked on it.
+        first: What the program's graph returned for this very call on a fresh state at step 0, if it was just checked on this call.
     """
 
     loaded: RunnableProgram
@@ -55,7 +53,7 @@ class ProgramMatch:
 
 
 def _is_flat(model: nn.Module) -> bool:
-    """Whether a model is an exported graph: its mode is built in, and it has no `eval()`."""
+    """Whether a model is an exported graph, whose mode is fixed, and which does not support `eval()`."""
     if not isinstance(model, GraphModule):
         return False
     return all(node.op != "call_module" or node.target == "_guards_fn" for node in model.graph.nodes)
@@ -70,21 +68,18 @@ class ProgramCache:
 
     def __init__(self, model: nn.Module, toolchain: Toolchain, dynamic_shapes: Any = None, verify: Verify = "bitwise") -> None:
         """Capture nothing yet."""
-        self._model, self._toolchain, self._shapes, self._verify = model, toolchain, dynamic_shapes, verify
+        self._model, self._toolchain, self._verify = model, toolchain, verify
         self.gate = CaptureGate()
         self._lock = self.gate.lock
         self.watch = ModelWatch(model)
-        self._loaded: OrderedDict[CallKey, RunnableProgram] = OrderedDict()
-        self._alive: weakref.WeakSet[RunnableProgram] = weakref.WeakSet()
+        self._maker = ProgramMaker(model, toolchain, dynamic_shapes, self.watch)
+        self._kept: OrderedDict[CallKey, RunnableProgram] = OrderedDict()
         self._last: RunnableProgram | None = None
-        self._fixed: dict[Hashable, str] = {}
         self._structure = self.watch.structure
-        self._compile_options: dict[str, Any] | None = None
-        self._ran = False
         self.captured = 0
 
     def __len__(self) -> int:
-        return len(self._loaded)
+        return len(self._kept)
 
     def fit(
         self,
@@ -119,23 +114,23 @@ class ProgramCache:
             self._poll(glance=reuses)
             first: list[Any] | None = None
             if held is not None and self._serves(held, key, args, kwargs):
-                loaded, sizes = held.loaded, held.sizes
+                runnable, sizes = held.loaded, held.sizes
             else:
                 request = Request(key, Reference(self._model, args, kwargs, self._verify), config, num_steps)
-                loaded, first = self._find(request) or self._captured(request)
-                held, sizes = None, loaded.symbols(key) or {}
-            if self._last is not loaded and loaded.key in self._loaded:
-                self._loaded.move_to_end(loaded.key)
-            while len(self._loaded) > MAX_PROGRAMS:
-                self._loaded.popitem(last=False)
-            self._last = loaded
+                runnable, first = self._find(request) or self._captured(request)
+                held, sizes = None, runnable.symbols(key) or {}
+            if self._last is not runnable and runnable.key in self._kept:
+                self._kept.move_to_end(runnable.key)
+            while len(self._kept) > MAX_PROGRAMS:
+                self._kept.popitem(last=False)
+            self._last = runnable
             version = (self.watch.structure, self.watch.weights)
             if held is not None and held.version == version:
                 return held
-            return ProgramMatch(loaded, key._replace(values=loaded.key.values), sizes, version, self.watch.changed, first)
+            return ProgramMatch(runnable, key._replace(values=runnable.key.values), sizes, version, self.watch.changed, first)
 
     def _serves(self, held: ProgramMatch, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether what a context ran with last is right for its next call."""
+        """Whether the program that a context ran last serves its next call."""
         alike = held.version[0] == self._structure and held.key.sizes == key.sizes and held.key.kind == key.kind
         return alike and held.loaded.reads(self._model, args, kwargs)
 
@@ -143,43 +138,39 @@ class ProgramCache:
         """Drop every program if the model is no longer what was captured."""
         self.watch.glance() if glance else self.watch.poll()
         if self._structure != self.watch.structure:
-            self._loaded.clear()
-            self._fixed.clear()
+            self._kept.clear()
+            self._maker.fixed.clear()
             self._structure = self.watch.structure
 
     def _find(self, request: Request) -> tuple[RunnableProgram, list[Any] | None] | None:
-        """Return a kept program that is right for a call; one of dynamic sizes is checked once at each size that it serves.
+        """Return a kept program that serves a call; one with dynamic sizes is checked once at each size that it serves.
 
         Returns:
             The program, and what its graph returned if it was checked; None where there is no such program.
         """
         key, reference = request.key, request.reference
-        for loaded in [self._loaded[key]] if key in self._loaded else reversed(self._loaded.values()):
-            if loaded.symbols(key) is None or not loaded.reads(self._model, reference.args, reference.kwargs):
+        for runnable in [self._kept[key]] if key in self._kept else reversed(self._kept.values()):
+            if runnable.symbols(key) is None or not runnable.reads(self._model, reference.args, reference.kwargs):
                 continue
-            if not reference.verify or key.sizes in loaded.checked:
-                return loaded, None
-            wrong, first = self._difference(loaded, request)
+            if not reference.verify or key.sizes in runnable.checked:
+                return runnable, None
+            wrong, first = self._difference(runnable, request)
             if wrong is None:
-                loaded.checked.add(key.sizes)
-                return loaded, first
-            loaded.refused.add(key.sizes)
-            self._fixed[key.kind] = f"the graph with dynamic sizes differs from the model at {key.sizes}: {wrong}"
+                runnable.checked.add(key.sizes)
+                return runnable, first
+            runnable.refused.add(key.sizes)
+            self._maker.fixed[key.kind] = f"the graph with dynamic sizes differs from the model at {key.sizes}: {wrong}"
         return None
 
-    def _difference(self, loaded: RunnableProgram, request: Request) -> tuple[str | None, list[Any]]:
+    def _difference(self, runnable: RunnableProgram, request: Request) -> tuple[str | None, list[Any]]:
         """Say how a program's outputs differ from the model's at a size that it has not served yet, and return them."""
         request.reference.outputs()
-        self.watch.accept_changes(self._live())  # the model ran
+        self.watch.accept_changes(self._maker.addresses())  # the model ran
         try:
-            first = request.first_step(loaded)
+            first = request.first_step(runnable)
         except RuntimeError as error:
             return f"it fails with {str(error).splitlines()[0]}", []
-        return request.reference.difference(first[: loaded.program.signature.out_spec.num_leaves]), first
-
-    def _live(self) -> frozenset[int]:
-        """Return the addresses of the tensors that programs hold."""
-        return frozenset().union(*(loaded.addresses for loaded in self._alive))
+        return request.reference.difference(first[: runnable.program.signature.out_spec.num_leaves]), first
 
     def _captured(self, request: Request) -> tuple[RunnableProgram, list[Any] | None]:
         """Capture the model while no program runs, unless another thread did so meanwhile."""
@@ -187,36 +178,13 @@ class ProgramCache:
         return self._find(request) or self._capture(request)
 
     def _capture(self, request: Request) -> tuple[RunnableProgram, list[Any] | None]:
-        key = request.key
-        alike = [other for other in self._loaded if other.kind == key.kind and other.sizes != key.sizes]
-        varying = VaryingSizes(tuple(other.sizes for other in alike)) if alike else None
-        asked = self._shapes if self._shapes is not None else varying
-        if alike and key.kind in self._fixed:
-            asked = None
-        try:
-            if not self._ran:
-                request.reference.outputs()  # exporting a model that never ran can damage it
-                self._ran = True
-            try:
-                loaded, first = self._make(request, asked)
-            except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
-                if asked is None or not alike:
-                    raise
-                self._fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
-                loaded, first = self._make(request, None)
-        except BaseException:
-            self.watch.accept_changes(self._live())  # the model ran, also where it could not be captured
-            raise
-        self._alive.add(loaded)
-        changed_by_forward = self.watch.accept_changes(self._live())
-        for text in notes.suspicious(loaded.program, changed_by_forward):
-            warn(text)
-        for other in alike:
-            if loaded.symbols(other) is not None and loaded.key.values in ((), other.values):
-                del self._loaded[other]
-        self._loaded[loaded.key] = loaded
+        runnable, first = self._maker.make(request, self._kept)
+        for other in [other for other in self._kept if differ_in_sizes(other, request.key)]:
+            if runnable.symbols(other) is not None and runnable.key.values in ((), other.values):
+                del self._kept[other]
+        self._kept[runnable.key] = runnable
         self.captured += 1
-        small = loaded.program.planned().work.warning(type(self._model).__name__)
+        small = runnable.program.planned().work.warning(type(self._model).__name__)
         if small is not None:
             warn(small)
         if self.captured == 3 * MAX_PROGRAMS:
@@ -225,38 +193,7 @@ class ProgramCache:
                 f"{self.captured} programs of {type(self._model).__name__} have been captured, and each capture takes seconds. Something"
                 f" changes between calls: an input (a Python number that could be a tensor?), or the model's modules{changed}."
             )
-        return loaded, first
-
-    def _make(self, request: Request, shapes: Any) -> tuple[RunnableProgram, list[Any] | None]:
-        reference, trial = request.reference, Trial(lambda captured: self._built(captured, request), request)
-
-        def capture(reading: bool) -> ModelProgram:
-            return self._toolchain.capture(
-                self._model, reference.args, reference.kwargs, shapes, reading, reference=reference, run=trial.run
-            )
-
-        captured = capture(False)
-        try:
-            return trial.result(captured)
-        except (NoBlocksFoundError, UnsupportedGraphError) as error:
-            if not captured.has_unsized_values:
-                raise
-            try:
-                captured = capture(True)
-            except CaptureError:
-                raise error from None
-            return trial.result(captured)
-
-    def _built(self, captured: ModelProgram, request: Request) -> RunnableProgram:
-        program = self._toolchain.build(captured, request.config)
-        signature, plan, key = program.signature, program.planned(), request.key
-        others = [other.sizes for other in self._loaded if other.kind == key.kind]
-        noted = [*notes.built_in(signature), *notes.fixed_sizes(signature, key, others, self._fixed.get(key.kind, ""))]
-        program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted)))
-        loaded = RunnableProgram(program, key._replace(values=signature.values))
-        if self._compile_options is not None:
-            loaded.compile(self._compile_options)
-        return loaded
+        return runnable, first
 
     @property
     def latest(self) -> RunnableProgram:
@@ -274,7 +211,7 @@ class ProgramCache:
         """Every program that is kept and fits the model as it is."""
         with self._lock:
             self._poll()
-        return tuple(loaded.program for loaded in self._loaded.values())
+        return tuple(runnable.program for runnable in self._kept.values())
 
     @property
     def only(self) -> RunnableProgram:
@@ -283,18 +220,33 @@ class ProgramCache:
         Raises:
             StateError: There is none, or there are several.
         """
-        if len(self._loaded) != 1:
+        if len(self._kept) != 1:
             raise StateError(
                 "cached.functional_step inside torch.compile requires exactly one captured signature, and the model has"
-                f" {len(self._loaded)}: transform the model with guard='graph' and example_args / example_kwargs, and call it with inputs"
+                f" {len(self._kept)}: transform the model with guard='graph' and example_args / example_kwargs, and call it with inputs"
                 " of those shapes."
             )
-        if next(iter(self._loaded.values())).key.values:
+        if next(iter(self._kept.values())).key.values:
             raise StateError(
                 "cached.functional_step inside torch.compile cannot tell whether values that the model reads in Python have changed; call"
                 " cached.functional_step as it is, or torch.compile the cached model."
             )
-        return next(iter(self._loaded.values()))
+        return next(iter(self._kept.values()))
+
+    def rebuild(self, config: CacheConfig) -> None:
+        """Make the graphs of every program anew, for settings that shape them. Nothing is captured again.
+
+        Each is compared with the model once more at its next call.
+
+        Raises:
+            ConfigError, UnsupportedGraphError: The settings do not fit the model. Every program is what it was.
+        """
+        with self._lock:
+            self.gate.wait_until_idle()
+            made = OrderedDict((key, self._maker.rebuild(runnable, config)) for key, runnable in self._kept.items())
+            last = self._last
+            self._last = next((made[key] for key, runnable in self._kept.items() if runnable is last), None)
+            self._kept = made
 
     def explain(self, config: CacheConfig) -> dict[str, GraphDiff]:
         """Return what each pass changed in the program used last."""
@@ -303,22 +255,20 @@ class ProgramCache:
     def compile(self, options: dict[str, Any]) -> None:
         """Compile every program with these options of `torch.compile`, those captured later too."""
         with self._lock:
-            self._compile_options = options
-            for loaded in self._alive:
-                loaded.compile(options)
+            self._maker.compile(options)
 
     def touch(self) -> None:
-        """Take the weights for changed: something was called that may write to them where nothing counts it."""
+        """Treat the weights as changed: a method was called that may write to them without a version counter showing it."""
         with self._lock:
             self.watch.weights += 1
             self.watch.suspect()
 
     def suspect(self) -> None:
-        """Look the whole model over at the next call: something was called that may change it."""
+        """Compare the whole model at the next call: a method was called that may change it."""
         self.watch.suspect()
 
     def clear(self) -> None:
         """Drop every program."""
         with self._lock:
-            self._loaded.clear()
+            self._kept.clear()
             self._last = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_in, cache_out
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_in, cache_out, policy_input
 from bwcache_compile.ir.compare import same
 from bwcache_compile.ir.policy_tensors import policy_parameters
 from bwcache_compile.ir.program import OURS, ModelProgram
@@ -72,12 +72,13 @@ class RunnableProgram:
         eager: The same as functions, to be run as they are.
         graphs: The same again, compiled where asked for.
         addresses: Where the tensors lie in memory that the graphs hold.
+        notes: What the capture adds to the notes of the plan.
         input_kinds: Shape and dtype of each of the user's inputs; None where it is no tensor or a size is open.
     """
 
-    def __init__(self, program: ModelProgram, key: CallKey) -> None:
+    def __init__(self, program: ModelProgram, key: CallKey, notes: tuple[str, ...] = ()) -> None:
         """Wrap a program that was captured for a call like this one; nothing is compiled yet."""
-        self.program, self.key = program, key
+        self.program, self.key, self.notes = program, key, notes
         self.checked = {key.sizes}
         self.refused: set[CallSizes] = set()
         self.plan = program.planned()
@@ -97,7 +98,9 @@ class RunnableProgram:
         self.addresses = frozenset(address for address in map(address_of, held) if address)
         self._steps: dict[int, Tensor] = {}
         self._settings: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._last_settings: tuple[CacheConfig | None, int | None, tuple[Tensor, ...]] = None, None, ()
         self.io = {kind: program.io(kind) for kind in kinds}
+        self._parameters = [policy_input(parameter.name) for parameter in self.plan.settings.parameters]
         self._cache_in = [cache_in(slot.name) for slot in self.slots]
         self._cache_out = [cache_out(slot.name) for slot in self.slots]
         self._orders = {kind: self._order(io) for kind, io in self.io.items()}
@@ -148,40 +151,45 @@ class RunnableProgram:
         return tensor
 
     def parameters(self, config: CacheConfig, num_steps: int | None) -> tuple[Tensor, ...]:
-        """Return the policy's inputs; those of the last settings are kept."""
+        """Return what the graphs take of the settings; those of the last settings are kept."""
+        last_config, last_steps, tensors = self._last_settings
+        if config is last_config and num_steps == last_steps:  # a table of weights takes longer to compare than a step's wrapper takes
+            return tensors
         key = (config, num_steps)
-        tensors = self._settings.get(key)
-        if tensors is None:
+        found = self._settings.get(key)
+        if found is None:
             _make_room(self._settings, _MOST_SETTINGS)
-            tensors = self._settings[key] = policy_parameters(config, num_steps, self.plan.device)
-        return tensors
+            found = self._settings[key] = policy_parameters(config, num_steps, self.plan.device)
+        self._last_settings = config, num_steps, found
+        return found
 
-    def decide(self, change: Tensor, trigger: Tensor, step: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the graph's own policy apart from the graph: the trigger afterwards, and how many steps reuse."""
+    def decide(self, change: Tensor, kept: Sequence[Tensor], step: Tensor, *parameters: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Run the graph's own policy apart from the graph: what it keeps afterwards, and how many steps reuse."""
         policy = POLICIES[self.plan.settings.policy]
-        named = {"change": change, "trigger": trigger, "step": step}
-        named |= {parameter.name: value for parameter, value in zip(policy.parameters, parameters, strict=True)}
+        named = {"change": change, "step": step, **dict(zip((slot.name for slot in policy.slots), kept, strict=True))}
+        named |= {parameter.name: value for parameter, value in zip(self.plan.settings.parameters, parameters, strict=True)}
         operands = [named[name] for name in takes(policy.decide)]
-        returned: tuple[Tensor, Tensor] = self.program.compute.get_submodule(f"{OURS}policy")(*operands)
-        return returned
+        returned = self.program.compute.get_submodule(f"{OURS}policy")(*operands)
+        *after, left = returned if policy.slots else (returned,)
+        return tuple(after), left
 
     def kind(self, state: CacheState) -> str:
         """Name the graph that runs next."""
         return "guarded" if self.guarded else "reuse" if state.reuses_next else "compute"
 
     def operands(self, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> list[Any]:
-        """Return the inputs of the graph that runs next."""
+        """Return the inputs of the graph that runs next; `parameters` are those of the settings, whether it takes them or not."""
         kind, sizes = self.kind(state), self.program.signature.sizes
         slots: Sequence[Tensor] = state.slots
         if sizes is not None:
             flat = [_open(leaf, described) for leaf, described in zip(flat, sizes.inputs, strict=True)]
             slots = [_open(tensor, slot.shape) for tensor, slot in zip(slots, self.slots, strict=True)]
-        values = [*flat, *slots, *parameters[: len(self.io[kind].parameters)], self.step_tensor(state.step)]
+        values = [*flat, *slots, *parameters, self.step_tensor(state.step)]
         return [values[i] for i in self._orders[kind]]
 
     def _order(self, io: GraphIO) -> list[int]:
-        """Return, for each input of a graph, its position among the user's inputs, all slots, the policy's inputs and the step."""
-        names = [*io.users, *self._cache_in, *io.policy_inputs, STEP]
+        """Return, for each input of a graph, its position among the user's inputs, all slots, all parameters and the step."""
+        names = [*io.users, *self._cache_in, *self._parameters, STEP]
         return [names.index(name) for name in io.inputs]
 
     def named(
@@ -189,7 +197,7 @@ class RunnableProgram:
     ) -> dict[str, Any]:
         """Return what a graph takes, and every slot, by name."""
         values = dict(zip(io.users, flat, strict=True)) | dict(zip(self._cache_in, slots, strict=True))
-        return {**values, **dict(zip(io.policy_inputs, parameters, strict=False)), STEP: step}
+        return {**values, **dict(zip(self._parameters, parameters, strict=True)), STEP: step}
 
     def results(self, io: GraphIO, returned: Mapping[str, Any]) -> Any:
         """Put the model's own outputs together."""

@@ -1,4 +1,4 @@
-"""What makes two calls need the same program."""
+"""Describe calls; calls with equal keys are served by the same program."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def changed_numbers(before: CallKey, now: CallKey) -> dict[int, tuple[Any, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """What a model's forward takes, so that one call has one form, however its arguments are passed.
+    """The parameters of a model's forward, which give a call one form, however its arguments are passed.
 
     Attributes:
         leading: How many parameters can only be passed by position.
@@ -81,7 +81,7 @@ class Parameters:
 
     @staticmethod
     def of(model: nn.Module) -> Parameters:
-        """Read the signature of a model's forward; a decorator that hides it, or a graph with a form of its own, leaves nothing to name."""
+        """Read the signature of a model's forward; there are no names if a decorator hides it, or if the model is a graph module."""
         if isinstance(model, GraphModule):
             return Parameters(0, (), ())
         parameters = inspect.signature(model.forward, follow_wrapped=False).parameters.values()
@@ -105,7 +105,7 @@ _PLAIN = frozenset({Tensor, nn.Parameter, int, float, bool, str, type(None)})
 
 
 def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Hashable]:
-    """Return the leaves of a call and its structure. Calls without containers, at each step, take a tenth of pytree's time."""
+    """Return the leaves of a call and its structure. Calls without containers skip pytree, which takes ten times as long."""
     leaves = [*args, *kwargs.values()]
     if _PLAIN.issuperset(map(type, leaves)):
         return leaves, (len(args), *kwargs)
@@ -119,7 +119,7 @@ def _leaf_size(leaf: Any) -> tuple[int, ...] | int | None:
 
 
 def _layout(tensor: Tensor) -> Hashable:
-    """Return how a tensor lies in memory, where kernels may round differently for it; None where it is contiguous or short."""
+    """Return the memory layout of a tensor, for which kernels may round differently; None if it is contiguous or of rank 1."""
     if tensor.dim() < 2 or tensor.is_contiguous():
         return None
     return memory_order(tensor) or "strided"

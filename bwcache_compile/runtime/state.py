@@ -1,4 +1,4 @@
-"""The cache of one context as a value."""
+"""The state that one context carries from step to step, as immutable values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CacheState:
 
     @property
     def reuses_next(self) -> bool:
-        """Whether the next step reuses; never where the guard is in the graph and nobody else knows."""
+        """Whether the next step reuses; False if the guard is in the graph, since only the graph knows."""
         return self.cursor.reuses
 
     @property

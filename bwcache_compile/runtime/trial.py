@@ -1,4 +1,4 @@
-"""How a call gets a program: the compiler handed in, the call that asks, and the run that proves a capture."""
+"""The functions that make a program, the call that needs one, and the run that checks it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from bwcache_compile.runtime.signature import CallKey
 
 @dataclasses.dataclass(frozen=True)
 class Toolchain:
-    """How a model becomes a program; handed in, so that running needs no compiler.
+    """The functions that make a program of a model. They are passed in, so that `runtime` does not import the passes.
 
     Attributes:
         capture: Model, positional and keyword arguments, which sizes stay open, whether values that sizes depend on are built
             in, what the model returns, and how to run what is made of a capture, to a captured program.
         build: A captured program, which it consumes, and settings to a cached one.
         explain: The same to the diff of each pass.
-        guard: Who decides at each step of what `build` makes: "host" or "graph".
+        guard: Where the guard of a program is that `build` makes: "host" or "graph".
     """
 
     capture: Callable[..., ModelProgram]
@@ -44,36 +44,36 @@ class Request:
     config: CacheConfig
     num_steps: int | None
 
-    def first_step(self, loaded: RunnableProgram) -> list[Any]:
+    def first_step(self, runnable: RunnableProgram) -> list[Any]:
         """Run a program on this call, on a fresh state at step 0, and return all that its graph returns."""
-        state = loaded.fresh(loaded.symbols(self.key) or {})
+        state = runnable.fresh(runnable.symbols(self.key) or {})
         try:
-            parameters = loaded.parameters(self.config, self.num_steps)
+            parameters = runnable.parameters(self.config, self.num_steps)
         except ConfigError:  # the number of steps is not known yet; outputs do not depend on it
-            parameters = loaded.parameters(self.config, 2)
+            parameters = runnable.parameters(self.config, 2)
         with torch.no_grad():
-            return list(loaded.eager[loaded.kind(state)](*loaded.operands(self.reference.inputs(), state, parameters)))
+            return list(runnable.eager[runnable.kind(state)](*runnable.operands(self.reference.inputs(), state, parameters)))
 
 
 class Trial:
-    """Makes a program of a capture and runs it, so that what is checked is what will run."""
+    """Makes a program of a capture and runs it, so that the check covers what will run."""
 
     def __init__(self, make: Callable[[ModelProgram], RunnableProgram], request: Request) -> None:
         self._make, self._request = make, request
-        self.loaded: RunnableProgram | None = None
+        self.runnable: RunnableProgram | None = None
         self.first: list[Any] | None = None
         self.error: NoBlocksFoundError | UnsupportedGraphError | None = None
 
     def run(self, captured: ModelProgram) -> list[Any]:
         """Return the model's outputs as the finished graph returns them, or the captured one if no program can be made of it."""
-        self.loaded = self.first = self.error = None
+        self.runnable = self.first = self.error = None
         try:
-            self.loaded = self._make(captured)
+            self.runnable = self._make(captured)
         except (NoBlocksFoundError, UnsupportedGraphError) as error:
             self.error = error  # which may be due to a wrong capture
             return list(captured.fresh().compute(*self._request.reference.inputs()))
-        self.first = self._request.first_step(self.loaded)
-        return self.first[: self.loaded.program.signature.out_spec.num_leaves]
+        self.first = self._request.first_step(self.runnable)
+        return self.first[: self.runnable.program.signature.out_spec.num_leaves]
 
     def result(self, captured: ModelProgram) -> tuple[RunnableProgram, list[Any] | None]:
         """Return the program, and what its graph returned if it was checked.
@@ -83,4 +83,4 @@ class Trial:
         """
         if self.error is not None:
             raise self.error
-        return self.loaded or self._make(captured), self.first
+        return self.runnable or self._make(captured), self.first

@@ -1,4 +1,4 @@
-"""Noticing before every call, and cheaply, that a model is no longer the one that was captured."""
+"""Detect before every call, at low cost, that a model is no longer the one that was captured."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bwcache_compile.errors import ConfigError
+from bwcache_compile.runtime.hooks import HOOK_REGISTRY, is_only_empty_registry, refuse_hooks
 
 _STANDARD = frozenset(vars(nn.Module())) - {"training"}
-"""What every module has; the registries among it are looked into."""
+"""Attributes that every module has; the entries of `_REGISTRIES` are watched, and no other of these."""
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 _OPAQUE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType, *_CONSTANTS)
-
-_REGISTRY = "_diffusers_hook"
-"""Where diffusers keeps a module's hooks; a pipeline leaves it behind after a run, with or without any."""
 
 _GLANCE = 1000
 """Most that one glance compares, in units of about 20 ns."""
@@ -31,34 +28,8 @@ _version = attrgetter("_version")
 _data_ptr = Tensor.data_ptr
 
 
-def refuse_hooks(model: nn.Module) -> None:
-    """Refuse a model whose weights come and go, or whose modules are wrapped by other libraries' hooks.
-
-    Raises:
-        ConfigError: A parameter has no data here, or accelerate or diffusers put a hook on a module.
-    """
-    kind = type(model).__name__
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ConfigError(
-                f"parameter {name} of {kind} is on the meta device: an offload hook moves its data in and out, and a captured"
-                " graph would keep copies of it. Place the whole model on one device first."
-            )
-    for name, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)
-        registry = getattr(module, _REGISTRY, None)
-        hooks = [hook, *(getattr(registry, "hooks", None) or {}).values()]
-        kinds = [type(h).__name__ for h in hooks if h is not None]
-        if kinds:
-            raise ConfigError(
-                f"{f'module {name}' if name else 'the top module'} of {kind} has a hook on its forward ({', '.join(kinds)})."
-                " Offloading, casting and other caches use such hooks; a captured graph would skip them or keep copies of the"
-                " weights. Remove the hook first (for offloading: place the whole model on one device)."
-            )
-
-
 def _same(old: Any, new: Any) -> bool:
-    """Whether two values are one, or equal constants, or containers of such: exporting a model copies its containers."""
+    """Whether two values are the same object, equal constants, or containers of these: exporting a model copies its containers."""
     if new is old:
         return True
     if type(new) is not type(old):
@@ -73,7 +44,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 class _Part:
-    """What is watched of some of a model's modules: tables by size, places by identity, tensors by writes and address."""
+    """Watches some modules of a model: dictionaries and lists by length, their entries by identity, tensors by writes and address."""
 
     def __init__(self) -> None:
         self.table_names: list[str] = []
@@ -82,7 +53,7 @@ class _Part:
         self.tensors: list[tuple[str, Tensor]] = []
 
     def accept(self) -> None:
-        """Take everything for unchanged."""
+        """Accept the present state as unchanged."""
         self._empty = [table for table in self.tables if not table]
         self._filled = [table for table in self.tables if table]
         self._sizes = list(map(len, self._filled))
@@ -103,7 +74,7 @@ class _Part:
         return list(map(_version, self._counted)), list(map(_data_ptr, self._placed))
 
     def moved(self) -> bool:
-        """Whether something may be another object, or there are more or fewer."""
+        """Whether an entry may be another object, or there are more or fewer entries."""
         return (
             any(self._empty)
             or list(map(len, self._filled)) != self._sizes
@@ -274,7 +245,7 @@ class ModelWatch:
                     other.setdefault(name, table.get(key))
         for part in self._parts:
             for name, table, (size, entries) in zip(part.table_names, part.tables, part.was, strict=True):
-                if len(table) != size and not _only_empty_registry(table, entries):
+                if len(table) != size and not is_only_empty_registry(table, entries):
                     other.setdefault(name, table)
         return other
 
@@ -295,13 +266,6 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return [entry for entry in entries if isinstance(entry, Tensor)]
 
 
-def _only_empty_registry(table: Any, entries: frozenset[Any]) -> bool:
-    """Whether all that is new is diffusers' registry of hooks without a hook, which a pipeline leaves behind after a run."""
-    if not isinstance(table, dict) or table.keys() - entries != {_REGISTRY} or entries - table.keys():
-        return False
-    return not getattr(table[_REGISTRY], "hooks", None)
-
-
 def address_of(parameter: Tensor) -> int:
     """Return where a tensor lies in memory; 0 for one without memory of its own."""
     try:
@@ -315,8 +279,8 @@ def _kind(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 
 def _inside(name: str, value: Any) -> Iterator[Any]:
-    """Yield what a module's attribute holds other things in: itself, or the attributes of a plain object."""
-    if name == _REGISTRY:
+    """Yield the containers of a module's attribute: the attribute itself, or the dictionary of a plain object."""
+    if name == HOOK_REGISTRY:
         yield getattr(value, "hooks", {})  # the rest is filled in as pipelines run
     elif isinstance(value, (dict, list)):
         yield value

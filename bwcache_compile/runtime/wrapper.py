@@ -1,4 +1,4 @@
-"""Standing in for a module without becoming another one."""
+"""Wrap a module, so that the wrapper can be used wherever the module was."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ModelWrapper(nn.Module):
         values = self.__dict__
         values["_parameters"], values["_buffers"], values["_modules"] = original._parameters, original._buffers, original._modules
         values["training"] = original.training
-        values["_original"] = original  # past `__setattr__`: as a submodule it would prefix every name in the state dict
+        values["_original"] = original  # bypasses `__setattr__`: as a submodule it would prefix every name in the state dict
         values["_is_torch_compile"] = False  # torch.compile marks what it is given; on the original it would pass for a change
         values["_sealed"] = False
 
@@ -107,10 +107,10 @@ class ModelWrapper(nn.Module):
         return announced
 
     def _changed(self) -> None:
-        """Called after the original may have changed where nothing counts it."""
+        """Called after the original may have changed in a way that no version counter shows."""
 
     def _touched(self) -> None:
-        """Called after the original may have changed where looking at it tells."""
+        """Called after the original may have changed in a way that `ModelWatch` detects."""
 
     def _apply(self, *args: Any, **kwargs: Any) -> ModelWrapper:
         """Move or cast the original, as `half()` and `cuda()` do."""

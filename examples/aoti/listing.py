@@ -42,7 +42,13 @@ def lines(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[tuple[Any, .
         yield "slot", slot.name, slot.fill, *layout(slot.dtype, slot.shape, slot.order)
     values = config.policy_values(config.steps or 50)
     for policy, value in zip(policy_inputs(config), values.values(), strict=True):
-        yield "policy", policy.name, policy.dtype, 1, policy.length, 0, *value
+        rows = [row if isinstance(row, tuple) else (row,) for row in value]
+        yield (
+            "policy",
+            policy.name,
+            *layout(policy.dtype, policy.shape, range(len(policy.shape))),
+            *(number for row in rows for number in row),
+        )
     for kind, graph in manifest.graphs.items():
         yield "graph", kind, graph.file
         for name in graph.weights or ():

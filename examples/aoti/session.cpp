@@ -116,7 +116,7 @@ struct Session {
         std::vector<double> values;
         const Layout layout(line);
         while (line >> word) values.push_back(std::stod(word));
-        policy[name] = at::tensor(values, at::kDouble).to(layout.dtype).to(device);
+        policy[name] = at::tensor(values, at::kDouble).to(layout.dtype).view(layout.shape).to(device);
       } else if (what == "graph") {
         line >> word;
         graph = name;

@@ -1,4 +1,4 @@
-// Which step of which generation a call is, and whether it reuses: bwcache_compile/stepping.py in C++, rule by rule.
+// Which step of which generation a call is, and whether it reuses: bwcache_compile/stepping.py and clock.py in C++, rule by rule.
 // A test runs both on the same scripts of calls (tests/exporters/test_stepping_cpp.py). Needs the standard library alone.
 
 #pragma once

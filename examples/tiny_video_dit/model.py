@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from data import FRAMES, SIZE, TOKEN_WIDTH
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 GUIDANCE = 2.5
 SHIFT = 2.0
+
+Solver = Literal["euler", "unipc"]
 
 
 def build() -> WanTransformer3DModel:
@@ -58,9 +60,23 @@ def draw_noise(clips: int, seed: int) -> Tensor:
     return torch.randn(clips, 3, FRAMES, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
+def scheduler_of(solver: Solver, steps: int) -> Any:
+    """Return diffusers' scheduler of a solver with its timesteps set: Euler, or UniPC of order 2, which Wan pipelines use."""
+    if solver == "euler":
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT)
+    else:
+        scheduler = UniPCMultistepScheduler(
+            num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
+        )
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
 @torch.no_grad()
-def sample(model: Any, tokens: Tensor, noise: Tensor, steps: int, on_step: Callable[[], None] = lambda: None) -> Tensor:
-    """Generate clips with Euler steps and classifier-free guidance, two calls a step, as a diffusers pipeline does.
+def sample(
+    model: Any, tokens: Tensor, noise: Tensor, steps: int, on_step: Callable[[], None] = lambda: None, solver: Solver = "euler"
+) -> Tensor:
+    """Generate clips with classifier-free guidance, two calls a step, as a diffusers pipeline does.
 
     Args:
         model: The model, or a cached or compiled form of it.
@@ -68,21 +84,23 @@ def sample(model: Any, tokens: Tensor, noise: Tensor, steps: int, on_step: Calla
         noise: float32[B, 3, FRAMES, SIZE, SIZE], see `draw_noise`.
         steps: Denoising steps.
         on_step: Called after each step, for a progress bar.
+        solver: How the latents move from step to step.
 
     Returns:
         float32[B, 3, FRAMES, SIZE, SIZE] in [-1, 1].
     """
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT)
-    scheduler.set_timesteps(steps)
+    scheduler = scheduler_of(solver, steps)
     latents, nothing = noise, torch.zeros_like(tokens)
     context = getattr(model, "_orig_mod", model).cache_context
-    for timestep in scheduler.timesteps:
-        time, noisy = timestep.expand(len(latents)), with_coordinates(latents)
-        with context("cond"):
+    for index, timestep in enumerate(scheduler.timesteps):
+        time, noisy = timestep.float().expand(len(latents)), with_coordinates(latents)
+        sigma = scheduler.sigmas[index]
+        known = {"step_index": index, "sigma": sigma, "num_inference_steps": steps}
+        with context("cond", **known):
             conditioned = model(noisy, time, tokens, return_dict=False)[0]
-        with context("uncond"):
+        with context("uncond", **known):
             free = model(noisy, time, nothing, return_dict=False)[0]
         clean = free + GUIDANCE * (conditioned - free)
-        latents = scheduler.step((latents - clean) / (timestep / 1000), timestep, latents, return_dict=False)[0]
+        latents = scheduler.step((latents - clean) / sigma, timestep, latents, return_dict=False)[0]
         on_step()
     return latents.clamp(-1, 1)

@@ -16,6 +16,10 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from bwcache_compile.calibration import OutputCut, PlanEntry
+from bwcache_compile.calibration.generation import Generation, StandIn, table_rule
+from bwcache_compile.calibration.recording import Recorder
+
 Make = Callable[[int], Any]
 
 
@@ -98,3 +102,8 @@ def sample(
                 y = free + guidance * (y - free)
         x = scheduler.step(y, time, x, return_dict=False, **more)[0]
     return x
+
+
+def replay(model: nn.Module, entry: PlanEntry) -> nn.Module:
+    """Return a stand-in that runs one generation by an entry of a plan, without graphs."""
+    return StandIn(Generation(OutputCut(model, len(entry.weights[0])), Recorder(), entry.mask, table_rule(entry.weights)))

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import bwcache_compile as bw
-from bwcache_compile.calibration import OutputCut, replay
+from bwcache_compile.calibration import OutputCut
 from bwcache_compile.calibration.evaluate import Evaluator, fixed_rule
-from bwcache_compile.calibration.generation import Generation, StandIn
+from bwcache_compile.calibration.generation import Generation, StandIn, table_rule
 from bwcache_compile.calibration.quality import psnr
 from bwcache_compile.calibration.recording import Recorder
-from tests.calibration.helpers import SCHEDULERS, Denoiser, prompt, sample
+from bwcache_compile.runtime.fingerprint import model_identity
+from tests.calibration.helpers import SCHEDULERS, Denoiser, prompt, replay, sample
 from tests.calibration.test_sampler_map import WAYS
 from tests.models import OneStream
 
@@ -35,13 +36,13 @@ def test_a_fitted_plan_beats_the_linear_rule(solver: str, way: str) -> None:
     full = reference(model, make)
     for entry in plan.entries:
         assert entry.rule == "fitted"
-        assert psnr(make(replay(model, plan, entry)), full) == pytest.approx(entry.psnr, abs=0.1)
+        assert psnr(make(replay(model, entry)), full) == pytest.approx(entry.psnr, abs=0.1)
         linear = Evaluator(OutputCut(model), make).run(entry.mask, fixed_rule("linear"))[1]
         assert entry.psnr > linear + 3
         assert all(
             sum(row) == pytest.approx(0 if computed else 1, abs=1e-6) for row, computed in zip(entry.weights, entry.mask, strict=True)
         )
-    plan.check_model(model)
+    assert plan.provenance.model == model_identity(model)
 
 
 def reference(model: nn.Module, make: Callable[[nn.Module], Tensor]) -> Tensor:
@@ -65,7 +66,7 @@ def test_calibration_is_deterministic() -> None:
 def test_what_a_plan_says_of_its_origin() -> None:
     plan = bw.calibrate(Denoiser(), generate("unipc", guidance=2.5, named=True), budgets=(0.5,), progress=False)
     made = plan.provenance
-    assert (made.model, made.dtype, made.contexts, made.cut) == ("Denoiser", "float32", ("cond", "uncond"), "output")
+    assert (made.model, made.contexts, made.cut) == (model_identity(Denoiser()), ("cond", "uncond"), "output")
     assert made.timesteps == tuple(map(float, SCHEDULERS["unipc"](STEPS).timesteps))
     assert made.sampler.startswith("sampler recovered from 3 steps")
 
@@ -152,7 +153,7 @@ def test_fewer_plain_steps_are_compared() -> None:
         ({"effort": "some"}, r"^effort must be one of 'quick', 'thorough', got 'some'\.$"),
         ({"budgets": ()}, r"^budgets is empty\."),
         ({"budgets": (2.0,)}, r"^a budget is the share of computed steps"),
-        ({"anchors": 0}, r"^anchors must be at least 1, got 0\.$"),
+        ({"anchors": 0}, r"^anchors is 0; a calibration combines 2 to 8 computed steps\.$"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -177,26 +178,10 @@ def test_generate_must_make_as_many_steps_each_time() -> None:
 def test_the_stand_in_looks_like_the_model() -> None:
     model = Denoiser()
     plan = bw.calibrate(model, generate(), budgets=(0.5,), progress=False)
-    stand_in = replay(model, plan, plan.at(budget=0.5))
+    stand_in = replay(model, plan.entry(budget=0.5))
     assert isinstance(stand_in, Denoiser)
     assert stand_in.calls == model.calls
     assert set(stand_in.state_dict()) == set(model.state_dict())
-
-
-def test_a_plan_is_refused_where_it_does_not_belong() -> None:
-    model = Denoiser()
-    plan = bw.calibrate(model, generate(guidance=2.5, named=True), budgets=(0.5,), progress=False)
-    entry = plan.at(budget=0.5)
-    with pytest.raises(bw.StateError, match=r"^this plan was calibrated for a model of class Denoiser, got Linear\."):
-        replay(nn.Linear(2, 2), plan, entry)
-    with pytest.raises(bw.StateError, match=r"^this plan was calibrated with time \d+\.?\d* at step 1, but this run has "):
-        sample(replay(model, plan, entry), SCHEDULERS["euler"], STEPS + 8, guidance=2.5, named=True)
-    with pytest.raises(
-        bw.StateError, match=r"^call 1 of this generation is in context 'cond', but the first generation had a call in context 'uncond'\."
-    ):
-        sample(replay(model, plan, entry), SCHEDULERS["euler"], STEPS, named=True)
-    with pytest.raises(bw.StateError, match=r"^this plan was calibrated with time "):
-        sample(replay(model, plan, entry), SCHEDULERS["ddim"], STEPS, guidance=2.5, named=True)
 
 
 class HiddenCut:
@@ -227,14 +212,15 @@ def test_other_cuts_are_calibrated_too() -> None:
     assert (plan.provenance.cut, plan.anchors) == ("blocks", 3)
     linear = Evaluator(HiddenCut(model), make).run(entry.mask, fixed_rule("linear"))[1]
     assert entry.psnr > linear + 3
-    assert psnr(make(replay(HiddenCut(model), plan, entry)), reference(model, make)) == pytest.approx(entry.psnr, abs=0.1)
+    stand_in = StandIn(Generation(HiddenCut(model), Recorder(), entry.mask, table_rule(entry.weights)))
+    assert psnr(make(stand_in), reference(model, make)) == pytest.approx(entry.psnr, abs=0.1)
 
 
 def test_half_precision_is_calibrated() -> None:
     model, make = Denoiser().bfloat16(), generate(guidance=2.5)
     plan = bw.calibrate(model, make, budgets=(0.5,), progress=False)
     (entry,) = plan.entries
-    assert plan.provenance.dtype == "bfloat16"
+    assert plan.provenance.model.startswith("Denoiser, bfloat16, ")
     assert plan.provenance.sampler == "sampler recovered from 1 step (within the rounding of the latents)"
     assert entry.psnr >= Evaluator(OutputCut(model), make).run(entry.mask, fixed_rule("linear"))[1]
 
@@ -252,13 +238,13 @@ def test_a_cached_model_is_calibrated_like_the_model_that_it_caches() -> None:
     with torch.no_grad():
         plan = bw.calibrate(cached, make, budgets=(0.5,), progress=False)
         assert plan.entries == bw.calibrate(model, make, budgets=(0.5,), progress=False).entries
-    assert plan.provenance.model == "OneStream"
+    assert plan.provenance.model.startswith("OneStream, float32, ")
 
 
 def test_a_compiled_model_is_calibrated(capsys: pytest.CaptureFixture[str]) -> None:
     model = Denoiser()
     plan = bw.calibrate(torch.compile(model, backend="eager"), generate(), budgets=(0.5,))  # type: ignore[arg-type]
-    assert plan.provenance.model == "Denoiser"
+    assert plan.provenance.model.startswith("Denoiser, float32, weights ")
     assert "recording 0.00 MiB per step on the host (latents and 1 output); 50 steps take 0 MiB" in capsys.readouterr().err
 
 
@@ -280,7 +266,5 @@ def test_guidance_at_some_steps_only() -> None:
     (entry,) = plan.entries
     assert entry.rule == "fitted"
     assert plan.provenance.contexts == ("cond", "uncond")
-    assert [name for step, name in plan.provenance.calls if step == 2] == ["cond"]
-    assert [name for step, name in plan.provenance.calls if step == 3] == ["cond", "uncond"]
     assert entry.psnr > 40
-    assert psnr(make(replay(model, plan, entry)), reference(model, make)) == pytest.approx(entry.psnr, abs=0.1)
+    assert psnr(make(replay(model, entry)), reference(model, make)) == pytest.approx(entry.psnr, abs=0.1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ import torch
 
 import bwcache_compile as bw
 from bwcache_compile.calibration import PlanEntry, Provenance
-from bwcache_compile.calibration.plan import fingerprint
 from bwcache_compile.calibration.rules import rule_table
+from bwcache_compile.runtime.fingerprint import model_identity
 from tests.calibration.helpers import Denoiser
 
 
@@ -22,18 +21,15 @@ def entry(mask: tuple[bool, ...], psnr: float, fewer: float | None = None) -> Pl
 def plan(model: Denoiser) -> bw.CalibrationPlan:
     entries = (entry((True, False, True, True), 40.0), entry((True, False, False, True), 30.0, 31.5))
     made = Provenance(
-        "Denoiser",
-        fingerprint(model),
-        "float32",
+        model_identity(model),
         (900.0, 600.0, 300.0, 100.0),
         ("cond", "uncond"),
-        ((0, "cond"), (0, "uncond")),
         "output",
-        2**19,
         "known",
         1,
         3.5,
         {"torch": "2"},
+        2**19,
     )
     return bw.CalibrationPlan(entries, made)
 
@@ -50,26 +46,26 @@ def test_a_plan_is_printed_as_a_frontier() -> None:
 def test_targets() -> None:
     made = plan(Denoiser())
     best, fast = made.entries
-    assert made.at(budget=0.75) is best
-    assert made.at(budget=0.51) is fast
-    assert made.at(psnr=29) is fast
-    assert made.at(psnr=35) is best
-    assert made.at(speedup=1.2) is best
-    assert made.at(speedup=1.5) is fast
-    with pytest.raises(bw.ConfigError, match=r"^at\(\) takes exactly one of budget, psnr and speedup, got none\.$"):
-        made.at()
+    assert made.entry(budget=0.75) is best
+    assert made.entry(budget=0.51) is fast
+    assert made.entry(psnr=29) is fast
+    assert made.entry(psnr=35) is best
+    assert made.entry(speedup=1.2) is best
+    assert made.entry(speedup=1.5) is fast
+    with pytest.raises(bw.ConfigError, match=r"^exactly one target is needed of budget, psnr and speedup, got none\.$"):
+        made.entry()
     with pytest.raises(bw.ConfigError, match=r"got budget, psnr\.$"):
-        made.at(budget=0.5, psnr=30)
+        made.entry(budget=0.5, psnr=30)
 
 
 def test_what_cannot_be_reached_gets_the_nearest_entry_and_the_frontier() -> None:
     made = plan(Denoiser())
     with pytest.warns(bw.CacheWarning, match=r"no entry of this plan meets psnr=50; the nearest one computes 3 of 4 steps(.|\n)*#\.##"):
-        assert made.at(psnr=50) is made.entries[0]
+        assert made.entry(psnr=50) is made.entries[0]
     with pytest.warns(bw.CacheWarning, match=r"no entry of this plan meets speedup=3; the nearest one computes 2 of 4 steps"):
-        assert made.at(speedup=3) is made.entries[1]
+        assert made.entry(speedup=3) is made.entries[1]
     with pytest.warns(bw.CacheWarning, match=r"no entry of this plan meets budget=0\.1;"):
-        assert made.at(budget=0.1) is made.entries[1]
+        assert made.entry(budget=0.1) is made.entries[1]
 
 
 def test_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -96,29 +92,20 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, old: str, new: str, m
         bw.CalibrationPlan.load(path)
 
 
-def test_another_model_is_refused() -> None:
+def test_an_entry_as_settings() -> None:
     model = Denoiser()
-    made = plan(model)
-    made.check_model(model)
-    made.check_model(torch.compile(model, backend="eager"))  # type: ignore[arg-type]
-    with pytest.raises(bw.StateError, match=r"for a model of class Denoiser, got Linear\. Calibrate this model\.$"):
-        made.check_model(torch.nn.Linear(2, 2))
-    with pytest.raises(bw.StateError, match=r"of dtype float32, got float16"):
-        made.check_model(Denoiser().half())
-    other = Denoiser()
+    config = plan(model).at(0.5)
+    assert (config.policy, config.reuse, config.anchors, config.cut) == ("static", "linear", 2, "output")
+    assert config.steps_mask == (0, 1, 1, 0)
+    assert config.weights == (None, (1.0, 0.0), (1.0, 0.0), None)
+    assert config.timesteps == (900.0, 600.0, 300.0, 100.0)
+    assert config.calibrated_for == model_identity(model)
+
+
+def test_a_model_is_told_by_its_weights() -> None:
+    model, other = Denoiser(), Denoiser()
+    assert model_identity(model) == model_identity(other)
     with torch.no_grad():
         other.leave.weight.mul_(1.01)
-    with pytest.raises(bw.StateError, match=r"for a Denoiser with other weights"):
-        made.check_model(other)
-
-
-def test_another_run_is_refused() -> None:
-    made = plan(Denoiser())
-    made.check_run(timesteps=(900, 600, 301, 100), contexts=("cond", "uncond"))
-    with pytest.raises(bw.StateError, match=r"with time 600 at step 1, but this run has 700"):
-        made.check_run(timesteps=(900, 700, 300, 100))
-    with pytest.raises(bw.StateError, match=r"for 4 steps, but this run has 3"):
-        made.check_run(timesteps=(900, 600, 300))
-    with pytest.raises(bw.StateError, match=r"with the contexts cond, uncond, but this run has default"):
-        made.check_run(contexts=("default",))
-    dataclasses.replace(made, provenance=dataclasses.replace(made.provenance, timesteps=())).check_run(timesteps=(1, 2, 3))
+    assert model_identity(model) != model_identity(other)
+    assert model_identity(Denoiser().half()).startswith("Denoiser, float16, weights ")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from bwcache_compile.clock import TimeInput
 from bwcache_compile.errors import StateError
-from bwcache_compile.stepping import StepInfo, TimeInput, Tracker
+from bwcache_compile.stepping import StepInfo, Tracker
 
 ROOT = Path(__file__).parents[2]
 Call = tuple[StepInfo, bool, str, dict[str, TimeInput]]

@@ -74,6 +74,15 @@ def policy_inputs(program: ModelProgram, **changes: float) -> list[Tensor]:
     return [torch.tensor(MASK[:steps])] if steps else policy_values(**changes)
 
 
+def way_inputs(program: ModelProgram) -> list[Tensor]:
+    """Return what a reused step takes of the settings, in order."""
+    settings = program.planned().settings
+    mask = MASK[: settings.mask_steps] or None
+    config = CacheConfig(reuse=settings.reuse, policy="static" if mask else "schedule", steps_mask=mask)
+    values = settings.way.values(config) if settings.way.values else {}
+    return [torch.tensor(values[p.name], dtype=getattr(torch, p.dtype)) for p in settings.way.parameters]
+
+
 def run(program: ModelProgram, *args: Tensor, step: int = 0) -> list[Tensor]:
     """Run the graph as far as it is built, and return everything that it returns; the state is fresh."""
     slots = [fresh(program.planned())[name] for name in program.compute_slots]
@@ -96,7 +105,7 @@ def compute(program: ModelProgram, args: tuple[Tensor, ...], state: dict[str, Te
 def reuse(program: ModelProgram, args: tuple[Tensor, ...], state: dict[str, Tensor], step: int) -> list[Tensor]:
     """Run the graph of a reused step on a state, and check that it leaves the state alone."""
     slots = [state[name].clone() for name in program.reuse_slots]
-    outputs = list(program.reuse(*(arg.clone() for arg in args), *slots, torch.tensor([step])))
+    outputs = list(program.reuse(*(arg.clone() for arg in args), *slots, *way_inputs(program), torch.tensor([step])))
     for value in outputs:
         value.mul_(0.5).mul_(2)  # a caller may write to what it was given
     assert same(slots, [state[name] for name in program.reuse_slots])

@@ -39,9 +39,9 @@ def test_residual() -> None:
         """\
 @@ insert_cache
 +keep_0: f32[1, 6, 8] = call(keep_0, region_0, linear)
-+  output_1: f32[1, 6, 8] = input
-+  source_1: f32[1, 6, 8] = input
-+  sub: f32[1, 6, 8] = sub(output_1, source_1)
++  arg0_1: f32[1, 6, 8] = input
++  arg1_1: f32[1, 6, 8] = input
++  sub: f32[1, 6, 8] = sub(arg0_1, arg1_1)
 +  return sub
 +copy__default: f32[1, 6, 8] = copy_(cache.output_0, keep_0)""",
     )
@@ -64,7 +64,7 @@ def test_taylor() -> None:
 +  _to_copy: f32[1] = _to_copy(step_1, dtype=torch.float32)
 +  cat: f32[2] = cat([slice_1, _to_copy])
 +  view_1: f32[1, 2] = view(cat, [1, 2])
-+  slice_2: f32[1, 2] = slice(kept_times_1, 0, 0, 1)
++  slice_2: f32[1, 2] = slice(kept_times_1, 0, 0, -1)
 +  cat_1: f32[2, 2] = cat([view_1, slice_2])
 +  return cat_1
 +copy__default_2: f32[2, 2] = copy_(cache.times, keep_shared)""",

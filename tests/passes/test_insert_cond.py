@@ -20,7 +20,7 @@ from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes import CACHE_PIPELINE, GUARD_PIPELINE, run_pipeline
 from bwcache_compile.passes.insert_cond import insert_cond
 from tests.models import Block, Exposed, Functional, InPlace, Interleaved, OneStream, PostNorm, Refined, Tiny, TwoStream
-from tests.passes.helpers import MASK, WAYS, eager, folded, fresh, models, planned, policy_inputs, policy_values, reuse, same
+from tests.passes.helpers import MASK, WAYS, eager, folded, fresh, models, planned, policy_inputs, policy_values, reuse, same, way_inputs
 from tests.reference import BlockOracle
 
 STATIC = {"policy": "static", "steps_mask": MASK}
@@ -42,7 +42,7 @@ def step_once(
     """Run the guarded graph; return what it returns besides the state, and the next state. Its operands stay as they are."""
     values = policy_inputs(program, **policy)
     before = [slot.clone() for slot in state]
-    returned = list(program.guarded(*(arg.clone() for arg in args), *state, *values, torch.tensor([step])))
+    returned = list(program.guarded(*(arg.clone() for arg in args), *state, *values, *way_inputs(program), torch.tensor([step])))
     assert same(before, state)
     users = program.signature.out_spec.num_leaves
     following = returned[users : users + len(state)]

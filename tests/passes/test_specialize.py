@@ -59,48 +59,85 @@ return linear_6""",
 
 def test_taylor() -> None:
     assert_expected_inline(
-        format_graph(specialized(OneStream(depth=2), reuse="taylor").reuse),
+        format_graph(specialized(OneStream(depth=2), reuse="taylor").reuse).replace("_times, ", "_times,\n    "),
         """\
 x: f32[1, 6, 4] = input
 t: f32[1] = input
 cache_in_output_0: f32[1, 6, 8] = input
 cache_in_previous_0: f32[1, 6, 8] = input
 cache_in_times: f32[2, 2] = input
+policy_weights: f32[1, 2] = input
+policy_anchor_steps: f32[1, 2] = input
+policy_order: i64[1] = input
+policy_damping: f32[1] = input
 step: i64[1] = input
-reuse_0: f32[1, 6, 8] = call(reuse_0, cache_in_output_0, cache_in_previous_0, cache_in_times, t, step)
+reuse_0: f32[1, 6, 8] = call(reuse_0, cache_in_output_0, cache_in_previous_0, t, step, cache_in_times,
+    policy_weights, policy_anchor_steps, policy_order, policy_damping)
   arg0_1: f32[1, 6, 8] = input
   arg1_1: f32[1, 6, 8] = input
-  arg2_1: f32[2, 2] = input
-  arg3_1: f32[1] = input
-  arg4_1: i64[1] = input
-  view: f32[1] = view(arg3_1, [-1])
+  arg2_1: f32[1] = input
+  arg3_1: i64[1] = input
+  arg4_1: f32[2, 2] = input
+  arg5_1: f32[1, 2] = input
+  arg6_1: f32[1, 2] = input
+  arg7_1: i64[1] = input
+  arg8_1: f32[1] = input
+  view: f32[1] = view(arg2_1, [-1])
   slice_1: f32[1] = slice(view, 0, 0, 1)
-  _to_copy: f32[1] = _to_copy(arg4_1, dtype=torch.float32)
+  clamp: i64[1] = clamp(arg3_1, None, 0)
+  index: f32[1, 2] = index(arg6_1, [clamp])
+  select: f32[2] = select(arg4_1, 1, 1)
+  nan_to_num: f32[2] = nan_to_num(select, -1.0)
+  eq: b8[1, 2] = eq(index, nan_to_num)
+  all_1: b8[] = all(eq)
+  index_1: f32[1, 2] = index(arg5_1, [clamp])
+  view_1: f32[2] = view(index_1, [-1])
+  _to_copy: f32[1] = _to_copy(arg3_1, dtype=torch.float32)
   cat: f32[2] = cat([slice_1, _to_copy])
-  select: f32[2] = select(arg2_1, 0, 0)
-  sub: f32[2] = sub(cat, select)
-  select_1: f32[2] = select(arg2_1, 0, 0)
-  select_2: f32[2] = select(arg2_1, 0, 1)
-  sub_1: f32[2] = sub(select_1, select_2)
-  div: f32[2] = div(sub, sub_1)
-  select_3: f32[] = select(div, 0, 0)
-  abs_1: f32[] = abs(select_3)
-  ne: b8[] = ne(abs_1, inf)
-  eq: b8[] = eq(select_3, select_3)
-  mul: b8[] = mul(eq, ne)
-  select_4: f32[] = select(div, 0, 0)
-  select_5: f32[] = select(div, 0, 1)
-  where: f32[] = where(mul, select_4, select_5)
-  abs_2: f32[] = abs(where)
-  ne_1: b8[] = ne(abs_2, inf)
-  eq_1: b8[] = eq(where, where)
-  mul_1: b8[] = mul(eq_1, ne_1)
-  zeros_like: f32[] = zeros_like(where, pin_memory=False)
-  where_1: f32[] = where(mul_1, where, zeros_like)
-  sub_2: f32[1, 6, 8] = sub(arg0_1, arg1_1)
-  mul_2: f32[1, 6, 8] = mul(where_1, sub_2)
-  add: f32[1, 6, 8] = add(arg0_1, mul_2)
-  return add
+  select_1: f32[2] = select(arg4_1, 1, 1)
+  eq_1: b8[2] = eq(select_1, select_1)
+  sum_1: i64[] = sum(eq_1)
+  sub: i64[] = sub(sum_1, 1)
+  minimum: i64[1] = minimum(arg7_1, sub)
+  sub_1: i64[1] = sub(minimum, 1)
+  clamp_1: i64[1] = clamp(sub_1, 0)
+  cat_1: i64[2] = cat([minimum, clamp_1])
+  arange: i64[2] = arange(2, device=cpu, pin_memory=False)
+  view_2: i64[2, 1] = view(cat_1, [-1, 1])
+  gt: b8[2, 2] = gt(arange, view_2)
+  unsqueeze: b8[2, 1, 2] = unsqueeze(gt, 1)
+  view_3: i64[2, 1] = view(arange, [-1, 1])
+  eq_2: b8[2, 2] = eq(arange, view_3)
+  bitwise_or: b8[2, 2, 2] = bitwise_or(unsqueeze, eq_2)
+  sub_2: f32[2, 2] = sub(cat, arg4_1)
+  unsqueeze_1: f32[2, 1, 2] = unsqueeze(arg4_1, 1)
+  sub_3: f32[2, 2, 2] = sub(unsqueeze_1, arg4_1)
+  div: f32[2, 2, 2] = div(sub_2, sub_3)
+  unsqueeze_2: b8[2, 2, 2, 1] = unsqueeze(bitwise_or, 3)
+  scalar_tensor: f32[] = scalar_tensor(1.0, dtype=torch.float32, layout=torch.strided, device=cpu)
+  where: f32[2, 2, 2, 2] = where(unsqueeze_2, scalar_tensor, div)
+  unsqueeze_3: b8[2, 2, 1] = unsqueeze(gt, 2)
+  prod: f32[2, 2, 2] = prod(where, 2)
+  scalar_tensor_1: f32[] = scalar_tensor(0.0, dtype=torch.float32, layout=torch.strided, device=cpu)
+  where_1: f32[2, 2, 2] = where(unsqueeze_3, scalar_tensor_1, prod)
+  select_2: f32[2, 2] = select(where_1, 0, 0)
+  mul: f32[2, 2] = mul(arg8_1, select_2)
+  rsub: f32[1] = rsub(arg8_1, 1)
+  select_3: f32[2, 2] = select(where_1, 0, 1)
+  mul_1: f32[2, 2] = mul(rsub, select_3)
+  add: f32[2, 2] = add(mul, mul_1)
+  select_4: f32[2] = select(add, 1, 0)
+  select_5: f32[2] = select(add, 1, 1)
+  sub_4: f32[2] = sub(select_4, select_4)
+  eq_3: b8[2] = eq(sub_4, 0)
+  all_2: b8[] = all(eq_3)
+  where_2: f32[2] = where(all_2, select_4, select_5)
+  where_3: f32[2] = where(all_1, view_1, where_2)
+  select_6: f32[] = select(where_3, 0, 1)
+  sub_5: f32[1, 6, 8] = sub(arg1_1, arg0_1)
+  mul_2: f32[1, 6, 8] = mul(select_6, sub_5)
+  add_1: f32[1, 6, 8] = add(arg0_1, mul_2)
+  return add_1
 linear_6: f32[1, 6, 4] = linear(reuse_0, head.weight, head.bias)
 return linear_6""",
     )
@@ -251,7 +288,8 @@ def test_no_cached_block_is_left(model: Tiny, kind: str, last: int) -> None:
     assert [node.name for node in marked] == list(plan.regions[0].nodes), "the mark is there to be missed"
     assert op_counts(program.reuse)["linear"] < op_counts(program.compute)["linear"]
     inputs = [node.name for node in program.reuse.graph.find_nodes(op="placeholder")]
-    assert inputs == [*program.signature.inputs, *(f"cache_in_{name}" for name in program.reuse_slots), "step"]
+    taken = [f"policy_{parameter.name}" for parameter in plan.settings.way.parameters]
+    assert inputs == [*program.signature.inputs, *(f"cache_in_{name}" for name in program.reuse_slots), *taken, "step"]
     roles = {"output": ("output",), "residual": ("output",), "taylor": ("output", "previous", "times")}[kind]
     assert program.reuse_slots == tuple(slot.name for slot in plan.slots if slot.role in roles)
     check_hold(program, model)

@@ -120,7 +120,7 @@ def test_a_graph_and_its_function_launch_alike(name: str) -> None:
     inputs = tree_leaves(cached._call_parameters.bind((), call))
     for kind, module in loaded.modules.items():
         state = loaded.fresh({}) if kind == "compute" else loaded.fresh({}).computed(loaded.fresh({}).slots, 1)
-        operands = loaded.operands(inputs, state, () if kind == "reuse" else loaded.parameters(cached.cache_config, 8))
+        operands = loaded.operands(inputs, state, loaded.parameters(cached.cache_config, 8))
         with Launched() as by_module:
             expected = module(*operands)
         with Launched() as by_function:

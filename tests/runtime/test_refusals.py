@@ -50,7 +50,7 @@ class NumberedSteps(OneStream):
 
 
 def _shaping_setting(model: OneStream) -> None:
-    bw.transform(model, STATIC).configure(reuse="residual", threshold=0.1)
+    bw.transform(model, STATIC).policy_parameters(reuse="residual", threshold=0.1)
 
 
 REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
@@ -124,7 +124,8 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
         _shaping_setting,
         bw.ConfigError,
         "the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.\n  "
-        "Can be changed: calls_per_step, decide, num_steps, reuse_fraction, reuse_interval, steps_mask, tail, threshold, warmup_steps.",
+        "Can be changed: calibrated_for, calls_per_step, damping, decide, num_steps, order, reuse_fraction, reuse_interval, steps_mask,"
+        " tail, threshold, timesteps, warmup_steps, weights.",
     ),
 }
 

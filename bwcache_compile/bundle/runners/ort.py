@@ -135,7 +135,7 @@ class OrtRunner:
         except Exception as error:  # numpy's or onnxruntime's: no memory, or no such number
             raise BundleError(f"cannot allocate the cache slot {slot} ({dtype}, shape {shape}): {first_line(error)}") from error
 
-    def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
+    def vector(self, numbers: Sequence[Any], dtype: str) -> Any:
         """Return a new OrtValue on the host: onnxruntime copies what a graph reads elsewhere."""
         import onnxruntime as ort
 

@@ -65,10 +65,12 @@ class TorchTensors:
         except (RuntimeError, TypeError) as error:  # no memory, or no such shape
             raise BundleError(f"cannot allocate the cache slot {slot} ({dtype}, shape {shape}): {first_line(error)}") from error
 
-    def vector(self, numbers: Sequence[float | int], dtype: str) -> Any:
+    def vector(self, numbers: Sequence[Any], dtype: str) -> Any:
         """Return a new tensor on the device; a single number is filled in there, so that nobody waits for a copy."""
         settings: Any = {"dtype": getattr(torch, dtype), "device": self._device}
-        return torch.full((1,), numbers[0], **settings) if len(numbers) == 1 else torch.tensor(numbers, **settings)
+        if len(numbers) == 1 and isinstance(numbers[0], (int, float)):
+            return torch.full((1,), numbers[0], **settings)
+        return torch.tensor(numbers, **settings)
 
     def bytes(self, value: Any) -> int:
         """Return the size of a tensor."""

@@ -1,1 +1,1 @@
-"""From a graph to ONNX."""
+"""Export programs to ONNX."""

@@ -1,4 +1,8 @@
-"""Complex numbers as pairs of real ones: ONNX has no operators for them, and rotary embeddings are often written with them."""
+"""Rewrite complex tensors as real ones with a last dimension of 2: ONNX lacks complex operators, and rotary embeddings use them.
+
+torch.onnx does so for some operators, but onnxscript 0.7 has no complex form of `select`, `unsqueeze`, `expand`, `unbind`, `split`,
+`index` or `exp`, among others.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +37,10 @@ def _rank(value: Any) -> int | None:
 
 
 def _moving(name: str, value: Any, packet: Any, rank: int) -> Any:
-    """Return an argument as it is where each number has become a pair.
+    """Return an argument of an operator for operands in which each number has become a pair.
 
     Raises:
-        NotImplementedError: There is none.
+        NotImplementedError: The operator cannot treat pairs as it treats numbers.
     """
     if name in ("dim", "dim0", "dim1", "dims"):
         dimensions = [d % (rank + (packet in (aten.unsqueeze, aten.stack))) for d in pytree.tree_leaves(value)]
@@ -53,7 +57,7 @@ def _moving(name: str, value: Any, packet: Any, rank: int) -> Any:
 
 
 def _rewritten(graph: Graph, node: Node, ranks: dict[Node, int]) -> Node:
-    """Add what a node becomes before it, and return that.
+    """Insert the real form of a node before it, and return that.
 
     Raises:
         NotImplementedError: There is no rule for it.

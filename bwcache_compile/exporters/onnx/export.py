@@ -1,4 +1,4 @@
-"""From a cached program to a bundle of ONNX graphs."""
+"""Export a cached program as a bundle of ONNX graphs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def export_onnx(
                 writer.save(written[kind], folder / f"{kind}.onnx", weights)
             report = check_structure(plain, written)
             if guarded:
-                written["guarded"] = writer.guarded_graph(folder, guarded_io(program.io("compute")), len(manifest.measured))
+                io = guarded_io(program.io("compute"), program.io("reuse"))
+                written["guarded"] = writer.guarded_graph(folder, io, len(manifest.measured))
                 writer.save(written["guarded"], folder / "guarded.onnx", weights)
         for kind, graph in written.items():
             values = (graph.model.graph.inputs, graph.model.graph.outputs)
@@ -90,11 +91,13 @@ def export_onnx(
 
 
 def _check_onnx(program: ModelProgram, config: CacheConfig, bundle: Bundle, half: bool) -> dict[str, Any]:
-    """Run the graphs; where they compute in bfloat16, which the CPU provider does not, run them between casts to float32."""
+    """Check the graphs in ONNX Runtime; bfloat16 graphs run with casts to float32, since the CPU provider lacks bfloat16 kernels."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay in the file, mapped: no copy beside torch's
+    options.add_session_config_entry(
+        "session.disable_prepacking", "1"
+    )  # weights stay mapped from the file, without a second copy beside torch's
     report: dict[str, Any] = {}
     if half:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would fold casts of weights
@@ -111,14 +114,14 @@ def _check_onnx(program: ModelProgram, config: CacheConfig, bundle: Bundle, half
         for name, graph in kinds.items()
         if graph in bundle.manifest.graphs
     }
-    report |= check_runs(program, config, bundle.manifest, sessions, tolerance_of(program), functools.partial(_handed, widened=half))
+    report |= check_runs(program, config, bundle.manifest, sessions, tolerance_of(program), functools.partial(_to_session, widened=half))
     for path in bundle.folder.glob("stand_in.*"):
         path.unlink()
     return report
 
 
-def _handed(tensor: torch.Tensor, widened: bool) -> Any:
-    """Return a tensor as a session takes it: numpy has no bfloat16, and onnxruntime reads torch's; a stand-in takes float32."""
+def _to_session(tensor: torch.Tensor, widened: bool) -> Any:
+    """Return a tensor as a session takes it. numpy lacks bfloat16: such a tensor stays torch's, or is float32 for a stand-in."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16 and not widened:
         return tensor

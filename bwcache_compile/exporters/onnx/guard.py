@@ -1,4 +1,7 @@
-"""One ONNX graph that decides by itself, put together from the compute and the reuse graph."""
+"""Build one ONNX graph that contains the guard, an `If`, from the compute and the reuse graph.
+
+`onnx.compose` joins graphs one after the other; it does not make two graphs the branches of an `If` that share weights.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def _like(value: Any, name: str) -> Any:
 
 
 def _arm(model: ir.Model, prefix: str, outer: dict[str, Any], weights: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Take a graph apart: its operators read `outer`'s inputs and `weights`. Returns them and its outputs by name."""
+    """Return a graph's operators, which read the inputs in `outer` and share `weights` from now on, and its outputs by name."""
     import onnx_ir as ir
 
     graph = model.graph

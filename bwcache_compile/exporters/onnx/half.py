@@ -1,4 +1,7 @@
-"""Half precision where an operator of ONNX has none: it computes in float32 between casts."""
+"""Compute in float32, between casts, what an ONNX operator does not support in half precision.
+
+No pass of onnx_ir and no rule of onnxscript's rewriter inserts casts where an operator's schema lacks a dtype.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def admits_dtypes(node: Any, opset: int) -> bool:
 
 
 def between_casts(model: Any, chosen: Callable[[Any], bool]) -> None:
-    """Let the chosen operators compute in float32 what they have in half precision, and round their results as before."""
+    """Let the chosen operators compute in float32 instead of half precision, and round their results to the same dtype as before."""
     import onnx_ir as ir
 
     for node in [node for node in model.graph.all_nodes() if any(map(_is_narrow, node.inputs)) and chosen(node)]:

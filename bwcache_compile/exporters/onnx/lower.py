@@ -1,4 +1,7 @@
-"""Plain graphs to ONNX models: stable names, no metadata, every weight once in one file beside them."""
+"""Write plain graphs as ONNX models with stable names and no metadata. All weights are in one file beside them, each once.
+
+`onnx_ir.save` would write a weight file for each model, and so store the weights that two graphs read twice.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def _origins(program: Any) -> dict[str, dict[str, Any]]:
 
 
 def _find_region(model: ir.Model, origins: dict[str, dict[str, Any]]) -> tuple[dict[str, str], int]:
-    """Tell which operators are the region's, and put the module that each came from before its name: `blocks.0.attn/MatMul_3`.
+    """Find the operators of the region, and put the module that each came from before its name: `blocks.0.attn/MatMul_3`.
 
     What a fusion made takes the module of what it reads. Names are what a runtime's messages, profiles and viewers show.
     """
@@ -78,7 +81,7 @@ def _find_region(model: ir.Model, origins: dict[str, dict[str, Any]]) -> tuple[d
 
 
 def _masked_select(values: Any, mask: Any) -> Any:
-    """Write `aten.masked_select`, which torch.onnx has not: text is packed with it."""
+    """Translate `aten.masked_select`, which models pack text with and torch.onnx does not support."""
     import onnxscript
 
     op: Any = onnxscript.opset18
@@ -106,7 +109,7 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: Mapping[str, Sequence[int 
             rewrites.store_transposed(model)
     except ExportError:
         raise
-    except Exception as error:  # every front end raises its own kinds
+    except Exception as error:  # the layers of torch.onnx raise errors of their own types
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

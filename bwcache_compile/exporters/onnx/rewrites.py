@@ -15,7 +15,7 @@ SMALL = 1024
 
 
 def _copied_output(graph: Any, value: Any) -> Any:
-    """Return a value of its own for an output that is an input, a weight or another output already."""
+    """Return a copy for an output that is an input, a weight or another output already; onnx_ir's `OutputFixPass` leaves weights out."""
     import onnx_ir as ir
 
     node = ir.node("Identity", [value])
@@ -99,7 +99,8 @@ def without_bool_where(graph: Any) -> None:
 def store_transposed(model: ir.Model) -> None:
     """Store each weight that is only read transposed as it is read, under the name `weight.T`.
 
-    onnxruntime would do so when it opens the model, and hold both copies meanwhile; in an `If` it keeps both.
+    onnxruntime would do so when it opens the model, and hold both copies meanwhile; in an `If` it keeps both. onnxscript's
+    constant folding would make a copy under a name of its own, which the graphs could not share.
     """
     import onnx_ir as ir
 

@@ -1,4 +1,4 @@
-"""A bfloat16 bundle as ONNX Runtime's CPU provider can run it: what the check runs in its place, and nobody else."""
+"""Rewrite a bfloat16 bundle so that ONNX Runtime's CPU provider can run it. Only the check of an export runs the result."""
 
 from __future__ import annotations
 

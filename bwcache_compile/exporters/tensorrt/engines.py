@@ -1,4 +1,4 @@
-"""Engines of a bundle's graphs: what they are built from, building them, opening them. Only building and opening need TensorRT."""
+"""Prepare, build and open TensorRT engines of a bundle's graphs. Only building and opening need TensorRT."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From a graph to packages of torch."""
+"""Export programs to torch's own files."""

@@ -1,4 +1,4 @@
-"""From a cached program to a bundle of torch's own files."""
+"""Export a cached program as a bundle of torch's own files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Plain graphs as torch's own files: exported programs, or compiled by AOTInductor. The weights lie beside them, once."""
+"""Write plain graphs as exported programs, or compile them by AOTInductor. Their weights are stored beside them, once.
+
+`torch.export.save` and AOTInductor would store the weights in each file, and so those that two graphs read twice.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,131 @@
+"""Capture a model for a call, and make a program of what was captured."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Collection, Hashable
+from typing import Any
+
+from torch import nn
+
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, UnsupportedGraphError, warn
+from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.ir.sizes import VaryingSizes
+from bwcache_compile.runtime import notes
+from bwcache_compile.runtime.runnable import RunnableProgram
+from bwcache_compile.runtime.signature import CallKey
+from bwcache_compile.runtime.trial import Request, Toolchain, Trial
+from bwcache_compile.runtime.watch import ModelWatch
+
+
+def differ_in_sizes(one: CallKey, other: CallKey) -> bool:
+    """Whether two calls differ in sizes, and look alike otherwise."""
+    return one.kind == other.kind and one.sizes != other.sizes
+
+
+class ProgramMaker:
+    """Makes the programs of a model.
+
+    Attributes:
+        fixed: Why calls of a kind have fixed sizes, for the kinds of which no program has dynamic ones.
+    """
+
+    def __init__(self, model: nn.Module, toolchain: Toolchain, dynamic_shapes: Any, watch: ModelWatch) -> None:
+        """Make nothing yet."""
+        self._model, self._toolchain, self._shapes, self._watch = model, toolchain, dynamic_shapes, watch
+        self._alive: weakref.WeakSet[RunnableProgram] = weakref.WeakSet()
+        self._compile_options: dict[str, Any] | None = None
+        self._ran = False
+        self.fixed: dict[Hashable, str] = {}
+
+    def addresses(self) -> frozenset[int]:
+        """Return the addresses of the tensors that programs hold."""
+        return frozenset().union(*(runnable.addresses for runnable in self._alive))
+
+    def compile(self, options: dict[str, Any]) -> None:
+        """Compile every program with these options of `torch.compile`, those made later too."""
+        self._compile_options = options
+        for runnable in self._alive:
+            runnable.compile(options)
+
+    def make(self, request: Request, kept: Collection[CallKey]) -> tuple[RunnableProgram, list[Any] | None]:
+        """Capture the model for a call and make a program; with dynamic sizes where a call of another size was captured before.
+
+        Args:
+            request: The call.
+            kept: The calls that programs were captured for, as far as these are kept.
+
+        Returns:
+            The program, and what its graph returned for this call if it was checked.
+
+        Raises:
+            CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError: The model cannot be captured for this call.
+        """
+        key = request.key
+        alike = [other for other in kept if differ_in_sizes(other, key)]
+        varying = VaryingSizes(tuple(other.sizes for other in alike)) if alike else None
+        asked = self._shapes if self._shapes is not None else varying
+        if alike and key.kind in self.fixed:
+            asked = None
+        try:
+            if not self._ran:
+                request.reference.outputs()  # exporting a model that never ran can damage it
+                self._ran = True
+            try:
+                runnable, first = self._attempt(request, asked, kept)
+            except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
+                if asked is None or not alike:
+                    raise
+                self.fixed[key.kind] = " ".join(line.strip() for line in str(error).splitlines()[:2])
+                runnable, first = self._attempt(request, None, kept)
+        except BaseException:
+            self._watch.accept_changes(self.addresses())  # the model ran, also where it could not be captured
+            raise
+        self._alive.add(runnable)
+        changed_by_forward = self._watch.accept_changes(self.addresses())
+        for text in notes.suspicious(runnable.program, changed_by_forward):
+            warn(text)
+        return runnable, first
+
+    def _attempt(self, request: Request, shapes: Any, kept: Collection[CallKey]) -> tuple[RunnableProgram, list[Any] | None]:
+        reference, trial = request.reference, Trial(lambda captured: self._built(captured, request, kept), request)
+
+        def capture(reading: bool) -> ModelProgram:
+            return self._toolchain.capture(
+                self._model, reference.args, reference.kwargs, shapes, reading, reference=reference, run=trial.run
+            )
+
+        captured = capture(False)
+        try:
+            return trial.result(captured)
+        except (NoBlocksFoundError, UnsupportedGraphError) as error:
+            if not captured.has_unsized_values:
+                raise
+            try:
+                captured = capture(True)
+            except CaptureError:
+                raise error from None
+            return trial.result(captured)
+
+    def _built(self, captured: ModelProgram, request: Request, kept: Collection[CallKey]) -> RunnableProgram:
+        program = self._toolchain.build(captured, request.config)
+        signature, key = program.signature, request.key
+        others = [other.sizes for other in kept if other.kind == key.kind]
+        noted = [*notes.built_in(signature), *notes.fixed_sizes(signature, key, others, self.fixed.get(key.kind, ""))]
+        return self._runnable(program, key._replace(values=signature.values), tuple(noted))
+
+    def rebuild(self, runnable: RunnableProgram, config: CacheConfig) -> RunnableProgram:
+        """Return a program with graphs for other settings, made from the same capture; it is not compared with the model yet."""
+        again = self._runnable(self._toolchain.build(runnable.program.fresh(), config), runnable.key, runnable.notes)
+        again.checked.clear()
+        self._alive.add(again)
+        return again
+
+    def _runnable(self, program: ModelProgram, key: CallKey, noted: tuple[str, ...]) -> RunnableProgram:
+        plan = program.planned()
+        runnable = RunnableProgram(program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted))), key, noted)
+        if self._compile_options is not None:
+            runnable.compile(self._compile_options)
+        return runnable

@@ -1,0 +1,102 @@
+"""From a calibration to settings: what a plan gives runs as it was fitted, and is refused where it does not belong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bwcache_compile as bw
+from tests.models import OneStream
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> OneStream:
+    torch.manual_seed(0)
+    return OneStream().eval().requires_grad_(False)
+
+
+def generate(model: Any, shift: float = 0.0) -> Tensor:
+    """Take Euler steps with guidance, in two calls a step."""
+    times = torch.linspace(1, 0.1, STEPS) + shift
+    latents = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(1))
+    for now, following in zip(times, [*times[1:], torch.tensor(0.0)], strict=True):
+        with model.cache_context("cond"):
+            conditioned = model(latents, now.reshape(1))
+        with model.cache_context("uncond"):
+            free = model(latents * 0.5, now.reshape(1))
+        latents = latents + (following - now) * (free + 1.5 * (conditioned - free))
+    return latents
+
+
+@pytest.fixture(scope="module", params=["output", "blocks"])
+def cut(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def plan(model: OneStream, cut: Any) -> bw.CalibrationPlan:
+    cached = bw.transform(model, num_steps=STEPS)
+    return bw.calibrate(cached, generate, budgets=(0.5, 0.34), anchors=3, cut=cut, progress=False)
+
+
+def test_a_configured_model_does_what_was_calibrated(model: OneStream, plan: bw.CalibrationPlan) -> None:
+    cached = bw.transform(model, num_steps=STEPS)
+    generate(cached)
+    full = generate_plain(model)
+    for budget, entry in zip((0.5, 0.34), plan.entries, strict=True):
+        cached.configure(plan.at(budget))
+        result = generate(cached)
+        error = float((result - full).pow(2).mean().sqrt())
+        peak = 2.0 if float(full.abs().max()) <= 1 else float(full.max() - full.min())
+        found = 20 * torch.log10(torch.tensor(peak / error)).item()
+        assert found == pytest.approx(entry.psnr, abs=0.05), "the graphs sum the anchors in float32, in another order"
+        assert all(context.computed == entry.computed for context in cached.report().contexts.values())
+    assert cached.report().captures == 1
+
+
+def generate_plain(model: OneStream) -> Tensor:
+    """Run every step of the model itself, which has no contexts."""
+    return generate(bw.transform(model, num_steps=STEPS, threshold=0))
+
+
+def test_a_bundle_carries_mask_and_table(model: OneStream, plan: bw.CalibrationPlan, tmp_path: Path) -> None:
+    cached = bw.transform(model, plan.at(0.5), example_args=model.example())
+    want = generate(cached)
+    cached.reset()
+    for format, options in (("onnx", {}), ("pt2", {"backend": "torch", "allow_code": True})):
+        bw.export(cached, tmp_path / format, format=format)
+        session = bw.load(tmp_path / format, **options)
+
+        class Called:
+            cache_context = session.cache_context
+
+            def __call__(self, *args: Tensor, session: Any = session, format: str = format) -> Tensor:
+                return torch.as_tensor(session(*(arg if format == "pt2" else arg.numpy() for arg in args)))
+
+        torch.testing.assert_close(generate(Called()), want, rtol=1e-4, atol=1e-4)
+        with pytest.raises(bw.StateError, match=r"the weights were calibrated for time 1 at step 0, but this run has 1\.3"):
+            generate(Called(), shift=0.3)
+
+
+def test_refused_where_it_does_not_belong(model: OneStream, plan: bw.CalibrationPlan) -> None:
+    cached = bw.transform(model, plan.at(0.5))
+    with pytest.raises(bw.StateError, match=r"the weights were calibrated for time 1 at step 0, but this run has 1\.3\. Calibrate"):
+        generate(cached, shift=0.3)
+    other = OneStream().eval().requires_grad_(False)
+    with torch.no_grad():
+        other.head.weight.add_(1)
+    with pytest.raises(
+        bw.StateError, match=r"these settings were calibrated for OneStream, float32, weights [0-9a-f]+, but the model is OneS"
+    ):
+        bw.transform(other).configure(plan.at(0.5))
+
+
+def test_a_saved_plan_is_read_back(plan: bw.CalibrationPlan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    assert bw.CalibrationPlan.load(tmp_path / "plan.json") == plan
