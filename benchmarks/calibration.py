@@ -45,11 +45,9 @@ def measure(solver: str, budgets: tuple[float, ...], effort: Any, calibrated: in
     """Calibrate on one seed, and run the plan on the others."""
     model, began = tiny.load(), time.perf_counter()
     tokens, noise = case(calibrated, clips)
-
-    def generate(m: Any) -> Tensor:
-        return tiny.sample(m, tokens, noise, STEPS, solver=solver)
-
-    plan = bw.calibrate(model, generate, budgets=budgets, effort=effort, progress=False)
+    plan = bw.calibrate(
+        model, lambda m: tiny.sample(m, tokens, noise, STEPS, solver=solver), budgets=budgets, effort=effort, progress=False
+    )
     seconds = time.perf_counter() - began
     print(f"\n{solver}: {plan}\ncost {plan.provenance.cost:.2f} full generations", flush=True)
     ours: dict[int, list[float]] = {entry.computed: [] for entry in plan.entries}

@@ -69,7 +69,8 @@ def transform(
 
     Args:
         model: In evaluation mode by the time it is called. It is not changed, and its weights are not copied.
-        config: What to cache and when to reuse it, as a `CacheConfig` or a dictionary of its settings; the default is the paper's
+        config: What to cache and when to reuse it, as a `CacheConfig` or a dictionary of its settings. With no settings at all it is
+            `CacheConfig.recommended()`, which needs no number of steps; single settings are on top of `CacheConfig()`, the paper's
             schedule with a compact indicator.
         blocks: Cache these instead of the blocks that are found: module paths (`"blocks.3"`), or the path of a stack
             (`"blocks"`). They must follow one another on one stream.
@@ -102,7 +103,7 @@ def transform(
     if hasattr(model, "_orig_mod"):
         raise ConfigError("this model is already compiled. Call transform on the original model, then torch.compile on the result.")
     refuse_hooks(model)
-    config = CacheConfig.of(config, **settings)
+    config = CacheConfig.of(config, **settings) if config is not None or settings else CacheConfig.recommended()
     if guard not in get_args(Guard):
         raise ConfigError(f"guard must be one of {', '.join(map(repr, get_args(Guard)))}, got {guard!r}.")
     config.check_guard(guard)

@@ -1,113 +1,31 @@
-"""What to cache and when to reuse it: one frozen value that validates itself."""
+"""What to cache and when to reuse it: one frozen value, checked when it is made."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import numbers
 import os
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from bwcache_compile.config_checks import Decide, Weights, as_mask, as_weights, check, python_number
 from bwcache_compile.errors import ConfigError
-from bwcache_compile.policies import INDICATORS, POLICIES, REUSES, Parameter, Reuse
+from bwcache_compile.graph_settings import Cut as Cut
+from bwcache_compile.graph_settings import Granularity, GraphSettings
+from bwcache_compile.policies import POLICIES, REUSES
 from bwcache_compile.policies.definitions import Values
-from bwcache_compile.policies.reuse.linear import MOST_ANCHORS
-
-Decide = Literal["separate", "joint"]
-Granularity = Literal["stack", "block"]
-Cut = Literal["blocks", "output"]
-Weights = tuple[tuple[float, ...] | None, ...]
 
 PAPER_FRACTION = 0.1
 """Steps reused between two computed ones, as a fraction of all steps, where the settings do not say."""
-_MOST_STEPS = 2**31 - 1
-_SUM_TOLERANCE = 1e-3
-"""How far the weights of a step may be from a sum of 1: the first is replaced by what the others leave."""
-_FINEST = 2**63 - 1
-"""Largest denominator of `tail`: graphs count in 64 bits."""
-
-
-def _python_number(value: Any) -> Any:
-    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
-    return value
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_in_unit_interval(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _may_change() -> str:
     """List the settings that graphs do not depend on."""
     shaping = {field.name for field in dataclasses.fields(GraphSettings)}
     return ", ".join(sorted(field.name for field in dataclasses.fields(CacheConfig) if field.name not in shaping))
-
-
-def _as_weights(given: Any) -> Weights:
-    """Return a table of weights as rows of floats, arrays of other libraries too; a step without a row has None."""
-    try:
-        return tuple(None if row is None else tuple(float(weight) for weight in row) for row in given)
-    except (TypeError, ValueError):
-        raise ConfigError(f"weights must hold a row of numbers or None for each step, got {repr(given)[:80]}.") from None
-
-
-def _as_mask(given: Any) -> tuple[int, ...]:
-    """Return a mask's entries as ints, numpy's and flags too; nothing is rounded."""
-    try:
-        entries = tuple(given)
-        mask = tuple(int(entry) for entry in entries)
-        same = mask == entries
-    except (TypeError, ValueError):
-        same = False
-    if not same:
-        raise ConfigError(f"steps_mask must hold a 0 or a 1 for each step, got {given!r}.")
-    return mask
-
-
-@dataclasses.dataclass(frozen=True)
-class GraphSettings:
-    """The settings that shape the graphs: two configurations that agree in these can use the same graphs.
-
-    The fields are those of `CacheConfig`; every other setting is a value that the graphs take as input, or is read outside of them.
-
-    Attributes:
-        mask_steps: Entries of `steps_mask`, 0 where there is none: the mask is an input of that length.
-    """
-
-    policy: str
-    reuse: str
-    anchors: int
-    cut: Cut
-    indicator: str
-    granularity: Granularity
-    compute_first: int
-    compute_last: int
-    indicator_blocks: int | Literal["all"]
-    indicator_tokens: int | Literal["all"]
-    mask_steps: int
-
-    @property
-    def way(self) -> Reuse:
-        """What is kept and returned."""
-        way = REUSES[self.reuse]
-        return way if self.anchors == way.anchors or way.with_anchors is None else way.with_anchors(self.anchors)
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """What the graphs take of the settings, in order: what decides, then what is summed."""
-        return (*POLICIES[self.policy].parameters, *self.way.parameters)
-
-    def shape(self, parameter: Parameter) -> tuple[int, ...]:
-        """Return the shape of one of the parameters."""
-        return (max(1, self.mask_steps) if parameter.per_step else 1, *([parameter.columns] if parameter.columns else []))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,140 +109,23 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Check every value; numbers of other libraries, such as numpy's, become Python's."""
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _python_number(getattr(self, field.name)))
+            object.__setattr__(self, field.name, python_number(getattr(self, field.name)))
         if self.steps_mask is not None:
-            object.__setattr__(self, "steps_mask", _as_mask(self.steps_mask))
+            object.__setattr__(self, "steps_mask", as_mask(self.steps_mask))
         if self.weights is not None:
-            object.__setattr__(self, "weights", _as_weights(self.weights))
+            object.__setattr__(self, "weights", as_weights(self.weights))
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
-        self._check_choices()
-        self._check_anchors()
-        self._check_numbers()
-        if POLICIES[self.policy].reads_mask:
-            self._check_mask()
-        elif self.steps_mask is not None:
-            readers = " or ".join(repr(name) for name, policy in POLICIES.items() if policy.reads_mask)
-            raise ConfigError(f"steps_mask is only read by policy={readers}; remove it or choose that policy.")
-        if self.weights is not None:
-            self._check_weights(self.weights)
-        self._check_calibrated()
+        check(self)
 
-    def _check_choices(self) -> None:
-        for name, choices in (
-            ("policy", POLICIES),
-            ("reuse", REUSES),
-            ("indicator", INDICATORS),
-            ("granularity", get_args(Granularity)),
-            ("cut", get_args(Cut)),
-            ("decide", get_args(Decide)),
-        ):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
+    @classmethod
+    def recommended(cls, **changes: Any) -> CacheConfig:
+        """Return what `transform(model)` uses with no settings: `policy="adaptive"` at threshold 0.06, with `reuse="taylor"`.
 
-        policy, way = POLICIES[self.policy], REUSES[self.reuse]
-        if self.granularity == "block" and not way.adds_to_input:
-            adding = " or ".join(repr(name) for name, other in REUSES.items() if other.adds_to_input)
-            raise ConfigError(
-                f"granularity='block' requires reuse={adding}, got {self.reuse!r}: a reused output would discard what earlier"
-                " blocks changed."
-            )
-        if self.granularity == "block" and self.decide == "joint":
-            raise ConfigError(
-                "granularity='block' decides for each block and decide='joint' once for all contexts; they cannot be combined."
-            )
-        for what in ("slots", "parameters"):
-            own = {slot.name for slot in policy.slots} if what == "slots" else {p.name for p in policy.parameters}
-            others = way.slot_names if what == "slots" else [p.name for p in way.parameters]
-            if clash := own.intersection(others):
-                raise ConfigError(f"policy={self.policy!r} and reuse={self.reuse!r} both have {what} named {min(clash)!r}; rename one.")
-        if self.cut == "output":
-            self._check_cut(way)
-        if self.granularity == "block" and self.indicator_blocks != "all":
-            raise ConfigError(f"granularity='block' requires indicator_blocks=\"all\", got {self.indicator_blocks!r}.")
-
-    def _check_cut(self, way: Reuse) -> None:
-        """Check what does not go together with anchors at the model's output."""
-        if way.needs_source:
-            raise ConfigError(f"cut='output' keeps the model's output, which continues no input; reuse={self.reuse!r} needs cut='blocks'.")
-        if self.granularity == "block":
-            raise ConfigError("granularity='block' guards each block and cut='output' the whole model; they cannot be combined.")
-        for name in ("compute_first", "compute_last"):
-            if getattr(self, name) != 0:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, but with cut='output' a reused step computes no block.")
-
-    def _check_anchors(self) -> None:
-        way = REUSES[self.reuse]
-        if self.anchors is not None and not (_is_int(self.anchors) and 1 <= self.anchors <= MOST_ANCHORS):
-            raise ConfigError(f"anchors is {self.anchors!r}; it must be an int from 1 to {MOST_ANCHORS}.")
-        if self.anchors not in (None, way.anchors) and way.with_anchors is None:
-            raise ConfigError(f"reuse={self.reuse!r} keeps {way.anchors} computed steps; anchors={self.anchors!r} cannot be set.")
-        if not (_is_int(self.order) and 0 <= self.order < MOST_ANCHORS):
-            raise ConfigError(f"order is {self.order!r}; it must be an int from 0 to {MOST_ANCHORS - 1}.")
-        if not (isinstance(self.damping, (int, float)) and math.isfinite(self.damping)):
-            raise ConfigError(f"damping is {self.damping!r}; it must be a finite number.")
-
-    def _check_weights(self, weights: Weights) -> None:
-        mask, anchors = self.steps_mask, self.graph_settings.anchors
-        if mask is None or len(weights) != len(mask):
-            have = "steps_mask is not set" if mask is None else f"steps_mask has {len(mask)} entries"
-            raise ConfigError(f"weights has {len(weights)} rows but {have}; weights holds a row or None for each step of steps_mask.")
-        if anchors == 1:
-            raise ConfigError(f"weights needs two anchors or more; reuse={self.reuse!r} keeps one. Set anchors.")
-        for step, row in enumerate(weights):
-            if row is None or not mask[step]:
-                continue
-            if len(row) != anchors or not all(map(math.isfinite, row)) or abs(sum(row) - 1) > _SUM_TOLERANCE:
-                raise ConfigError(f"weights[{step}] is {row}; it must hold {anchors} finite numbers, one for each anchor, that sum to 1.")
-            known = sum(not entry for entry in mask[:step])
-            if any(row[known:]):
-                raise ConfigError(f"weights[{step}] is {row}, but only {known} steps were computed before it; set the other weights to 0.")
-
-    def _check_calibrated(self) -> None:
-        """Check what says for which run and model weights were made."""
-        if self.timesteps is not None and len(self.timesteps) != len(self.steps_mask or ()):
-            raise ConfigError(f"timesteps has {len(self.timesteps)} entries; it holds the time of each of the steps of steps_mask.")
-        if self.calibrated_for is not None and not isinstance(self.calibrated_for, str):
-            raise ConfigError(f"calibrated_for is {self.calibrated_for!r}; it must be the text that calibrate gives.")
-
-    def _check_numbers(self) -> None:
-        if not (isinstance(self.threshold, (int, float)) and self.threshold >= 0):
-            raise ConfigError(f"threshold is {self.threshold!r}; it must be >= 0 (0 never reuses).")
-        interval, fraction = self.reuse_interval, self.reuse_fraction
-        if interval is not None and fraction is not None:
-            raise ConfigError(f"reuse_interval is {interval!r} and reuse_fraction is {fraction!r}; set one of them.")
-        if interval is not None and not (_is_int(interval) and interval >= 1):
-            raise ConfigError(f"reuse_interval is {interval!r}; it must be an int >= 1. For a fraction of the steps set reuse_fraction.")
-        if fraction is not None and not (_is_in_unit_interval(fraction) and fraction > 0):
-            raise ConfigError(f"reuse_fraction is {fraction!r}; it must be in (0, 1]. For a number of steps set reuse_interval.")
-        if not _is_in_unit_interval(self.tail):
-            raise ConfigError(f"tail is {self.tail!r}; it must be in [0, 1].")
-        if self.tail_ratio()[1] > _FINEST:
-            raise ConfigError(f"tail is {self.tail!r}; its exact fraction does not fit in 64 bits. Use fewer digits.")
-        for name, least in (("warmup_steps", 0), ("compute_first", 0), ("compute_last", 0), ("calls_per_step", 1)):
-            value = getattr(self, name)
-            if not (_is_int(value) and value >= least):
-                raise ConfigError(f"{name} is {value!r}; it must be an int >= {least}.")
-        for name in ("indicator_blocks", "indicator_tokens"):
-            value = getattr(self, name)
-            if value != "all" and not (_is_int(value) and value >= 1):
-                raise ConfigError(f'{name} is {value!r}; it must be an int >= 1 or "all".')
-        for name in ("reuse_interval", "warmup_steps", "num_steps"):
-            value = getattr(self, name)
-            if _is_int(value) and value > _MOST_STEPS:
-                raise ConfigError(f"{name} is {value}; it must be at most {_MOST_STEPS}.")
-        if self.num_steps is not None and not (_is_int(self.num_steps) and self.num_steps >= 1):
-            raise ConfigError(f"num_steps is {self.num_steps!r}; it must be an int >= 1.")
-
-    def _check_mask(self) -> None:
-        mask = self.steps_mask
-        if not mask:
-            raise ConfigError(f"policy={self.policy!r} needs steps_mask: one entry per step, 1 reuses and 0 computes.")
-        if set(mask) - {0, 1} or mask[0] != 0:
-            raise ConfigError(f"steps_mask is {mask}; entries are 0 or 1 and the first must be 0: nothing is cached yet.")
-        if self.num_steps is not None and len(mask) != self.num_steps:
-            raise ConfigError(f"steps_mask has {len(mask)} entries but num_steps is {self.num_steps}; they must be equal.")
+        It needs no number of steps. On the bundled model it is nearer to the full run than fewer steps are, under Euler and UniPC
+        (`benchmarks/defaults.py`). A calibration is nearer still.
+        """
+        return cls(**{"policy": "adaptive", "threshold": 0.06, "reuse": "taylor", **changes})
 
     @classmethod
     def paper(cls, **changes: Any) -> CacheConfig:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from bwcache_compile.errors import StateError
 from bwcache_compile.report import ContextReport, RawStep, step_records
@@ -156,6 +157,10 @@ class ContextTable(Generic[AnyContext]):
         groups = {context.group for context in self._contexts.values()}
         self._latest = {group: tracker for group, tracker in self._latest.items() if group in groups}
 
+    def reports(self) -> dict[str, ContextReport]:
+        """Return the current generation of each context that was called, by name."""
+        return {context.name: context.report() for context in self.values() if context.tracker.started}
+
     def latest(self, group: str) -> Tracker | None:
         """Return the tracker of the context that was called last in the newest run of a group."""
         with self._lock:
@@ -173,3 +178,49 @@ class ContextTable(Generic[AnyContext]):
             if newest is None or newest.run <= advance.tracker.run:
                 self._latest[context.group] = advance.tracker
             self._unnamed += self._scope.get() is None
+
+
+class ContextMethods:
+    """The methods about contexts that a cached model and a session share; each keeps its own `_contexts` and defines `configure`."""
+
+    _contexts: ContextTable[Any]
+
+    def cache_context(
+        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, group: str = "", **details: Any
+    ) -> contextlib.AbstractContextManager[None]:
+        """Name the stream of calls that the block belongs to, and the step where the caller knows it.
+
+        Args:
+            name: Contexts of different names share nothing, and neither do those of different groups.
+            step_index: Index of the denoising step; one that goes back begins a new generation.
+            num_inference_steps: Steps of this generation, if the settings do not say.
+            group: One for each video that is made at the same time. With `CacheConfig(decide="joint")` the contexts of a
+                group decide together. Reports list a context of a group as `group/name`.
+            **details: What else a pipeline knows (sigma, timestep); not needed.
+        """
+        return self._contexts.scope(StepInfo(name, step_index, num_inference_steps, group=group), self._unused)
+
+    def _unused(self, info: StepInfo) -> None:
+        """Called at the end of such a block if no call came in it."""
+
+    def reset(self, num_steps: int | None = None) -> None:
+        """Begin a new generation in every context; `num_steps` replaces the configured number from here on.
+
+        Raises:
+            ConfigError: `num_steps` does not fit the settings.
+        """
+        if num_steps is not None:
+            self.configure(num_steps=num_steps)
+        self._contexts.clear()
+
+    def configure(self, **changes: Any) -> None:
+        """Change settings."""
+        raise NotImplementedError
+
+    def drop_context(self, name: str, *, group: str = "") -> None:
+        """Free the cache of one context, such as that of a request that was broken off; its next call begins a new generation.
+
+        Raises:
+            StateError: There is no such context, or another thread is in it.
+        """
+        self._contexts.drop(StepInfo(name, group=group).key)

@@ -72,6 +72,14 @@ def test_the_number_of_steps_need_not_be_known(model: OneStream) -> None:
         generation(bw.transform(model, policy="adaptive", reuse_fraction=0.2), model)
 
 
+def test_no_settings_at_all(model: OneStream) -> None:
+    """What is recommended needs no number of steps, and computes the first two steps."""
+    cached = bw.transform(model)
+    assert cached.cache_config == bw.CacheConfig.recommended()
+    assert generation(cached, model)[:2] == "##"
+    assert bw.transform(model, num_steps=STEPS).cache_config == bw.CacheConfig(num_steps=STEPS)
+
+
 def test_contexts_decide_together(model: OneStream) -> None:
     """The context that hardly changes does not reuse more than the one that does."""
     settings = {"policy": "adaptive", "threshold": 0.5, "reuse_interval": 3, "num_steps": STEPS}

@@ -15,7 +15,19 @@ import bwcache_compile
 
 NAME = "bwcache_compile"
 ROOT = Path(bwcache_compile.__file__).parent
-BASE = {"errors", "graph_io", "report", "size_expressions", "stepping", "clock", "config", "contexts", "policies"}
+BASE = {
+    "errors",
+    "graph_io",
+    "report",
+    "size_expressions",
+    "stepping",
+    "clock",
+    "contexts",
+    "policies",
+    "graph_settings",
+    "config_checks",
+    "config",
+}
 """Files and packages that everything may import, and that import nothing else of ours."""
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),

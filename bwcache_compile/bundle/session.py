@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from bwcache_compile.bundle.manifest import Manifest
 from bwcache_compile.bundle.settings import policy_inputs
 from bwcache_compile.clock import HALF, TimeInput, check_time, may_be_time
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import Context, ContextTable
+from bwcache_compile.contexts import Context, ContextMethods, ContextTable
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, cache_in, cache_out
 from bwcache_compile.report import RawStep, Report
@@ -48,7 +47,7 @@ class SessionContext(Context):
         self.spare: dict[str, Any] = {}
 
 
-class Session:
+class Session(ContextMethods):
     """A bundle as a model: `session(**inputs)` computes or reuses, and keeps one state per context on the device.
 
     Made by `bwcache_compile.load`. A step that fails leaves its context as it was: the next call takes its place.
@@ -191,26 +190,6 @@ class Session:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def cache_context(
-        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, group: str = "", **_: Any
-    ) -> contextlib.AbstractContextManager[None]:
-        """Name the stream of calls that the block belongs to, and the step where the caller knows it; see `CachedModel`."""
-        return self._contexts.scope(StepInfo(name, step_index, num_inference_steps, group=group))
-
-    def reset(self, num_steps: int | None = None) -> None:
-        """Begin a new generation in every context; `num_steps` replaces the configured number from here on."""
-        if num_steps is not None:
-            self.configure(num_steps=num_steps)
-        self._contexts.clear()
-
-    def drop_context(self, name: str, *, group: str = "") -> None:
-        """Free the cache of one context, such as that of a request that was broken off; its next call begins a new generation.
-
-        Raises:
-            StateError: There is no such context, or another thread is in it.
-        """
-        self._contexts.drop(StepInfo(name, group=group).key)
-
     def configure(self, **changes: Any) -> None:
         """Change policy settings; they take effect at the next computed step.
 
@@ -224,5 +203,4 @@ class Session:
 
     def report(self) -> Report:
         """Return what each context did in its current generation."""
-        contexts = {context.name: context.report() for context in self._contexts.values() if context.tracker.started}
-        return Report(contexts, self.manifest.measured)
+        return Report(self._contexts.reports(), self.manifest.measured)

@@ -65,24 +65,26 @@ class Provenance:
     Attributes:
         model: Its class, dtype and a fingerprint of its weights, see `model_identity`.
         timesteps: The time at each step; empty where none was found.
-        contexts: Names of the calls of a step.
+        contexts: Names of the streams of calls.
+        calls: Step and context of each call of a generation.
         cut: Where the anchors are taken.
+        anchor_bytes: What all anchors of all contexts take; 0 where it is not known.
         sampler: What was found out about the sampler.
         prompts: How many prompts were calibrated on.
         cost: What it took, in full generations.
         versions: Of the libraries.
-        anchor_bytes: What all anchors of all contexts take; 0 where it is not known.
     """
 
     model: str
     timesteps: tuple[float, ...]
     contexts: tuple[str, ...]
+    calls: tuple[tuple[int, str], ...]
     cut: str
+    anchor_bytes: int
     sampler: str
     prompts: int
     cost: float
     versions: dict[str, str]
-    anchor_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,4 +225,5 @@ def _entry(read: dict[str, Any]) -> PlanEntry:
 
 
 def _provenance(read: dict[str, Any]) -> Provenance:
-    return Provenance(**{**read, "timesteps": tuple(read["timesteps"]), "contexts": tuple(read["contexts"])})
+    lists = {"timesteps": tuple(read["timesteps"]), "contexts": tuple(read["contexts"])}
+    return Provenance(**{**read, **lists, "calls": tuple((int(step), str(name)) for step, name in read["calls"])})

@@ -60,8 +60,8 @@ def calibrate(
     latents of the full generation. Results are compared by PSNR.
 
     Args:
-        model: What `transform` returned, or for cut="output" the transformer itself, in evaluation mode, compiled or not; or any
-            `CutModel`, which has anchors and a cut of its own.
+        model: What `transform` returned, or for cut="output" the transformer itself, in evaluation mode, compiled or not; or a
+            cut of your own (`CutModel`).
         generate: Makes one video with the model that it is given and returns it: `lambda model: pipe(...).frames` after
             `pipe.transformer = model`, or a loop. The seed must be fixed inside.
         budgets: Shares of computed steps.
@@ -104,10 +104,10 @@ def _cut_model(model: nn.Module | CutModel, anchors: int, cut: Cut) -> CutModel:
     Raises:
         ConfigError: The anchors are at the blocks, and the model is not transformed.
     """
-    if not isinstance(model, nn.Module):
-        return model
     if not 2 <= anchors <= MOST_ANCHORS:
         raise ConfigError(f"anchors is {anchors!r}; a calibration combines 2 to {MOST_ANCHORS} computed steps.")
+    if not isinstance(model, nn.Module):
+        return model
     cached = getattr(model, "_orig_mod", model)
     if cut == "blocks":
         if not isinstance(cached, CachedModel):
@@ -175,6 +175,7 @@ def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None)
         model=model_identity(cut.module),
         timesteps=_timesteps(evaluator.full),
         contexts=context_names(evaluator.full),
+        calls=tuple(evaluator.schedule),
         cut="blocks" if cut.reads_inputs else "output",
         anchor_bytes=0 if cut.reads_inputs else cut.anchors * evaluator.output_bytes,
         sampler=words,

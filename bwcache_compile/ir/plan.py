@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bwcache_compile.config import GraphSettings
+from bwcache_compile.graph_settings import GraphSettings
 from bwcache_compile.ir.layout import Order, in_order
 from bwcache_compile.ir.sizes import Shape, Size
 from bwcache_compile.ir.work_share import WorkShare

@@ -7,24 +7,23 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch.fx import Node
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.ir.dataflow import DataFlow
-from bwcache_compile.ir.edit import is_early, size_values
+from bwcache_compile.ir.edit import is_early
 from bwcache_compile.ir.graph_text import format_value
-from bwcache_compile.ir.layout import Order, slot_order
-from bwcache_compile.ir.plan import Block, BlockSearch, CachePlan, CacheSlot, IndicatorProbe, Region
+from bwcache_compile.ir.plan import Block, BlockSearch, CachePlan, IndicatorProbe, Region
 from bwcache_compile.ir.program import ModelProgram
-from bwcache_compile.ir.sizes import has_no_size, hint, hint_shape, shape_of, size_of
+from bwcache_compile.ir.sizes import has_no_size, hint, hint_shape, shape_of
 from bwcache_compile.ir.source_lines import node_line
 from bwcache_compile.passes._arrangement import arrangement
+from bwcache_compile.passes._slots import region_slots
 from bwcache_compile.passes._work import module_of, work_share
 from bwcache_compile.passes.block_search.streams import continued, merged_skip, path_ends
-from bwcache_compile.policies import POLICIES, SmallSlot
-from bwcache_compile.size_expressions import evaluated, largest
+from bwcache_compile.policies import POLICIES
 
 _NEAREST = 5
 """How many rejected candidates an error names."""
@@ -179,40 +178,6 @@ def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfi
     )
 
 
-def _slot(
-    name: str, role: str, shape: Iterable[int | SymInt], dtype: torch.dtype, fill: float = 0, order: Order | None = None
-) -> CacheSlot:
-    sizes = list(shape)
-    return CacheSlot(name, role, tuple(map(size_of, sizes)), dtype, tuple(map(hint, sizes)), order or tuple(range(len(sizes))), fill)
-
-
-def _reference_slot(program: ModelProgram, name: str, measured: IndicatorProbe, value: Tensor) -> CacheSlot:
-    shape = list(value.shape)
-    if measured.token_range is not None:
-        start, stop = evaluated(measured.token_range, size_values(program))
-        shape[1] = stop - start
-    if measured.stride is not None:
-        shape = [largest(1, math.prod(shape[:-1]) // measured.stride), shape[-1]]
-    return _slot(name, "reference", shape, value.dtype)
-
-
-def _slots(program: ModelProgram, config: CacheConfig, region: Region, nodes: dict[str, Node]) -> tuple[CacheSlot, ...]:
-    values = [nodes[name].meta["val"] for name in region.outputs]
-
-    def like_output(i: int, value: Tensor, role: str) -> CacheSlot:
-        return _slot(region.slot(role, i), role, value.shape, value.dtype, order=slot_order(value))
-
-    def small(slot: SmallSlot) -> CacheSlot:
-        return _slot(region.slot(slot.name), slot.name, slot.shape, getattr(torch, slot.dtype), slot.fill)
-
-    way, policy = config.graph_settings.way, POLICIES[config.policy]
-    slots = [like_output(i, value, kind) for kind in way.slots for i, value in enumerate(values)]
-    slots += map(small, way.shared)
-    for i, m in enumerate(region.measured):
-        slots.append(_reference_slot(program, region.slot("reference", i), m, nodes[m.node].meta["val"]))
-    return (*slots, *map(small, policy.slots))
-
-
 def _make_region(
     program: ModelProgram,
     flow: DataFlow,
@@ -242,7 +207,7 @@ def _make_region(
     )
     if config.graph_settings.way.needs_source:
         region = _sources(program, flow, region, nodes, blocks, config)
-    return dataclasses.replace(region, slots=_slots(program, config, region, nodes))
+    return dataclasses.replace(region, slots=region_slots(program, config, region, nodes))
 
 
 def _notes(

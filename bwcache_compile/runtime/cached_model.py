@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -11,63 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bwcache_compile.clock import check_time
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import ContextTable
-from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
+from bwcache_compile.contexts import ContextMethods, ContextTable
+from bwcache_compile.errors import warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.plan import CachePlan
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.torch_compat import pytree
-from bwcache_compile.report import RawStep, Report
-from bwcache_compile.runtime.context import ModelContext, check_values, state_for, time_inputs, warn_without_reuse
+from bwcache_compile.report import Report
+from bwcache_compile.runtime.context import ModelContext
 from bwcache_compile.runtime.fingerprint import check_calibrated
-from bwcache_compile.runtime.frames import call_directly, hidden, left_out
-from bwcache_compile.runtime.functional import check_inputs, check_state, first_state, guarded_step, host_step
-from bwcache_compile.runtime.joint import synchronize_decisions
-from bwcache_compile.runtime.numbers import NumberInputs
-from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
+from bwcache_compile.runtime.frames import call_directly, left_out
+from bwcache_compile.runtime.functional import first_state, functional_step
+from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.runnable import run_all
-from bwcache_compile.runtime.signature import CallKey, Parameters, call_key, changed_numbers, leaves_of
+from bwcache_compile.runtime.signature import Parameters
 from bwcache_compile.runtime.state import CacheState, GuardedState
+from bwcache_compile.runtime.step import Stepper
 from bwcache_compile.runtime.trial import Toolchain
 from bwcache_compile.runtime.wrapper import ModelWrapper
-from bwcache_compile.stepping import Advance, StepInfo
+from bwcache_compile.stepping import StepInfo
 
 _NO_MODE = contextlib.nullcontext()
 
 
-@dataclasses.dataclass
-class _Call:
-    """One call on its way: who asked, what it is, what runs, and what it runs on.
-
-    Attributes:
-        context: Locked until the call ends.
-        advance: Which step of which generation it is.
-        fit: The program, and the model's version.
-        state: What it runs on.
-        events: What a report says of it.
-        renumbered: Whether a Python number changed since the last call.
-        num_steps: Steps of the generation, if known.
-        kind: Names the graph.
-        operands: Its inputs.
-        first: What the graph returned already, where it was just checked on this call.
-    """
-
-    context: ModelContext
-    advance: Advance
-    fit: ProgramMatch
-    state: CacheState
-    events: list[str]
-    renumbered: bool
-    num_steps: int | None
-    kind: str
-    operands: list[Any]
-    first: list[Any] | None
-
-
-class CachedModel(ModelWrapper):
+class CachedModel(ModelWrapper, ContextMethods):
     """A drop-in for the model it wraps. Made by `bwcache_compile.transform`.
 
     Contexts are independent: two threads may run two contexts, but not the same one.
@@ -84,16 +52,16 @@ class CachedModel(ModelWrapper):
         self._dynamic_shapes, self._verify = dynamic_shapes, verify
         self._programs = ProgramCache(model, toolchain, dynamic_shapes, verify)
         self._call_parameters = Parameters.of(model)
-        self._numbers = NumberInputs()
         self._contexts = ContextTable(ModelContext)
-        self._closed = self._bypassed = False
+        self._stepper = Stepper(model, self._call_parameters, self._programs, self._contexts)
+        self._bypassed = False
         self._seal()
 
     def __repr__(self) -> str:
         """Say what it wraps, what is captured, and what is cached; the modules are those of the original."""
         name, config = type(self._original).__name__, self.cache_config
         said = f"CachedModel({name}, policy={config.policy!r}, reuse={config.reuse!r}, guard={self._toolchain.guard!r}, "
-        if self._closed:
+        if self._programs.closed:
             return said + "closed)"
         count = len(self._programs)
         if not count:
@@ -133,21 +101,7 @@ class CachedModel(ModelWrapper):
 
     def prepare(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CachePlan:
         """Capture the model for inputs like these now instead of at the first call, and return the plan."""
-        return self._fit(*self._call_parameters.bind(args, kwargs or {})).loaded.plan
-
-    def _fit(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        key: CallKey | None = None,
-        held: ProgramMatch | None = None,
-        num_steps: int | None = None,
-        reuses: bool = False,
-    ) -> ProgramMatch:
-        if self._closed:
-            raise StateError("this cached model was closed; transform the model again.")
-        key = key or call_key(*leaves_of(args, kwargs))
-        return self._programs.fit(args, kwargs, key, self.cache_config, held, num_steps or self.cache_config.steps, reuses)
+        return self._programs.match(*self._call_parameters.bind(args, kwargs or {}), self.cache_config).runnable.plan
 
     @property
     def plan(self) -> CachePlan:
@@ -183,114 +137,32 @@ class CachedModel(ModelWrapper):
             ConfigError: The settings do not fit the model or the call.
             StateError: The context is in use, the model is closed or training, or an input requires gradients.
         """
-        call = self._begin(args, kwargs)
+        stepper = self._stepper
+        call = stepper.begin(args, kwargs, self.cache_config)
         try:
             # entering the mode once more, inside a pipeline's, would cost as much as a small operator
             with torch.no_grad() if torch.is_grad_enabled() else _NO_MODE:
                 # the graph is the only frame that an outer torch.compile compiles
-                graph = call.fit.loaded.graph(call.kind)
+                graph = call.match.runnable.graph(call.kind)
                 returned = call.first if call.first is not None else call_directly(graph, call.operands)
-            return self._finish(call, returned)
+            return stepper.finish(call, returned)
         finally:
-            self._end(call)
-
-    @hidden
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        args, kwargs = self._call_parameters.bind(args, kwargs)
-        info = self._contexts.info(self.cache_config.calls_per_step)
-        context = self._contexts.enter(info)
-        try:
-            call = self._prepared(context, info, args, kwargs)
-        except BaseException:
-            context.lock.release()
-            raise
-        self._programs.gate.enter()
-        return call
-
-    def _prepared(self, context: ModelContext, info: StepInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        """Decide what a call is. Nothing of its context changes before it has succeeded."""
-        args, kwargs = self._numbers.as_tensors(args, kwargs)
-        config = self.cache_config
-        flat, structure = leaves_of(args, kwargs)
-        key = call_key(flat, structure)
-        if context.renumbered and context.key is not None:  # one change may have been another run's, two are the time's
-            changed = changed_numbers(context.key, key)
-            if changed:
-                at, (before, _) = next(iter(changed.items()))
-                name = self._programs.latest.program.signature.inputs[at]
-                with self._numbers.trying(self._original, (args, kwargs), at, name, before):
-                    self._programs.watch.accept_changes()  # the model ran
-                    call = self._prepared(context, info, args, kwargs)
-                    signature = call.fit.loaded.program.signature
-                    if at in signature.read:
-                        raise CaptureError(f"its value is read in Python at {signature.read_at}")
-                    return call
-        num_steps = config.steps_of(info.num_steps)
-        fit = self._fit(args, kwargs, key, context.fit, num_steps, context.state is not None and context.state.reuses_next)
-        first = fit.first
-        if first is not None:
-            fit = dataclasses.replace(fit, first=None)  # contexts hold on to what they ran with
-        loaded = fit.loaded
-        self._release_stale(context, fit.version[0])
-        check_values(context, fit, num_steps)
-        renumbered = context.key not in (None, fit.key) and num_steps != 1 and bool(changed_numbers(context.key, fit.key))
-        times = time_inputs(flat) if info.step_index is None else {}
-        advance = context.tracker.advance(info, fit.signature, times, num_steps, self._contexts.latest(info.group))
-        if config.decide == "joint" and not advance.began:
-            synchronize_decisions(context, self._contexts.values(), config, num_steps)
-        state, events = state_for(context, advance, fit)
-        kind = loaded.kind(state)
-        if config.timesteps is not None and kind != "reuse":
-            check_time(state.step, config.timesteps, time_inputs(flat).values())
-        operands = loaded.operands(flat, state, loaded.parameters(config, num_steps))
-        if state.step != 0 or state.cursor.computed_at >= 0:
-            first = None
-        return _Call(context, advance, fit, state, events, renumbered, num_steps, kind, operands, first)
-
-    def _release_stale(self, current: ModelContext, structure: int) -> None:
-        """Let idle contexts go of programs that hold weights which the model has dropped."""
-        if current.version[0] == structure:
-            return
-        for other in self._contexts.values():
-            if other is not current and other.version[0] != structure and other.lock.acquire(blocking=False):
-                other.release()
-                other.lock.release()
-
-    @hidden
-    def _finish(self, call: _Call, returned: Any) -> Any:
-        before, context, loaded = call.state, call.context, call.fit.loaded
-        fresh = before.cursor.computed_at < 0
-        outputs, state, change = loaded.split(returned, before)
-        if fresh:  # what was decided together before belongs to another cache
-            context.release()
-        context.state, context.fit = state, call.fit
-        context.key, context.version, context.renumbered = call.fit.key, call.fit.version, call.renumbered
-        if state.slots is not before.slots:
-            context.state_bytes = state.bytes
-        self._contexts.succeed(context, call.advance, RawStep(before.step, loaded.computes(before), fresh, change), call.events)
-        if call.num_steps is not None and before.step == call.num_steps - 1:
-            context.release()
-            warn_without_reuse(context, self.cache_config)
-        return outputs
-
-    @hidden
-    def _end(self, call: _Call) -> None:
-        self._programs.gate.leave()
-        call.context.lock.release()
+            stepper.end(call)
 
     # -- the functional form -------------------------------------------------------------------------------------
 
     def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState | GuardedState:
         """Return the state of a fresh context for inputs like these, capturing the model if need be."""
-        return first_state(self._fit(*self._call_parameters.bind(args, kwargs or {})))
+        return first_state(self._programs.match(*self._call_parameters.bind(args, kwargs or {}), self.cache_config))
 
     def policy_parameters(self, **changes: Any) -> tuple[Tensor, ...]:
-        """Return the policy's inputs for `step`, from the settings with some of them changed.
+        """Return the policy's inputs for `functional_step`, from the settings with some of them changed.
 
         Raises:
             ConfigError: A value is bad, or the setting is built into the graphs.
         """
-        config = self._changed_config(changes)
+        config = self.cache_config.changed(**changes)
+        config.check_guard(self._toolchain.guard)
         return self._programs.latest.parameters(config, config.steps)
 
     def functional_step(
@@ -318,72 +190,18 @@ class CachedModel(ModelWrapper):
             StateError: The state belongs to other inputs.
         """
         args, kwargs = self._call_parameters.bind(args, kwargs)
-        flat = pytree.tree_leaves((args, kwargs))
-        if isinstance(state, GuardedState) and torch.compiler.is_compiling():
-            if parameters is None:
-                raise ConfigError(
-                    "inside torch.compile, pass parameters=cached.policy_parameters() to cached.functional_step: settings are inputs of"
-                    " the graph."
-                )
-            check_inputs(self._programs.only, flat)
-            return guarded_step(self._programs.only, flat, state, parameters)
-        fit = self._fit(args, kwargs)
-        check_state(fit, state)
-        if parameters is None:
-            parameters = fit.loaded.parameters(self.cache_config, self.cache_config.steps)
-        with self._programs.gate.running():
-            if isinstance(state, GuardedState):
-                return guarded_step(fit.loaded, flat, state, parameters)
-            return host_step(fit.loaded, flat, state, parameters)
+        return functional_step(self._programs, self.cache_config, args, kwargs, state, parameters)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def cache_context(
-        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, group: str = "", **details: Any
-    ) -> contextlib.AbstractContextManager[None]:
-        """Name the stream of calls that the block belongs to, and the step where the caller knows it.
-
-        Args:
-            name: Contexts of different names share nothing, and neither do those of different groups.
-            step_index: Index of the denoising step; one that goes back begins a new generation.
-            num_inference_steps: Steps of this generation, if the settings do not say.
-            group: One for each video that is made at the same time. With `CacheConfig(decide="joint")` the contexts of a
-                group decide together. Reports list a context of a group as `group/name`.
-            **details: What else a pipeline knows (sigma, timestep); not needed.
-        """
-        return self._contexts.scope(StepInfo(name, step_index, num_inference_steps, group=group), self._warn_unused)
-
-    def _warn_unused(self, info: StepInfo) -> None:
-        """Say once that calls go around the cached model."""
+    def _unused(self, info: StepInfo) -> None:
+        """Warn once that calls go around the cached model."""
         if not self._bypassed:
             self._bypassed = True
             warn(
                 f"the block `with cache_context({info.context!r})` ended without a call of the cached model, so nothing was cached."
                 " Call the result of transform instead of the original model."
             )
-
-    def reset(self, num_steps: int | None = None) -> None:
-        """Begin a new generation in every context; `num_steps` replaces the configured number from here on.
-
-        Raises:
-            ConfigError: `num_steps` does not fit the settings.
-        """
-        if num_steps is not None:
-            self.configure(num_steps=num_steps)
-        self._contexts.clear()
-
-    def _changed_config(self, changes: dict[str, Any]) -> CacheConfig:
-        config = self.cache_config.changed(**changes)
-        config.check_guard(self._toolchain.guard)
-        return config
-
-    def drop_context(self, name: str, *, group: str = "") -> None:
-        """Free the cache of one context, such as that of a request that was broken off; its next call begins a new generation.
-
-        Raises:
-            StateError: There is no such context, or another thread is in it.
-        """
-        self._contexts.drop(StepInfo(name, group=group).key)
 
     def configure(self, config: CacheConfig | Mapping[str, Any] | None = None, /, **changes: Any) -> None:
         """Change settings, or replace them all by a `CacheConfig`.
@@ -414,8 +232,7 @@ class CachedModel(ModelWrapper):
 
     def close(self) -> None:
         """Free every program and state. The original model is as it was."""
-        self._closed = True
-        self._programs.clear()
+        self._programs.close()
         self._contexts.clear()
 
     def compile(self, **options: Any) -> None:
@@ -425,17 +242,16 @@ class CachedModel(ModelWrapper):
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
         """Run every graph once for inputs like these, so that whatever compiles does so now. No state is touched."""
         args, kwargs = self._call_parameters.bind(args, kwargs or {})
-        fit = self._fit(args, kwargs)
+        match = self._programs.match(args, kwargs, self.cache_config)
         num_steps = self.cache_config.steps or 2
-        parameters = fit.loaded.parameters(self.cache_config, num_steps)
+        parameters = match.runnable.parameters(self.cache_config, num_steps)
         with self._programs.gate.running():
-            run_all(fit.loaded, pytree.tree_leaves((args, kwargs)), fit.loaded.fresh(fit.sizes), parameters)
+            run_all(match.runnable, pytree.tree_leaves((args, kwargs)), match.runnable.fresh(match.sizes), parameters)
 
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""
         blocks = tuple(m.block for m in self.plan.measured) if len(self._programs) else ()
-        contexts = {context.name: context.report() for context in self._contexts.values() if context.tracker.started}
-        return Report(contexts, blocks, self._programs.captured)
+        return Report(self._contexts.reports(), blocks, self._programs.captured)
 
     def graph_diff(self) -> dict[str, GraphDiff]:
         """Return what each pass changed, by its name, and what all did together, under "whole"."""

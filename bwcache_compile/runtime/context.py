@@ -24,7 +24,7 @@ class ModelContext(Context):
 
     Attributes:
         state: The cache, while a generation runs.
-        fit: What the last call ran with, while a generation runs.
+        match: What the last call ran with, while a generation runs.
         key: What the last call looked like.
         version: Structure and weights of the model at the last call.
         renumbered: Whether a Python number changed at the last call.
@@ -36,7 +36,7 @@ class ModelContext(Context):
         """Start before the first call."""
         super().__init__(info, created)
         self.state: CacheState | None = None
-        self.fit: ProgramMatch | None = None
+        self.match: ProgramMatch | None = None
         self.key: CallKey | None = None
         self.version = (-1, -1)
         self.renumbered = False
@@ -45,7 +45,7 @@ class ModelContext(Context):
 
     def release(self) -> None:
         """Drop the cache and the program; the step is kept."""
-        self.state = self.fit = self.decided = None
+        self.state = self.match = self.decided = None
         self.agreed_at = -1
 
 
@@ -68,12 +68,12 @@ def check_values(context: ModelContext, match: ProgramMatch, num_steps: int | No
     if context.key is None or context.state is None:
         return
     old, step = dict(context.key.values), context.tracker.next_step
-    names = [match.loaded.program.signature.inputs[i] for i, value in match.key.values if old.get(i, value) != value]
+    names = [match.runnable.program.signature.inputs[i] for i, value in match.key.values if old.get(i, value) != value]
     if names and context.key._replace(values=()) == match.key._replace(values=()) and 0 < step < (num_steps or 0):
         raise StateError(
             f"the values of `{names[0]}` changed after step {step - 1}. The model reads them in Python, so they are constants"
             " of the captured graph, and nothing can be reused.\n"
-            f"    at {match.loaded.program.signature.read_at}\n"
+            f"    at {match.runnable.program.signature.read_at}\n"
             "  Remove that Python (a branch, .item(), .tolist()) from the model's forward. If the previous run was interrupted, call"
             " cached.reset()."
         )
@@ -81,12 +81,12 @@ def check_values(context: ModelContext, match: ProgramMatch, num_steps: int | No
 
 def _interchangeable(one: ProgramMatch, other: ProgramMatch) -> bool:
     """Whether the cache of one program is valid for another, such as one for another dtype of the time or for dynamic sizes."""
-    if one.loaded is other.loaded:
+    if one.runnable is other.runnable:
         return True
     kept = []
     for match in (one, other):
-        plan, sizes = match.loaded.plan, match.sizes
-        slots = [(slot.name, slot.role, slot.dtype, slot.order, evaluated(slot.shape, sizes)) for slot in match.loaded.slots]
+        plan, sizes = match.runnable.plan, match.sizes
+        slots = [(slot.name, slot.role, slot.dtype, slot.order, evaluated(slot.shape, sizes)) for slot in match.runnable.slots]
         kept.append(([block.name for block in plan.blocks], plan.time_input, slots))  # nodes are named by each graph
     return kept[0] == kept[1]
 
@@ -98,18 +98,18 @@ def state_for(context: ModelContext, advance: Advance, match: ProgramMatch) -> t
     """
     step, events = advance.step, [advance.event] if advance.event else []
     if advance.began:
-        return match.loaded.fresh(match.sizes, step), events
+        return match.runnable.fresh(match.sizes, step), events
     why = ""
     if context.version != match.version:
         why = f"the modules changed ({match.changed})" if context.version[0] != match.version[0] else "the weights changed"
-    elif context.state is None or context.fit is None:
+    elif context.state is None or context.match is None:
         why = "the generation had ended"
-    elif not _interchangeable(context.fit, match):
+    elif not _interchangeable(context.match, match):
         why = "the program changed"
     if why:
         events.append(f"{why} before step {step}: the cache was cleared")
     if why or advance.cleared or context.state is None:
-        return match.loaded.fresh(match.sizes, step), events
+        return match.runnable.fresh(match.sizes, step), events
     return context.state.at(step), events
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bwcache_compile.errors import StateError
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.errors import ConfigError, StateError
+from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.runtime.frames import call_directly
-from bwcache_compile.runtime.programs import ProgramMatch
+from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
 from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.size_expressions import evaluated
@@ -19,19 +21,60 @@ from bwcache_compile.size_expressions import evaluated
 
 def first_state(match: ProgramMatch) -> CacheState | GuardedState:
     """Return the state before the first step."""
-    state = match.loaded.fresh(match.sizes)
-    if match.loaded.guarded:
-        return GuardedState(state.slots, match.loaded.step_tensor(0), match.version)
+    state = match.runnable.fresh(match.sizes)
+    if match.runnable.guarded:
+        return GuardedState(state.slots, match.runnable.step_tensor(0), match.version)
     return dataclasses.replace(state, version=match.version)
 
 
-def check_state(match: ProgramMatch, state: CacheState | GuardedState) -> None:
+def functional_step(
+    programs: ProgramCache,
+    config: CacheConfig,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    state: CacheState | GuardedState,
+    parameters: tuple[Tensor, ...] | None,
+) -> tuple[Any, CacheState | GuardedState]:
+    """Return the model's output and the state after a step; see `CachedModel.functional_step`.
+
+    Args:
+        programs: Those of the model.
+        config: The model's own settings.
+        args: Positional arguments of the model, as its forward declares them.
+        kwargs: Keyword arguments of the model.
+        state: From `first_state` or the step before.
+        parameters: Those of the settings if not given.
+
+    Raises:
+        ConfigError: `torch.compile` traces the step, and `parameters` is not given.
+        StateError: The state belongs to other inputs.
+    """
+    flat = pytree.tree_leaves((args, kwargs))
+    if isinstance(state, GuardedState) and torch.compiler.is_compiling():
+        if parameters is None:
+            raise ConfigError(
+                "inside torch.compile, pass parameters=cached.policy_parameters() to cached.functional_step: settings are inputs of"
+                " the graph."
+            )
+        _check_inputs(programs.only, flat)
+        return _guarded_step(programs.only, flat, state, parameters)
+    match = programs.match(args, kwargs, config)
+    _check_state(match, state)
+    if parameters is None:
+        parameters = match.runnable.parameters(config, config.steps)
+    with programs.gate.running():
+        if isinstance(state, GuardedState):
+            return _guarded_step(match.runnable, flat, state, parameters)
+        return _host_step(match.runnable, flat, state, parameters)
+
+
+def _check_state(match: ProgramMatch, state: CacheState | GuardedState) -> None:
     """Refuse a state that was made by another program, at other sizes or with other weights.
 
     Raises:
         StateError: It is such a state.
     """
-    runnable = match.loaded
+    runnable = match.runnable
     given = [(tuple(t.shape), t.dtype) for t in state.slots]
     if given != [(evaluated(slot.shape, match.sizes), slot.dtype) for slot in runnable.slots]:
         raise StateError("this state was made for inputs of other shapes or dtypes. Create a new one with init_state.")
@@ -39,7 +82,7 @@ def check_state(match: ProgramMatch, state: CacheState | GuardedState) -> None:
         raise StateError("the model's weights or modules changed since this state was made. Create a new one with init_state.")
 
 
-def check_inputs(runnable: RunnableProgram, flat: Sequence[Any]) -> None:
+def _check_inputs(runnable: RunnableProgram, flat: Sequence[Any]) -> None:
     """Refuse inputs of another shape or dtype than those of the capture, by comparisons that torch.compile evaluates once.
 
     Raises:
@@ -52,7 +95,7 @@ def check_inputs(runnable: RunnableProgram, flat: Sequence[Any]) -> None:
             )
 
 
-def host_step(runnable: RunnableProgram, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> tuple[Any, CacheState]:
+def _host_step(runnable: RunnableProgram, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> tuple[Any, CacheState]:
     """Run the graph that the state asks for."""
     with torch.no_grad():
         returned = call_directly(runnable.graph(runnable.kind(state)), runnable.operands(flat, state, parameters))
@@ -60,7 +103,7 @@ def host_step(runnable: RunnableProgram, flat: Sequence[Any], state: CacheState,
     return outputs, following
 
 
-def guarded_step(
+def _guarded_step(
     runnable: RunnableProgram, flat: Sequence[Any], state: GuardedState, parameters: tuple[Tensor, ...]
 ) -> tuple[Any, GuardedState]:
     """Run the graph that contains the guard. An outer `torch.compile(fullgraph=True)` can trace this function."""

@@ -24,7 +24,7 @@ def _decides_with(other: ModelContext, context: ModelContext) -> bool:
     """Whether another context computed the last step of the same run: it was called since this one's last call."""
     if other is context or other.group != context.group or other.called < context.called:
         return False
-    if other.tracker.run != context.tracker.run or other.state is None or other.fit is None or context.state is None:
+    if other.tracker.run != context.tracker.run or other.state is None or other.match is None or context.state is None:
         return False
     return other.state.cursor.computed_at == context.state.cursor.computed_at
 
@@ -46,7 +46,7 @@ def synchronize_decisions(context: ModelContext, contexts: Iterable[ModelContext
     Raises:
         StateError: Another thread is inside one of the contexts that decide with this one.
     """
-    if context.state is None or context.fit is None or _change(context) is None:
+    if context.state is None or context.match is None or _change(context) is None:
         return
     computed_at = context.state.cursor.computed_at
     if computed_at != context.state.step - 1 or context.agreed_at == computed_at:
@@ -71,9 +71,9 @@ def synchronize_decisions(context: ModelContext, contexts: Iterable[ModelContext
 
 def _decide(members: list[ModelContext], config: CacheConfig, num_steps: int | None) -> None:
     first = members[0]
-    assert first.fit is not None
+    assert first.match is not None
     assert first.state is not None
-    computed_at, runnable = first.state.cursor.computed_at, first.fit.loaded
+    computed_at, runnable = first.state.cursor.computed_at, first.match.runnable
     step, names = runnable.step_tensor(computed_at), [slot.name for slot in POLICIES[config.policy].slots]
     fresh = tuple(slot.fresh({}, step.device) for name in names for slot in runnable.plan.slots if slot.role == name)
     # what each graph decided on its own is dropped: the policy goes on from the last common decision
@@ -84,8 +84,8 @@ def _decide(members: list[ModelContext], config: CacheConfig, num_steps: int | N
         kept, left = runnable.decide(change, kept, step, *runnable.parameters(config, num_steps))
     for member in members:
         assert member.state is not None
-        assert member.fit is not None
-        roles = [slot.role for slot in member.fit.loaded.plan.slots]
+        assert member.match is not None
+        roles = [slot.role for slot in member.match.runnable.plan.slots]
         slots = tuple(kept[names.index(r)] if r in names else slot for r, slot in zip(roles, member.state.slots, strict=True))
         cursor = dataclasses.replace(member.state.cursor, reuse_until=computed_at + int(left))
         member.state = dataclasses.replace(member.state, slots=slots, cursor=cursor)

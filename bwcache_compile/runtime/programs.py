@@ -18,7 +18,7 @@ from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.runtime.gate import CaptureGate
 from bwcache_compile.runtime.maker import ProgramMaker, differ_in_sizes
 from bwcache_compile.runtime.runnable import RunnableProgram
-from bwcache_compile.runtime.signature import CallKey, generation_kind
+from bwcache_compile.runtime.signature import CallKey, call_key, generation_kind, leaves_of
 from bwcache_compile.runtime.trial import Request, Toolchain
 from bwcache_compile.runtime.watch import ModelWatch
 
@@ -31,7 +31,7 @@ class ProgramMatch:
     """The program that serves a call, and what was true of the call and the model.
 
     Attributes:
-        loaded: The program.
+        runnable: The program.
         key: What the call looks like; another one means other inputs, so another generation.
         sizes: The values of the program's symbols at this call; empty where no size is open.
         version: The model's structure and weights; another one means that what is cached came from another model.
@@ -39,7 +39,7 @@ class ProgramMatch:
         first: What the program's graph returned for this very call on a fresh state at step 0, if it was just checked on this call.
     """
 
-    loaded: RunnableProgram
+    runnable: RunnableProgram
     key: CallKey
     sizes: Mapping[str, int]
     version: tuple[int, int]
@@ -64,6 +64,12 @@ class ProgramCache:
 
     The first call of a kind is captured at its sizes, unless `dynamic_shapes` says otherwise. The second, which differs
     from it in sizes alone, is captured with dynamic sizes, and that program takes the place of those that it covers.
+
+    Attributes:
+        gate: Keeps runs and captures apart.
+        watch: Says whether the model changed.
+        captured: How often the model was captured.
+        closed: Whether calls are refused.
     """
 
     def __init__(self, model: nn.Module, toolchain: Toolchain, dynamic_shapes: Any = None, verify: Verify = "bitwise") -> None:
@@ -77,16 +83,17 @@ class ProgramCache:
         self._last: RunnableProgram | None = None
         self._structure = self.watch.structure
         self.captured = 0
+        self.closed = False
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def fit(
+    def match(
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        key: CallKey,
         config: CacheConfig,
+        key: CallKey | None = None,
         held: ProgramMatch | None = None,
         num_steps: int | None = None,
         reuses: bool = False,
@@ -96,27 +103,30 @@ class ProgramCache:
         Args:
             args: Positional arguments of the call.
             kwargs: Keyword arguments of the call.
-            key: What the call looks like.
             config: For building what is captured.
+            key: What the call looks like, if the caller knows.
             held: What the same context ran with last: it keeps that program while its calls look alike, so that a
                 program captured meanwhile for another context's sizes does not come between its steps.
-            num_steps: Steps of a generation, where they are known.
+            num_steps: Steps of a generation, if another number than the settings say.
             reuses: Whether the step reuses what is cached, so that looking the whole model over would cost more than the step.
 
         Raises:
             CaptureError, NoBlocksFoundError, UnsupportedGraphError: The model is captured for this call, and cannot be.
             ConfigError: The settings or an input do not fit, or the model has offload hooks.
-            StateError: The model is in training mode, or an input requires gradients.
+            StateError: The model is closed or in training mode, or an input requires gradients.
         """
+        if self.closed:
+            raise StateError("this cached model was closed; transform the model again.")
+        key = key or call_key(*leaves_of(args, kwargs))
         if self._model.training and not _is_flat(self._model):
             raise StateError(f"{type(self._model).__name__} is in training mode; call .eval() first: caching is for inference.")
         with self._lock:
             self._poll(glance=reuses)
             first: list[Any] | None = None
             if held is not None and self._serves(held, key, args, kwargs):
-                runnable, sizes = held.loaded, held.sizes
+                runnable, sizes = held.runnable, held.sizes
             else:
-                request = Request(key, Reference(self._model, args, kwargs, self._verify), config, num_steps)
+                request = Request(key, Reference(self._model, args, kwargs, self._verify), config, num_steps or config.steps)
                 runnable, first = self._find(request) or self._captured(request)
                 held, sizes = None, runnable.symbols(key) or {}
             if self._last is not runnable and runnable.key in self._kept:
@@ -132,7 +142,7 @@ class ProgramCache:
     def _serves(self, held: ProgramMatch, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the program that a context ran last serves its next call."""
         alike = held.version[0] == self._structure and held.key.sizes == key.sizes and held.key.kind == key.kind
-        return alike and held.loaded.reads(self._model, args, kwargs)
+        return alike and held.runnable.reads(self._model, args, kwargs)
 
     def _poll(self, glance: bool = False) -> None:
         """Drop every program if the model is no longer what was captured."""
@@ -267,8 +277,9 @@ class ProgramCache:
         """Compare the whole model at the next call: a method was called that may change it."""
         self.watch.suspect()
 
-    def clear(self) -> None:
-        """Drop every program."""
+    def close(self) -> None:
+        """Drop every program, and make no more."""
+        self.closed = True
         with self._lock:
             self._kept.clear()
             self._last = None

@@ -233,8 +233,8 @@ class RunnableProgram:
 
 
 @left_out
-def run_all(loaded: RunnableProgram, flat: Sequence[Any], fresh: CacheState, parameters: tuple[Tensor, ...]) -> None:
+def run_all(runnable: RunnableProgram, flat: Sequence[Any], fresh: CacheState, parameters: tuple[Tensor, ...]) -> None:
     """Run every graph on a fresh state and drop what it returns; an outer torch.compile compiles them here."""
     with torch.no_grad():
         for state in (fresh, dataclasses.replace(fresh, cursor=Cursor(step=1, computed_at=0, reuse_until=1))):
-            loaded.graph(loaded.kind(state))(*loaded.operands(flat, state, parameters))
+            runnable.graph(runnable.kind(state))(*runnable.operands(flat, state, parameters))

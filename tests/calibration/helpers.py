@@ -16,7 +16,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from bwcache_compile.calibration import OutputCut, PlanEntry
+from bwcache_compile.calibration import CalibrationPlan, CutModel, OutputCut, PlanEntry
 from bwcache_compile.calibration.generation import Generation, StandIn, table_rule
 from bwcache_compile.calibration.recording import Recorder
 
@@ -104,6 +104,7 @@ def sample(
     return x
 
 
-def replay(model: nn.Module, entry: PlanEntry) -> nn.Module:
+def replay(model: nn.Module | CutModel, plan: CalibrationPlan, entry: PlanEntry) -> nn.Module:
     """Return a stand-in that runs one generation by an entry of a plan, without graphs."""
-    return StandIn(Generation(OutputCut(model, len(entry.weights[0])), Recorder(), entry.mask, table_rule(entry.weights)))
+    cut = OutputCut(model, plan.anchors) if isinstance(model, nn.Module) else model
+    return StandIn(Generation(cut, Recorder(schedule=plan.provenance.calls), entry.mask, table_rule(entry.weights)))

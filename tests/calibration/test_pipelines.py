@@ -50,7 +50,7 @@ def test_a_pipeline_is_calibrated(name: str, contexts: tuple[str, ...]) -> None:
     assert len(plan.provenance.timesteps) == STEPS
     assert entry.rule == "fitted"
     full = generate(model)
-    assert psnr(generate(replay(model, entry)), full) == pytest.approx(entry.psnr, abs=0.1)
+    assert psnr(generate(replay(model, plan, entry)), full) == pytest.approx(entry.psnr, abs=0.1)
 
 
 def test_a_scheduler_that_clips_is_named_and_calibrated_all_the_same() -> None:

@@ -24,12 +24,13 @@ def plan(model: Denoiser) -> bw.CalibrationPlan:
         model_identity(model),
         (900.0, 600.0, 300.0, 100.0),
         ("cond", "uncond"),
+        ((0, "cond"), (0, "uncond")),
         "output",
+        2**19,
         "known",
         1,
         3.5,
         {"torch": "2"},
-        2**19,
     )
     return bw.CalibrationPlan(entries, made)
 

@@ -260,13 +260,13 @@ def test_what_a_replayed_cuda_graph_returned_is_copied(model: OneStream, options
     cached = bw.transform(model, bw.CacheConfig(num_steps=4), example_args=model.example())
     program = cached.program
     on_cuda = program.replace(plan=dataclasses.replace(program.planned(), device=torch.device("cuda")))
-    loaded = RunnableProgram(on_cuda, cached._programs.latest.key)
+    runnable = RunnableProgram(on_cuda, cached._programs.latest.key)
     if options is not None:
-        loaded.compile(options)
+        runnable.compile(options)
     state = cached.init_state(model.example())
     assert isinstance(state, bw.CacheState)
     returned = program.compute(*cached._programs.latest.operands(model.example(), state, cached.policy_parameters()))
-    output, following, change = loaded.split(returned, state)
+    output, following, change = runnable.split(returned, state)
     assert change is not None
     owned = {value.data_ptr() for value in returned}
     kept = {value.data_ptr() for value in [output, *following.slots, change]}

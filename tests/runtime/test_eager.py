@@ -116,11 +116,11 @@ def test_operators_without_a_binding_stay() -> None:
 def test_a_graph_and_its_function_launch_alike(name: str) -> None:
     model, call = ZOO[name].make(), ZOO[name].inputs(0)
     cached = bw.transform(model, bw.CacheConfig(num_steps=8), example_kwargs=call)
-    loaded = cached._programs.latest
+    runnable = cached._programs.latest
     inputs = tree_leaves(cached._call_parameters.bind((), call))
-    for kind, module in loaded.modules.items():
-        state = loaded.fresh({}) if kind == "compute" else loaded.fresh({}).computed(loaded.fresh({}).slots, 1)
-        operands = loaded.operands(inputs, state, loaded.parameters(cached.cache_config, 8))
+    for kind, module in runnable.modules.items():
+        state = runnable.fresh({}) if kind == "compute" else runnable.fresh({}).computed(runnable.fresh({}).slots, 1)
+        operands = runnable.operands(inputs, state, runnable.parameters(cached.cache_config, 8))
         with Launched() as by_module:
             expected = module(*operands)
         with Launched() as by_function:

@@ -68,7 +68,7 @@ def test_num_steps_comes_from_the_context_too(model: OneStream) -> None:
 
 def test_missing_num_steps_fails_at_the_first_call(model: OneStream) -> None:
     with pytest.raises(bw.ConfigError) as caught:
-        run(bw.transform(model), *model.example())
+        run(bw.transform(model, bw.CacheConfig()), *model.example())
     assert str(caught.value) == (
         "policy='schedule' needs the number of steps. Set CacheConfig(num_steps=...), call "
         "cached.reset(num_steps=...), or pass num_inference_steps to cache_context."
@@ -371,7 +371,7 @@ def test_a_generation_frees_its_tensors_at_its_last_step(model: OneStream) -> No
     run(cached, x, t)
     gc.collect()
     assert slot() is None
-    assert (context.state, context.fit) == (None, None)
+    assert (context.state, context.match) == (None, None)
     assert cached.report().contexts["default"].state_bytes == held
 
 

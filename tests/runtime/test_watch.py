@@ -153,9 +153,9 @@ def test_settings_and_step_numbers_are_bounded() -> None:
     for step in range(300):
         cached.configure(threshold=1e-9 * step)
         run(cached, *model.example(step=step))
-    loaded = cached._programs.latest
-    assert len(loaded._settings) <= 8
-    assert len(loaded._steps) <= 256
+    runnable = cached._programs.latest
+    assert len(runnable._settings) <= 8
+    assert len(runnable._steps) <= 256
 
 
 @pytest.mark.parametrize("guard", ["host", "graph"])

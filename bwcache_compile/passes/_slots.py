@@ -1,0 +1,54 @@
+"""The tensors of the cache state that a region needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import Node
+
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.ir.edit import size_values
+from bwcache_compile.ir.layout import Order, slot_order
+from bwcache_compile.ir.plan import CacheSlot, IndicatorProbe, Region
+from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.ir.sizes import hint, size_of
+from bwcache_compile.policies import POLICIES, SmallSlot
+from bwcache_compile.size_expressions import evaluated, largest
+
+
+def _slot(
+    name: str, role: str, shape: Iterable[int | SymInt], dtype: torch.dtype, fill: float = 0, order: Order | None = None
+) -> CacheSlot:
+    sizes = list(shape)
+    return CacheSlot(name, role, tuple(map(size_of, sizes)), dtype, tuple(map(hint, sizes)), order or tuple(range(len(sizes))), fill)
+
+
+def _reference_slot(program: ModelProgram, name: str, measured: IndicatorProbe, value: Tensor) -> CacheSlot:
+    shape = list(value.shape)
+    if measured.token_range is not None:
+        start, stop = evaluated(measured.token_range, size_values(program))
+        shape[1] = stop - start
+    if measured.stride is not None:
+        shape = [largest(1, math.prod(shape[:-1]) // measured.stride), shape[-1]]
+    return _slot(name, "reference", shape, value.dtype)
+
+
+def region_slots(program: ModelProgram, config: CacheConfig, region: Region, nodes: dict[str, Node]) -> tuple[CacheSlot, ...]:
+    """Return what is kept for a region: what the way of reusing keeps of each output, the indicator's references, and the policy's own."""
+    values = [nodes[name].meta["val"] for name in region.outputs]
+
+    def like_output(i: int, value: Tensor, role: str) -> CacheSlot:
+        return _slot(region.slot(role, i), role, value.shape, value.dtype, order=slot_order(value))
+
+    def small(slot: SmallSlot) -> CacheSlot:
+        return _slot(region.slot(slot.name), slot.name, slot.shape, getattr(torch, slot.dtype), slot.fill)
+
+    way, policy = config.graph_settings.way, POLICIES[config.policy]
+    slots = [like_output(i, value, kind) for kind in way.slots for i, value in enumerate(values)]
+    slots += map(small, way.shared)
+    for i, m in enumerate(region.measured):
+        slots.append(_reference_slot(program, region.slot("reference", i), m, nodes[m.node].meta["val"]))
+    return (*slots, *map(small, policy.slots))
