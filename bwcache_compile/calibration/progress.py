@@ -31,7 +31,7 @@ class Progress:
                 from tqdm.auto import tqdm  # type: ignore[import-untyped,unused-ignore]
             except ModuleNotFoundError:
                 return self
-            self._bar = tqdm(desc="calibrating", unit="call")
+            self._bar = tqdm(desc="calibrating", unit="call", mininterval=1)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
