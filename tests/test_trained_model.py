@@ -57,6 +57,7 @@ def together(contexts: list[list[float]]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*contexts, strict=True)]
 
 
+@pytest.mark.slow
 def test_the_compact_indicator_triggers_with_the_exact_one(trained: WanTransformer3DModel) -> None:
     """At the default threshold, and where the contexts decide together inside the U.
 

@@ -81,6 +81,7 @@ def test_adapters_come_and_go(name: str) -> None:
     assert s.cached.report().captures == 4
 
 
+@pytest.mark.zoo
 def test_each_change_of_several_adapters() -> None:
     s = side("wan")
     plain, first, second = s.run(), lora(s.model), lora(s.model, seed=1)

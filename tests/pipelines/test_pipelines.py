@@ -113,7 +113,7 @@ def test_a_run_that_was_broken_off_leaves_nothing_behind() -> None:
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", selected(CASES))
 def test_in_bfloat16_repeated_and_broken_off(name: str) -> None:
     case = CASES[name]
     pipe = case.pipeline(case.model().bfloat16())
