@@ -30,7 +30,6 @@ import bwcache_compile as bw
 from benchmarks.record import write_record
 from bwcache_compile.calibration.quality import psnr
 
-STEPS = 50
 COMPUTED = (20, 16, 14, 10)
 SOLVERS = ("euler", "unipc")
 """The quickstart's, and what Wan pipelines use (order 2)."""
@@ -41,27 +40,30 @@ def case(seed: int, clips: int) -> tuple[Tensor, Tensor]:
     return data.encode(data.draw_attributes(clips, torch.Generator().manual_seed(seed))), tiny.draw_noise(clips, seed)
 
 
-def measure(solver: str, budgets: tuple[float, ...], effort: Any, calibrated: int, seeds: list[int], clips: int) -> dict[str, Any]:
+def measure(solver: str, budgets: tuple[float, ...], seeds: list[int], args: argparse.Namespace) -> dict[str, Any]:
     """Calibrate on one seed, and run the plan on the others."""
     model, began = tiny.load(), time.perf_counter()
-    tokens, noise = case(calibrated, clips)
-    plan = bw.calibrate(
-        model, lambda m: tiny.sample(m, tokens, noise, STEPS, solver=solver), budgets=budgets, effort=effort, progress=False
-    )
+    how: dict[str, Any] = {"solver": solver, "guidance": args.guidance}
+    tokens, noise = case(args.calibrate_on, args.prompts)
+
+    def prompted(model: Any) -> Tensor:
+        return tiny.sample(model, tokens, noise, args.steps, **how)
+
+    cached = bw.transform(model)
+    plan = bw.calibrate(cached, prompted, budgets=budgets, effort=args.effort, cut=args.cut, progress=False)
     seconds = time.perf_counter() - began
     print(f"\n{solver}: {plan}\ncost {plan.provenance.cost:.2f} full generations", flush=True)
     ours: dict[int, list[float]] = {entry.computed: [] for entry in plan.entries}
     fewer: dict[int, list[float]] = {entry.computed: [] for entry in plan.entries}
-    cached = bw.transform(model)
     for seed in tqdm(seeds, desc=solver, mininterval=10):
-        prompt = case(seed, clips)
-        full = tiny.sample(model, *prompt, STEPS, solver=solver)
+        prompt = case(seed, args.clips)
+        full = tiny.sample(model, *prompt, args.steps, **how)
         for entry in plan.entries:
             cached.configure(plan.at(entry.budget))
-            ours[entry.computed].append(psnr(tiny.sample(cached, *prompt, STEPS, solver=solver), full))
-            fewer[entry.computed].append(psnr(tiny.sample(model, *prompt, entry.computed, solver=solver), full))
+            ours[entry.computed].append(psnr(tiny.sample(cached, *prompt, args.steps, **how), full))
+            fewer[entry.computed].append(psnr(tiny.sample(model, *prompt, entry.computed, **how), full))
     rows = [row(entry, ours[entry.computed], fewer[entry.computed]) for entry in plan.entries]
-    return {"cost": plan.provenance.cost, "seconds": seconds, "effort": effort, "calibrated_on": calibrated, "rows": rows}
+    return {"cost": plan.provenance.cost, "seconds": seconds, "rows": rows}
 
 
 def row(entry: Any, ours: list[float], fewer: list[float]) -> dict[str, Any]:
@@ -91,16 +93,21 @@ def main() -> None:
     parser.add_argument("--calibrate-on", type=int, default=3000, help="seed of the prompt that is calibrated on (default %(default)s)")
     parser.add_argument("--first", type=int, default=5000, help="first seed of the prompts that are measured (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--clips", type=int, default=2)
+    parser.add_argument("--clips", type=int, default=2, help="clips of each seed that is measured")
+    parser.add_argument("--prompts", type=int, default=2, help="clips that are calibrated on, in one batch")
+    parser.add_argument("--cut", choices=["output", "blocks"], default="output")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=tiny.GUIDANCE)
     args = parser.parse_args()
-    budgets, seeds = tuple(n / STEPS for n in args.computed), list(range(args.first, args.first + args.seeds))
-    result: dict[str, Any] = {"steps": STEPS, "seeds": seeds, "clips": args.clips, "versions": {"torch": torch.__version__}, "solvers": {}}
+    budgets, seeds = tuple(n / args.steps for n in args.computed), list(range(args.first, args.first + args.seeds))
+    said = {name: value for name, value in vars(args).items() if name != "out"}
+    result: dict[str, Any] = {**said, "seeds": seeds, "versions": {"torch": torch.__version__}, "measured": {}}
     for solver in args.solvers:
-        result["solvers"][solver] = measure(solver, budgets, args.effort, args.calibrate_on, seeds, args.clips)
+        result["measured"][solver] = measure(solver, budgets, seeds, args)
         if args.out:
             write_record(args.out, result)
     print("\n| solver | computed | calibrated plan | fewer steps | gain |\n|---|---|---|---|---|")
-    for solver, found in result["solvers"].items():
+    for solver, found in result["measured"].items():
         for line in found["rows"]:
             gain = f"{line['gain']:+.1f} ± {line['interval']:.1f}"
             print(f"| {solver} | {line['computed']} | {line['psnr']:.1f} dB | {line['fewer_steps']:.1f} dB | {gain} |")

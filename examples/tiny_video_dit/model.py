@@ -74,7 +74,13 @@ def scheduler_of(solver: Solver, steps: int) -> Any:
 
 @torch.no_grad()
 def sample(
-    model: Any, tokens: Tensor, noise: Tensor, steps: int, on_step: Callable[[], None] = lambda: None, solver: Solver = "euler"
+    model: Any,
+    tokens: Tensor,
+    noise: Tensor,
+    steps: int,
+    on_step: Callable[[], None] = lambda: None,
+    solver: Solver = "euler",
+    guidance: float = GUIDANCE,
 ) -> Tensor:
     """Generate clips with classifier-free guidance, two calls a step, as a diffusers pipeline does.
 
@@ -85,6 +91,7 @@ def sample(
         steps: Denoising steps.
         on_step: Called after each step, for a progress bar.
         solver: How the latents move from step to step.
+        guidance: How far to go from the unconditional clip to the conditional one.
 
     Returns:
         float32[B, 3, FRAMES, SIZE, SIZE] in [-1, 1].
@@ -100,7 +107,7 @@ def sample(
             conditioned = model(noisy, time, tokens, return_dict=False)[0]
         with context("uncond", **known):
             free = model(noisy, time, nothing, return_dict=False)[0]
-        clean = free + GUIDANCE * (conditioned - free)
+        clean = free + guidance * (conditioned - free)
         latents = scheduler.step((latents - clean) / sigma, timestep, latents, return_dict=False)[0]
         on_step()
     return latents.clamp(-1, 1)
