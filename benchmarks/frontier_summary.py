@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+LEAST = 3
+"""Ways that a number of computed steps must have been measured with to get a column."""
+
 
 def summary(record: dict[str, Any]) -> str:
-    """Return a Markdown table: a way per row, the best first, and PSNR in dB at each number of computed steps per solver."""
+    """Return a Markdown table: a way per row, the largest mean gain over fewer steps first, and PSNR in dB at each number of computed steps per solver."""
     points = [(row["solver"], row["asked"], row["steps"]) for row in record["rows"] if row["way"] == "fewer steps"]
+    count = Counter((row["solver"], row["asked"], row["steps"]) for row in record["rows"])
+    points = [point for point in points if count[point] >= LEAST]
     cells: dict[str, dict[tuple[str, int, int], dict[str, Any]]] = {}
     for row in record["rows"]:
         cells.setdefault(row["way"], {})[row["solver"], row["asked"], row["steps"]] = row
@@ -24,7 +30,13 @@ def summary(record: dict[str, Any]) -> str:
 
     solvers = {"euler": "Euler", "unipc": "UniPC"}
     heads = [f"{solvers[solver]}, {computed} of {steps}" for solver, computed, steps in points]
-    order = sorted(cells, key=lambda way: -sum(cells[way][p]["psnr"] for p in points if p in cells[way]) / len(cells[way]))
+    plain = cells["fewer steps"]
+
+    def gain(way: str) -> float:
+        shared = [point for point in points if point in cells[way]]
+        return sum(cells[way][point]["psnr"] - plain[point]["psnr"] for point in shared) / len(shared)
+
+    order = sorted((way for way in cells if any(point in cells[way] for point in points)), key=gain, reverse=True)
     lines = [f"| PSNR in dB | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     lines += [f"| {way} | {' | '.join(shown(cells[way], point) for point in points)} |" for way in order]
     return "\n".join(lines)

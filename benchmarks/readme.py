@@ -29,7 +29,25 @@ def quickstart(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"quickstart": quickstart, "frontier": summary}
+def equal_schedule(record: dict[str, Any]) -> str:
+    """Return, for each tool and size, the whole run against its ideal, a reused step, and what is kept between two steps."""
+    parts = record["measured"]
+    heads = [
+        f"{part['size'].rpartition('x')[0]}, {part['mode']}: {what}" for part in parts for what in ("run / ideal", "reused step", "state")
+    ]
+    lines = [f"| tool | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for tool in parts[0]["rows"]:
+        if tool in ("plain", "prologue and epilogue"):
+            continue
+        cells = []
+        for row in (part["rows"][tool] for part in parts):
+            cells.append(f"{row['run_over_ideal']:.2f}")
+            cells += [f"{row['reused_step_over_prologue_and_epilogue']:.2f}", f"{row['state_over_hidden_state']:.2f}"]
+        lines.append(f"| {tool} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"quickstart": quickstart, "frontier": summary, "equal_schedule": equal_schedule}
 """Which record gives which table: the record's name and the marks in the README."""
 
 
