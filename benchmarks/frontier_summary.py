@@ -13,7 +13,10 @@ LEAST = 3
 
 
 def summary(record: dict[str, Any]) -> str:
-    """Return a Markdown table: a way per row, the largest mean gain over fewer steps first, and PSNR in dB at each number of computed steps per solver."""
+    """Return a Markdown table of PSNR in dB: a way per row, the largest mean gain over fewer steps first.
+
+    Columns are the numbers of computed steps, per solver, that at least `LEAST` ways were measured with.
+    """
     points = [(row["solver"], row["asked"], row["steps"]) for row in record["rows"] if row["way"] == "fewer steps"]
     count = Counter((row["solver"], row["asked"], row["steps"]) for row in record["rows"])
     points = [point for point in points if count[point] >= LEAST]
