@@ -14,6 +14,8 @@ from bwcache_compile.calibration.rules import rule_weights
 from bwcache_compile.calibration.sampler_map import SamplerMap
 
 RIDGE = 1e-3
+_LEAST = 0.3
+"""A clip that is off by less than this share of the median counts as one that is off by so much."""
 
 
 def solve_weights(candidates: Tensor, target: Tensor, prior: Tensor, ridge: float) -> Tensor:
@@ -37,6 +39,23 @@ def solve_weights(candidates: Tensor, target: Tensor, prior: Tensor, ridge: floa
     return prior + torch.cat([change, -change.sum().reshape(1)])
 
 
+def balanced(target: Tensor, candidates: Tensor, prior: Tensor, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale a system so that each clip counts alike, whatever it is off by under the prior.
+
+    One clip that went another way would decide for all, as its squares are the largest.
+
+    Args:
+        target: float64[M].
+        candidates: float64[K, M].
+        prior: float64[K].
+        clips: int64[M], the clip that each element belongs to.
+    """
+    missing = target - prior @ candidates
+    off = torch.zeros(int(clips.max()) + 1, dtype=missing.dtype).index_add(0, clips, missing.square()).sqrt()
+    scale = 1 / off.clamp(min=max(_LEAST * float(off.median()), 1e-30))
+    return target * scale[clips], candidates * scale[clips]
+
+
 class DriftCorrection:
     """Solves for the weights of each reused step while a generation runs."""
 
@@ -58,6 +77,8 @@ class DriftCorrection:
         if step + 1 >= len(self._full):
             return prior
         target, candidates = self._system(run, key, args, kwargs, len(anchors))
+        if self._sampler is not None and run.recorder.moving_input is not None:
+            target, candidates = balanced(target, candidates, prior[: len(anchors)], run.recorder.moving_input.clip_of_elements())
         weights = torch.zeros(count, dtype=torch.float64)
         weights[: len(anchors)] = solve_weights(candidates, target, prior[: len(anchors)], self._ridge)
         return weights

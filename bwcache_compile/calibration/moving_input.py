@@ -75,6 +75,8 @@ class MovingInput:
         channel_dim: Dimension in which input and output differ; None if they have one shape.
         channels: Leading channels that both have.
         pieces: Copies of the latents in the batch, one for each guidance branch.
+        clips: Clips in one piece: the size of its first dimension.
+        size: Elements of one piece.
         elements: int64, positions of the recorded elements in one flattened piece; None for all of them.
         dtype: Of the input.
     """
@@ -83,6 +85,8 @@ class MovingInput:
     channel_dim: int | None
     channels: int
     pieces: int
+    clips: int
+    size: int
     elements: Tensor | None
     dtype: torch.dtype
 
@@ -94,7 +98,7 @@ class MovingInput:
         """
         dim = _channel_dim(first.shape, output.shape)
         channels = 0 if dim is None else min(first.shape[dim], output.shape[dim])
-        narrow = MovingInput(path, dim, channels, 1, None, first.dtype)
+        narrow = MovingInput(path, dim, channels, 1, len(first), first.numel(), None, first.dtype)
         first, second = narrow._narrowed(first), narrow._narrowed(second)
         pieces = next((n for n in range(_MOST_PIECES, 1, -1) if _repeats(first, n) and _repeats(second, n)), 1)
         moved = (first.chunk(pieces)[0] != second.chunk(pieces)[0]).flatten().nonzero().flatten().cpu()
@@ -103,7 +107,7 @@ class MovingInput:
         if len(moved) > MAX_ELEMENTS:
             order = torch.randperm(len(moved), generator=torch.Generator().manual_seed(0))[:MAX_ELEMENTS]
             elements = moved[order.sort().values]
-        return dataclasses.replace(narrow, pieces=pieces, elements=elements)
+        return dataclasses.replace(narrow, pieces=pieces, clips=max(1, len(first) // pieces), size=size, elements=elements)
 
     def _narrowed(self, tensor: Tensor) -> Tensor:
         return tensor if self.channel_dim is None else tensor.narrow(self.channel_dim, 0, self.channels)
@@ -116,6 +120,11 @@ class MovingInput:
     def tensor(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Return the input itself; None where a call has none."""
         return float_leaves(args, kwargs).get(self.path)
+
+    def clip_of_elements(self) -> Tensor:
+        """Return int64, which clip of its piece each recorded element belongs to."""
+        positions = torch.arange(self.size) if self.elements is None else self.elements
+        return positions * self.clips // self.size
 
     def read_input(self, tensor: Tensor) -> Tensor:
         """Return the recorded elements of the latents, on the host."""

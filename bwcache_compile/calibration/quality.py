@@ -12,6 +12,8 @@ from bwcache_compile.errors import ConfigError
 
 IDENTICAL = 100.0
 """PSNR reported for equal results."""
+_BATCHED = 4
+"""Dimensions of an array whose first one counts clips or images."""
 _PIECE = 2**22
 """Numbers compared at a time."""
 
@@ -31,9 +33,14 @@ def _arrays(result: Any) -> list[Any]:
     return []
 
 
+def _items(array: Any) -> list[Any]:
+    """Part an array into the clips or images that its first dimension counts, if it has as many dimensions as those have."""
+    return list(array) if array.ndim >= _BATCHED else [array]
+
+
 def _numbers(result: Any) -> list[Any]:
-    """Return the arrays of numbers of a result, flat."""
-    arrays = [array.reshape(-1) for array in _arrays(result) if array.dtype.kind in "fiu" and array.size]
+    """Return the numbers of each clip or image of a result, flat."""
+    arrays = [item.reshape(-1) for array in _arrays(result) if array.dtype.kind in "fiu" and array.size for item in _items(array)]
     if not arrays:
         raise ConfigError(
             f"generate returned {type(result).__name__} without numbers to compare. Return frames, images or latents: tensors, arrays,"
@@ -49,7 +56,9 @@ def _squared_error(ours: Any, theirs: Any) -> float:
 
 
 def psnr(result: Any, reference: Any) -> float:
-    """Return the PSNR in dB of a result against a reference.
+    """Return the PSNR in dB of a result against a reference, the mean over its clips or images.
+
+    One clip that goes another way must not decide alone, as it would in a mean over all numbers.
 
     The peak is 255 for 8-bit images, 1 for values in [0, 1], 2 for values in [-1, 1], and else the reference's range.
 
@@ -65,7 +74,12 @@ def psnr(result: Any, reference: Any) -> float:
     low, high = min(float(array.min()) for array in theirs), max(float(array.max()) for array in theirs)
     whole, known = all(array.dtype == np.uint8 for array in theirs), 1.0 if low >= 0 else 2.0
     peak = 255.0 if whole else known if max(-low, high) <= 1 else high - low
-    error = sum(_squared_error(a, b) for a, b in zip(ours, theirs, strict=True)) / sum(sizes[0])
+    each = [_ratio(_squared_error(a, b) / a.size, peak) for a, b in zip(ours, theirs, strict=True)]
+    return sum(each) / len(each)
+
+
+def _ratio(error: float, peak: float) -> float:
+    """Return the PSNR of a mean squared error."""
     if error == 0:
         return IDENTICAL
     return min(IDENTICAL, 10 * math.log10(peak**2 / error)) if error < math.inf and peak > 0 else -math.inf

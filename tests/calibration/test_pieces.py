@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import bwcache_compile as bw
 from bwcache_compile.calibration import OutputCut, masks
-from bwcache_compile.calibration.fit import solve_weights
+from bwcache_compile.calibration.fit import balanced, solve_weights
 from bwcache_compile.calibration.quality import psnr
 from bwcache_compile.calibration.rules import rule_table, rule_weights
 
@@ -77,6 +77,22 @@ def test_weights_are_the_exact_combination_where_there_is_one() -> None:
     assert torch.allclose(solve_weights(candidates, wanted @ candidates, prior, 1e9), prior, atol=1e-6), "the ridge pulls to the prior"
     assert float(solve_weights(candidates, torch.zeros(40, dtype=torch.float64), prior, 1e-3).sum()) == pytest.approx(1)
     assert torch.equal(solve_weights(candidates[:1].expand(3, -1), candidates[0], prior, 1e-3), prior), "equal anchors"
+
+
+def test_one_clip_does_not_decide_for_all() -> None:
+    """Three clips agree on weights, and a fourth that is off by a hundred times as much wants others."""
+    generator = torch.Generator().manual_seed(0)
+    candidates = torch.randn(3, 40, dtype=torch.float64, generator=generator)
+    clips, prior = torch.arange(40) // 10, torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    wanted, others = (torch.tensor(w, dtype=torch.float64) for w in ([1.4, -0.5, 0.1], [-60.0, 31.0, 30.0]))
+    target = torch.where(clips < 3, wanted @ candidates, others @ candidates)
+    alone = solve_weights(candidates, target, prior, 1e-3)
+    together = solve_weights(*reversed(balanced(target, candidates, prior, clips)), prior, 1e-3)
+    assert float((alone - wanted).norm()) > 10
+    assert float((together - wanted).norm()) < 1
+    video = torch.randn(4, 3, 8, 8, generator=generator)
+    broken = torch.cat([video[:3] + 1e-3, video[3:] * 0])
+    assert psnr(broken, video) > 40, "the mean over the clips, not over all numbers"
 
 
 @dataclasses.dataclass
