@@ -1,4 +1,4 @@
-"""Put the tables of committed records into the README: `python -m benchmarks.readme`. A test compares them."""
+"""Put the tables of committed records into the pages that show them: `python -m benchmarks.readme`. A test compares them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from benchmarks.frontier_summary import summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+SOLVERS = {"euler": "Euler", "unipc": "UniPC"}
 
 
 def quickstart(record: dict[str, Any]) -> str:
     """Return the quickstart's table: a row for each way of running, the speed-up and the quality under each solver."""
-    solvers = {"euler": "Euler", "unipc": "UniPC"}
-    heads = [f"{solvers[solver]}: {what}" for solver in solvers for what in ("computed", "speed-up", "PSNR")]
-    names = dict.fromkeys(name for solver in solvers for name in record[solver]["rows"])
+    heads = [f"{name}: {what}" for name in SOLVERS.values() for what in ("computed", "speed-up", "PSNR")]
+    names = dict.fromkeys(name for solver in SOLVERS for name in record[solver]["rows"])
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name in names:
         cells = []
-        for solver in solvers:
+        for solver in SOLVERS:
             row = record[solver]["rows"].get(name)
             cells += ["", "", ""] if row is None else [str(row["computed"]), f"{row['speed_up']:.2f}x", f"{row['psnr']:.1f} dB"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -47,30 +47,57 @@ def equal_schedule(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"quickstart": quickstart, "frontier": summary, "equal_schedule": equal_schedule}
-"""Which record gives which table: the record's name and the marks in the README."""
+def calibration(record: dict[str, Any]) -> str:
+    """Return a row for each solver and number of computed steps."""
+    lines = ["| solver | computed | calibrated | plain steps | gain |", "|---" * 5 + "|"]
+    for solver, found in record["measured"].items():
+        for row in found["rows"]:
+            gain = f"{row['gain']:+.1f} ± {row['interval']:.1f}"
+            lines.append(f"| {SOLVERS[solver]} | {row['computed']} | {row['psnr']:.1f} dB | {row['fewer_steps']:.1f} dB | {gain} |")
+    return "\n".join(lines)
 
 
-def section(text: str, name: str) -> re.Match[str]:
-    """Find the place of a table."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
-    assert found is not None, f"the README has no place for {name}"
+def defaults(record: dict[str, Any]) -> str:
+    """Return a row for each setting: computed steps, PSNR, and the gain over as many plain steps, per solver."""
+    rows = {(row["solver"], row["settings"]): row for row in record["rows"]}
+    heads = [f"{name}: {what}" for name in SOLVERS.values() for what in ("computed", "PSNR", "gain")]
+    lines = [f"| settings | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for settings in dict.fromkeys(row["settings"] for row in record["rows"]):
+        cells = []
+        for row in (rows[solver, settings] for solver in SOLVERS):
+            cells += [f"{row['computed']:.1f}", f"{row['psnr']:.1f} dB", f"{row['gain']:+.1f} ± {row['interval']:.1f}"]
+        lines.append(f"| {settings} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "quickstart": ("README.md", quickstart),
+    "frontier": ("README.md", summary),
+    "equal_schedule": ("README.md", equal_schedule),
+    "calibration": ("docs/calibration.md", calibration),
+    "defaults": ("examples/tiny_video_dit/README.md", defaults),
+}
+"""Which record, under marks of its name, gives which table of which page."""
+
+
+def section(name: str) -> re.Match[str]:
+    """Find the place of a table in its page."""
+    page = TABLES[name][0]
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", (ROOT / page).read_text(), re.DOTALL)
+    assert found is not None, f"{page} has no place for {name}"
     return found
 
 
 def table(name: str) -> str:
     """Return a table from its committed record."""
-    return TABLES[name](json.loads((RESULTS / f"{name}.json").read_text()))
+    return TABLES[name][1](json.loads((RESULTS / f"{name}.json").read_text()))
 
 
 def main() -> None:
-    """Write every table into the README."""
-    path = ROOT / "README.md"
-    text = path.read_text()
-    for name in TABLES:
-        place = section(text, name)
-        text = text[: place.start(1)] + table(name) + "\n" + text[place.end(1) :]
-    path.write_text(text)
+    """Write every table into its page."""
+    for name, (page, _) in TABLES.items():
+        place = section(name)
+        (ROOT / page).write_text(place.string[: place.start(1)] + table(name) + "\n" + place.string[place.end(1) :])
 
 
 if __name__ == "__main__":
