@@ -86,6 +86,25 @@ def test_static_mask_is_the_oracle(case: Case, reuse: Any) -> None:
     assert full_differs, "the blocks hardly matter in this configuration, so the test shows nothing"
 
 
+def test_sums_of_the_models_outputs(case: Case) -> None:
+    """With the cut at the output, a computed step is the model's own, and a reused one reads no weight of it."""
+    mask, weights = (0, 0, 1, 0, 1), (1.75, -0.75)
+    table = [weights if reuses else None for reuses in mask]
+    cached = case.transform(bw.CacheConfig(policy="static", steps_mask=mask, reuse="linear", anchors=2, cut="output", weights=table))
+    kept: list[list[Any]] = []
+    for step, reuses in enumerate(mask):
+        inputs = case.entry.inputs(step)
+        got = flat_outputs(run(cached, inputs))
+        if not reuses:
+            kept = [flat_outputs(run(case.model, inputs)), *kept][:2]
+            assert all(torch.equal(a, b) for a, b in zip(got, kept[0], strict=True))
+            continue
+        for actual, last, previous in zip(got, *kept, strict=True):
+            expected = weights[0] * last.float() + weights[1] * previous.float()
+            torch.testing.assert_close(actual.float(), expected, rtol=1e-4, atol=1e-5)
+    assert not cached.program.reuse.graph.find_nodes(op="get_attr")
+
+
 def test_schedule_decides_like_the_oracle(case: Case) -> None:
     config = bw.CacheConfig.paper(num_steps=12, threshold=0.5, reuse_interval=2, warmup_steps=2)
     oracle = case.oracle(config)
