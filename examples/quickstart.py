@@ -1,4 +1,4 @@
-"""Calibrate the bundled video model on one prompt, then generate others: what it gains and what it costs.
+"""Calibrate the bundled video model on two prompts, then generate others: what it gains and what it costs.
 
 50 denoising steps with guidance, under Euler and under UniPC. Each table compares with the uncached run of the same noise: the
 calibrated model, plain runs with as many steps and with as much time, and the paper's schedule with its default settings.
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--solvers", nargs="+", choices=["euler", "unipc"], default=["euler", "unipc"])
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--calibrate-on", type=int, default=3000, help="seed of the prompt that is calibrated on (default %(default)s)")
+    parser.add_argument("--calibrate-on", type=int, default=3000, help="seed of the prompts that are calibrated on (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="generations per way of running; the fastest counts")
     parser.add_argument("--compile", action="store_true", help="measure under torch.compile too (a minute or two)")
     parser.add_argument("--out", type=Path, default=Path("out"))
