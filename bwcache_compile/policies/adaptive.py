@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.policies.definitions import Parameter, Policy, SmallSlot, Values
+from bwcache_compile.policies.thresholds import at_threshold, no_reuse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bwcache_compile.config import CacheConfig
-    from bwcache_compile.report import StepRecord
 
 _LONGEST = 5
 """Steps reused in a row at most, where neither an interval nor the number of steps is given: the paper's 10 % of 50."""
@@ -60,26 +59,11 @@ def _values(config: CacheConfig, num_steps: int | None) -> dict[str, Values]:
     }
 
 
-def _at_threshold(config: CacheConfig, threshold: float, num_steps: int) -> CacheConfig:
-    return dataclasses.replace(config, threshold=threshold, reuse_interval=2, reuse_fraction=None, warmup_steps=0, num_steps=num_steps)
-
-
-def _no_reuse(config: CacheConfig, smallest: StepRecord | None) -> str | None:
-    if config.threshold == 0:
-        return None
-    if smallest is None:
-        return f"at threshold {config.threshold:g}: no finite indicator was measured."
-    return (
-        f"at threshold {config.threshold:g}: the slowest change was {smallest.indicator:.4g} a step, at step {smallest.step};"
-        " a threshold above it would have reused there."
-    )
-
-
 ADAPTIVE = Policy(
     decide=adaptive,
     values=_values,
     parameters=(Parameter("threshold", "float32"), Parameter("longest"), Parameter("warmup"), Parameter("num_steps")),
     slots=(SmallSlot("computed_at", "int64", (1,), fill=-1),),
-    at_threshold=_at_threshold,
-    no_reuse=_no_reuse,
+    at_threshold=at_threshold,
+    no_reuse=no_reuse("the slowest change was {indicator} a step, at step {step}; a threshold above it would have reused there."),
 )

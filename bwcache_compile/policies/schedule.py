@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.policies.arithmetic import quotient
 from bwcache_compile.policies.definitions import Parameter, Policy, SmallSlot, Values
+from bwcache_compile.policies.thresholds import at_threshold, no_reuse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bwcache_compile.config import CacheConfig
-    from bwcache_compile.report import StepRecord
 
 _LARGEST = 2**63 - 1
 """Graphs count in 64 bits."""
@@ -79,23 +78,6 @@ def _values(config: CacheConfig, num_steps: int | None) -> dict[str, Values]:
     }
 
 
-def _at_threshold(config: CacheConfig, threshold: float, num_steps: int) -> CacheConfig:
-    return dataclasses.replace(
-        config, threshold=threshold, reuse_interval=2, reuse_fraction=None, tail=0.0, warmup_steps=0, num_steps=num_steps
-    )
-
-
-def _no_reuse(config: CacheConfig, smallest: StepRecord | None) -> str | None:
-    if config.threshold == 0:
-        return None
-    if smallest is None:
-        return f"at threshold {config.threshold:g}: no finite indicator was measured."
-    return (
-        f"at threshold {config.threshold:g}: the smallest indicator was {smallest.indicator:.4g} at step {smallest.step};"
-        " a threshold above it would have triggered there."
-    )
-
-
 SCHEDULE = Policy(
     decide=schedule,
     values=_values,
@@ -108,6 +90,6 @@ SCHEDULE = Policy(
         Parameter("num_steps"),
     ),
     slots=(SmallSlot("trigger", "int64", (1,), fill=-1),),
-    at_threshold=_at_threshold,
-    no_reuse=_no_reuse,
+    at_threshold=at_threshold,
+    no_reuse=no_reuse("the smallest indicator was {indicator} at step {step}; a threshold above it would have triggered there."),
 )
