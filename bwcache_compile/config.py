@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from bwcache_compile.config_checks import Decide, Weights, as_mask, as_weights, check, python_number
 from bwcache_compile.errors import ConfigError
-from bwcache_compile.graph_settings import Cut as Cut
-from bwcache_compile.graph_settings import Granularity, GraphSettings
+from bwcache_compile.graph_settings import Cut, Granularity, GraphSettings
 from bwcache_compile.policies import POLICIES, REUSES
 from bwcache_compile.policies.definitions import Values
 

@@ -59,6 +59,8 @@ class Session(ContextMethods):
         self.cache_config: CacheConfig = bundle.manifest.config
         self.guarded, self._runner = guarded, runner
         self._contexts = ContextTable(SessionContext)
+        settings = {item.name for item in policy_inputs(self.cache_config)}
+        self._takes_settings = {kind: not settings.isdisjoint(graph.inputs) for kind, graph in self.manifest.graphs.items()}
         self._last_settings: tuple[CacheConfig | None, int | None, dict[str, Any]] = None, None, {}
 
     def __repr__(self) -> str:
@@ -173,7 +175,7 @@ class Session(ContextMethods):
         kind = "guarded" if self.guarded else "reuse" if cursor.reuses else "compute"
         inputs = {**call.values, **{cache_in(name): value for name, value in state.slots.items()}}
         inputs[STEP] = runner.vector([cursor.step], "int64")
-        if kind != "reuse" or self.cache_config.graph_settings.way.parameters:
+        if self._takes_settings[kind]:
             inputs |= self._parameters(num_steps)
         returned = runner.run(kind, inputs, {cache_out(name): value for name, value in context.spare.items()})
         change = runner.host(returned[INDICATOR]) if INDICATOR in returned else None

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bwcache_compile.config import CacheConfig, Cut
+from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError
+from bwcache_compile.graph_settings import Cut
 from bwcache_compile.runtime.cached_model import CachedModel
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.stepping import Cursor

@@ -21,8 +21,8 @@ from bwcache_compile.calibration.progress import Progress
 from bwcache_compile.calibration.recording import RecordedStep, context_names
 from bwcache_compile.calibration.sampler_map import TOLERANCE, SamplerMap, first_difference, recover_map
 from bwcache_compile.calibration.search import Search
-from bwcache_compile.config import Cut
 from bwcache_compile.errors import ConfigError, warn
+from bwcache_compile.graph_settings import Cut
 from bwcache_compile.policies.reuse.linear import MOST_ANCHORS
 from bwcache_compile.runtime.cached_model import CachedModel
 from bwcache_compile.runtime.fingerprint import model_identity

@@ -178,18 +178,18 @@ class RunnableProgram:
         return "guarded" if self.guarded else "reuse" if state.reuses_next else "compute"
 
     def operands(self, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> list[Any]:
-        """Return the inputs of the graph that runs next; `parameters` are those of the settings, whether it takes them or not."""
+        """Return the inputs of the graph that runs next; `parameters` are all of the settings', or none for a graph that takes none."""
         kind, sizes = self.kind(state), self.program.signature.sizes
         slots: Sequence[Tensor] = state.slots
         if sizes is not None:
             flat = [_open(leaf, described) for leaf, described in zip(flat, sizes.inputs, strict=True)]
             slots = [_open(tensor, slot.shape) for tensor, slot in zip(slots, self.slots, strict=True)]
-        values = [*flat, *slots, *parameters, self.step_tensor(state.step)]
+        values = [*flat, *slots, self.step_tensor(state.step), *parameters]
         return [values[i] for i in self._orders[kind]]
 
     def _order(self, io: GraphIO) -> list[int]:
-        """Return, for each input of a graph, its position among the user's inputs, all slots, all parameters and the step."""
-        names = [*io.users, *self._cache_in, *self._parameters, STEP]
+        """Return, for each input of a graph, its position among the user's inputs, all slots, the step and all parameters."""
+        names = [*io.users, *self._cache_in, STEP, *self._parameters]
         return [names.index(name) for name in io.inputs]
 
     def named(
