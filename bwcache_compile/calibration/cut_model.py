@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.ir.torch_compat import pytree
+from bwcache_compile.policies.reuse.linear import weighted_sum
 
 
 class CutModel(Protocol):
@@ -114,16 +114,6 @@ class OutputCut:
     def reuse(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: OutputState, weights: Tensor) -> Any:
         """Return the weighted sum of the kept outputs, computed in float32 and cast to their dtype; other leaves are held."""
         assert state.spec is not None, "nothing was computed yet"
-        factors = weights.tolist()
-        sums = iter([_weighted_sum(tensors, factors) for tensors in zip(*state.anchors, strict=True)])
+        sums = iter([weighted_sum(tensors, weights.float().to(tensors[0].device)) for tensors in zip(*state.anchors, strict=True)])
         rest = iter(state.rest)
         return pytree.tree_unflatten([next(sums if kept else rest) for kept in state.floating], state.spec)
-
-
-def _weighted_sum(tensors: tuple[Tensor, ...], factors: list[float]) -> Tensor:
-    """Return sum_k factors[k] * tensors[k] in the dtype of the tensors."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    total = tensors[0].to(wide) * factors[0]
-    for tensor, factor in zip(tensors[1:], factors[1:], strict=False):
-        total = total.add(tensor.to(wide), alpha=factor)
-    return total.to(tensors[0].dtype)

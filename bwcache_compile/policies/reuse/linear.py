@@ -117,7 +117,7 @@ def anchor_weights(
     return torch.where(applies, weights[row].reshape(-1), rule_weights(_moment(time, step), kept_times, order, damping))
 
 
-def _sum(anchors: tuple[Tensor, ...], weights: Tensor) -> Tensor:
+def weighted_sum(anchors: tuple[Tensor, ...], weights: Tensor) -> Tensor:
     """Sum the anchors in float32. The first one's weight is what the others leave of 1, so what all agree on comes out as it is."""
     first = anchors[0].float()
     total = first
@@ -163,7 +163,7 @@ def linear(anchors: int, residual: bool = False) -> Reuse:
 
     def reuse(*given: Tensor) -> Tensor:
         entered, values, moment = given[: len(source)], given[len(source) :][:anchors], given[len(source) + anchors :]
-        reused = _sum(values, anchor_weights(*moment)) if anchors > 1 else values[0]
+        reused = weighted_sum(values, anchor_weights(*moment)) if anchors > 1 else values[0]
         return entered[0] + reused if residual else reused
 
     moment = ("time", "step", "kept_times", "weights", "anchor_steps", "order", "damping")
