@@ -19,6 +19,14 @@ def ort_session(bundle: Bundle, *, guarded: bool = False, outputs: str = "numpy"
     return Session(bundle, OrtRunner(bundle, kinds, outputs=outputs, **settings), guarded=guarded)
 
 
+def openvino_session(bundle: Bundle, *, guarded: bool = False, **settings: Any) -> Session:
+    """Open a bundle's graphs in OpenVINO; see `load`."""
+    from bwcache_compile.bundle.runners.openvino import OpenVINORunner
+
+    kinds = ("guarded",) if guarded else ("compute", "reuse")
+    return Session(bundle, OpenVINORunner(bundle, kinds, **settings), guarded=guarded)
+
+
 def torch_session(bundle: Bundle, device: str | None = None) -> Session:
     """Open a bundle's graphs in torch, which runs what is in them; see `load`."""
     from bwcache_compile.bundle.runners.torch_graphs import TorchRunner
@@ -33,7 +41,8 @@ def _need(module: str, extra: str) -> None:
         raise ConfigError(f'backend="{module}" needs {module}: pip install "bwcache-compile[{extra}]".') from error
 
 
-_BACKENDS = {"onnx": "onnxruntime", "pt2": "torch", "aoti": "torch"}
+_BACKENDS = {"onnx": ("onnxruntime", "openvino"), "pt2": ("torch",), "aoti": ("torch",)}
+"""What runs each format; the first is the default."""
 _WHY = {
     "pt2": "torch.export.load unpickles what a file says is pickled, which can run any code",
     "aoti": "a package holds machine code, which runs when it is opened",
@@ -56,7 +65,7 @@ def _providers(device: str) -> list[Any]:
 
 def load(
     directory: str | Path,
-    backend: Literal["onnxruntime", "torch"] | None = None,
+    backend: Literal["onnxruntime", "openvino", "torch"] | None = None,
     *,
     device: str | None = None,
     allow_code: bool = False,
@@ -74,17 +83,19 @@ def load(
     Args:
         directory: What `export` wrote.
         backend: What runs the graphs, by default what the bundle's format needs. "onnxruntime" runs ONNX graphs, and takes numpy
-            arrays, OrtValues and what has DLPack. "torch" runs the formats "pt2" and "aoti", takes tensors, numpy arrays and what
-            has DLPack, and returns tensors.
+            arrays, OrtValues and what has DLPack. "openvino" runs ONNX graphs too, and takes numpy arrays and what has DLPack. "torch"
+            runs the formats "pt2" and "aoti", takes tensors, numpy arrays and what has DLPack, and returns tensors.
         device: Where the graphs run and the cache lies: "cpu", "cuda" or "cuda:1". By default the CPU for ONNX graphs, and for
-            torch's formats the device that they were exported on, from which "aoti" cannot be moved.
+            torch's formats the device that they were exported on, from which "aoti" cannot be moved. For OpenVINO one of its
+            devices, "CPU" by default; the cache lies on the host.
         allow_code: Open bundles of format "pt2" and "aoti", which can run any code. Only for those that you trust.
-        guarded: Run the one graph that decides by itself instead of the pair. onnxruntime only, as all below but one.
+        guarded: Run the one graph that decides by itself instead of the pair. ONNX graphs only.
         verify_hashes: Read every file whole to compare its SHA-256. Without it a bundle of many GB opens at once, its sizes and its
             manifest are still checked, and damage inside a file goes unnoticed.
         providers: onnxruntime's execution providers; the first decides where the state lives. Instead of `device`.
-        options: onnxruntime's `SessionOptions`.
-        outputs: "numpy" (the default), or "ortvalue" to leave the model's outputs on the device.
+        options: onnxruntime's `SessionOptions`, or a dictionary of OpenVINO's properties. OpenVINO computes in float32 here, where its
+            own default may be bfloat16: `options={"INFERENCE_PRECISION_HINT": "bf16"}` allows that.
+        outputs: "numpy" (the default), or "ortvalue" to leave the model's outputs on onnxruntime's device.
 
     Raises:
         BundleError: The bundle is damaged, altered, incomplete or too new, the runtime does not take its graphs, or it
@@ -93,10 +104,17 @@ def load(
     """
     bundle = open_bundle(directory, verify_hashes=verify_hashes)
     graph_format = bundle.manifest.graph_format
-    needed = _BACKENDS[graph_format]
-    if backend is not None and backend != needed:
-        raise ConfigError(f'backend must be "{needed}" for graphs of format "{graph_format}", or left out, got {backend!r}.')
-    if needed == "onnxruntime":
+    fitting = _BACKENDS[graph_format]
+    backend = backend or fitting[0]
+    if backend not in fitting:
+        choices = " or ".join(f'"{name}"' for name in fitting)
+        raise ConfigError(f'backend must be {choices} for graphs of format "{graph_format}", or left out, got {backend!r}.')
+    if backend == "openvino":
+        _need("openvino", "openvino")
+        if providers is not None or outputs is not None:
+            raise ConfigError('providers and outputs require backend="onnxruntime".')
+        return openvino_session(bundle, guarded=guarded, device=device, options=options)
+    if backend == "onnxruntime":
         _need("onnxruntime", "ort")
         if device is not None and providers is not None:
             raise ConfigError("device and providers both say where the graphs run; pass one of them.")

@@ -41,6 +41,11 @@ class Deployed:
     def session(self, kind: str) -> Session:
         if kind == "pt2":
             return opened(self.pt2)
+        if kind == "openvino":
+            pytest.importorskip("openvino", reason="needs the extra [openvino]")
+            if self.dtype == torch.bfloat16:
+                pytest.skip("needs numpy arrays in bfloat16")
+            return bw.load(self.onnx, backend="openvino")
         return bw.load(self.onnx, guarded=kind == "guarded")
 
 
@@ -57,7 +62,7 @@ def call(session: Session, video: str, step: int, dtype: torch.dtype) -> Any:
     return torch.as_tensor(session(*inputs(video, step, dtype)))
 
 
-@pytest.mark.parametrize("kind", ["pair", "guarded", "pt2"])
+@pytest.mark.parametrize("kind", ["pair", "guarded", "pt2", "openvino"])
 @pytest.mark.parametrize("broken_off", [2, 3, 5])
 def test_a_request_after_one_that_was_broken_off(timed: Deployed, kind: str, broken_off: int) -> None:
     session = timed.session(kind)
@@ -69,7 +74,7 @@ def test_a_request_after_one_that_was_broken_off(timed: Deployed, kind: str, bro
     assert session.report().warnings == (f"default: the timestep went back before step {broken_off}: a new generation began",)
 
 
-@pytest.mark.parametrize("kind", ["pair", "guarded", "pt2"])
+@pytest.mark.parametrize("kind", ["pair", "guarded", "pt2", "openvino"])
 def test_two_calls_at_one_time_are_refused(timed: Deployed, kind: str) -> None:
     session = timed.session(kind)
     call(session, "first", 0, timed.dtype)
@@ -81,7 +86,7 @@ def test_two_calls_at_one_time_are_refused(timed: Deployed, kind: str) -> None:
             call(session, "second", 0, timed.dtype)
 
 
-@pytest.mark.parametrize("kind", ["pair", "pt2"])
+@pytest.mark.parametrize("kind", ["pair", "pt2", "openvino"])
 def test_a_generation_frees_its_cache_at_its_last_step(timed: Deployed, kind: str) -> None:
     session = timed.session(kind)
     for step in range(7):
