@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -223,14 +223,25 @@ class CacheConfig:
         exact = Fraction(str(self.tail))
         return exact.numerator, exact.denominator
 
-    def policy_values(self, num_steps: int | None) -> dict[str, Values]:
-        """Return the values of `graph_settings.parameters` by name, in their order.
+    def policy_values(self, num_steps: int | None, names: Iterable[str] | None = None) -> dict[str, Values]:
+        """Return the values of `graph_settings.parameters` by name.
+
+        Args:
+            num_steps: Steps of a generation, if they are known.
+            names: Which ones, in this order, such as `GraphIO.parameters`; all in their order if not given. What decides is made
+                only where one of its values is asked for, and so is what is summed.
 
         Raises:
             ConfigError: The policy needs the number of steps and it is not known.
         """
-        way = self.graph_settings.way
-        return {**POLICIES[self.policy].values(self, num_steps), **(way.values(self) if way.values else {})}
+        settings, policy = self.graph_settings, POLICIES[self.policy]
+        wanted = [parameter.name for parameter in settings.parameters] if names is None else list(names)
+        made: dict[str, Values] = {}
+        if any(parameter.name in wanted for parameter in policy.parameters):
+            made |= policy.values(self, num_steps)
+        if settings.way.values is not None and any(parameter.name in wanted for parameter in settings.way.parameters):
+            made |= settings.way.values(self)
+        return {name: made[name] for name in wanted}
 
     def save(self, path: str | Path) -> None:
         """Write the settings as JSON, whole or not at all."""
