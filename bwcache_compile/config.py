@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from bwcache_compile.atomic_write import write_atomically
 from bwcache_compile.config_checks import Decide, Weights, as_mask, as_weights, check, python_number
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.graph_settings import Cut, Granularity, GraphSettings
@@ -245,9 +245,7 @@ class CacheConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the settings as JSON, whole or not at all."""
-        temporary = Path(path).with_name(Path(path).name + ".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CacheConfig:

@@ -189,3 +189,20 @@ def test_the_guard_must_fit_the_settings() -> None:
         bw.CacheConfig(decide="joint").check_guard("graph")
     with pytest.raises(bw.ConfigError, match="granularity='block' requires guard='graph'"):
         bw.CacheConfig(granularity="block", reuse="residual").check_guard("host")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    bw.CacheConfig(threshold=0.5).save(path)
+
+    def full(*names: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", full)
+        with pytest.raises(OSError, match="no space left"):
+            bw.CacheConfig(threshold=0.7).save(path)
+    assert bw.CacheConfig.load(path).threshold == 0.5
+    assert list(tmp_path.iterdir()) == [path]
+    bw.CacheConfig(threshold=0.7).save(path)
+    assert bw.CacheConfig.load(path).threshold == 0.7
