@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bwcache_compile.atomic_write import write_atomically
-from bwcache_compile.config_checks import Decide, Weights, as_mask, as_weights, check, python_number
+from bwcache_compile.config_checks import Decide, Weights, as_mask, as_weights, check, check_steps, python_number
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.graph_settings import Cut, Granularity, GraphSettings
 from bwcache_compile.policies import POLICIES, REUSES
@@ -53,7 +53,8 @@ class CacheConfig:
         weights: One row for each step of `steps_mask`: how much of each anchor a reused step takes, the last computed step first.
             A row sums to 1; those of computed steps are not used. None, for a step or for all, leaves it to `order` and
             `damping`. `calibrate` finds them.
-        timesteps: The time at each step that `weights` were made for; a run at other times is refused. None checks nothing.
+        timesteps: The time at each step that `weights` were made for; a run at other times is refused. None checks nothing. At the
+            steps of a generation at which another model runs, the entry is None.
         calibrated_for: The model that `weights` were made for, as `calibrate` names it; another one is refused. None checks nothing.
         cut: What is kept and summed: what the "blocks" return, or the model's "output". With "output" a reused step runs nothing
             of the model, and an anchor is as small as the model's output.
@@ -90,7 +91,7 @@ class CacheConfig:
     order: int = 1
     damping: float = 1.0
     weights: Weights | None = None
-    timesteps: tuple[float, ...] | None = None
+    timesteps: tuple[float | None, ...] | None = None
     calibrated_for: str | None = None
     cut: Cut = "blocks"
     indicator: str = "l1"
@@ -114,7 +115,7 @@ class CacheConfig:
         if self.weights is not None:
             object.__setattr__(self, "weights", as_weights(self.weights))
         if self.timesteps is not None:
-            object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
+            object.__setattr__(self, "timesteps", tuple(None if time is None else float(time) for time in self.timesteps))
         check(self)
 
     @classmethod
@@ -207,8 +208,7 @@ class CacheConfig:
         Raises:
             ConfigError: Both say it, and differ for a mask.
         """
-        if said and self.steps_mask is not None and said != len(self.steps_mask):
-            raise ConfigError(f"steps_mask has {len(self.steps_mask)} entries but num_inference_steps is {said}; they must be equal.")
+        check_steps(self, "num_inference_steps", said)
         return said or self.steps
 
     def resolved_interval(self, num_steps: int) -> int:

@@ -62,6 +62,28 @@ def as_mask(given: Any) -> tuple[int, ...]:
     return mask
 
 
+def check_steps(config: CacheConfig, name: str, steps: int | None) -> None:
+    """Check that a number of steps is that of the mask, if there is one.
+
+    Args:
+        config: The settings.
+        name: Who says the number.
+        steps: The number; None where it is not known.
+
+    Raises:
+        ConfigError: It is another one.
+    """
+    if not steps or config.steps_mask is None or steps == len(config.steps_mask):
+        return
+    known = len(config.steps_mask)
+    advice = ""
+    if config.calibrated_for is not None:
+        advice = (
+            f"\n  The mask was calibrated for {known} steps. Generate with {known}, or calibrate again with a generate that makes {steps}."
+        )
+    raise ConfigError(f"steps_mask has {known} entries but {name} is {steps}; they must be equal.{advice}")
+
+
 def check(config: CacheConfig) -> None:
     """Check every value of a configuration, whose numbers, mask and weights were converted before.
 
@@ -180,8 +202,7 @@ def _check_mask(config: CacheConfig) -> None:
         raise ConfigError(f"policy={config.policy!r} needs steps_mask: one entry per step, 1 reuses and 0 computes.")
     if set(mask) - {0, 1} or mask[0] != 0:
         raise ConfigError(f"steps_mask is {mask}; entries are 0 or 1 and the first must be 0: nothing is cached yet.")
-    if config.num_steps is not None and len(mask) != config.num_steps:
-        raise ConfigError(f"steps_mask has {len(mask)} entries but num_steps is {config.num_steps}; they must be equal.")
+    check_steps(config, "num_steps", config.num_steps)
 
 
 def _check_weights(config: CacheConfig) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bwcache_compile.atomic_write import write_atomically
 from bwcache_compile.calibration.masks import mask_text
@@ -14,7 +15,8 @@ from bwcache_compile.contexts import UNNAMED_PREFIX
 from bwcache_compile.errors import ConfigError, warn
 
 FORMAT = "bwcache-calibration"
-VERSION = 1
+VERSION = 2
+Value = TypeVar("Value")
 _BUDGET_SLACK = 0.02
 
 
@@ -63,7 +65,9 @@ class Provenance:
 
     Attributes:
         model: Its class, dtype and a fingerprint of its weights, see `model_identity`.
-        timesteps: The time at each step; empty where none was found.
+        timesteps: The time at each step of this model; empty where none was found.
+        step_indices: Index of each of these steps among those of the generation, of which other models may run some.
+        num_steps: Steps of the generation.
         contexts: Names of the streams of calls.
         calls: Step and context of each call of a generation.
         cut: Where the anchors are taken.
@@ -76,6 +80,8 @@ class Provenance:
 
     model: str
     timesteps: tuple[float, ...]
+    step_indices: tuple[int, ...]
+    num_steps: int
     contexts: tuple[str, ...]
     calls: tuple[tuple[int, str], ...]
     cut: str
@@ -84,6 +90,11 @@ class Provenance:
     prompts: int
     cost: float
     versions: dict[str, str]
+
+    def placed(self, values: Sequence[Value], elsewhere: Value) -> list[Value]:
+        """Return the values of this model's steps at their places among all steps, and `elsewhere` where another model runs."""
+        own = dict(zip(self.step_indices, values, strict=True))
+        return [own.get(step, elsewhere) for step in range(self.num_steps)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +111,7 @@ class CalibrationPlan:
 
     @property
     def steps(self) -> int:
-        """Steps of a generation."""
+        """Steps of this model in a generation."""
         return len(self.entries[0].mask)
 
     @property
@@ -112,8 +123,11 @@ class CalibrationPlan:
         """Lay the frontier out as a table."""
         made = self.provenance
         size = f" ({made.anchor_bytes / 2**20:.2f} MiB)" if made.anchor_bytes else ""
+        steps = f"{self.steps} steps"
+        if self.steps < made.num_steps:
+            steps += f" ({made.step_indices[0]} to {made.step_indices[-1]} of {made.num_steps})"
         lines = [
-            f"calibration of {made.model.partition(',')[0]} for {self.steps} steps, {self.anchors} anchors at the {made.cut}{size},"
+            f"calibration of {made.model.partition(',')[0]} for {steps}, {self.anchors} anchors at the {made.cut}{size},"
             f" {made.prompts} prompt{'s' * (made.prompts > 1)}; {made.sampler}",
             f"{'computed':>9} {'speed-up':>9} {'PSNR':>9} {'fewer steps':>12}  weights  steps (# computed, . reused)",
         ]
@@ -136,12 +150,12 @@ class CalibrationPlan:
         unnamed = sum(name.startswith(UNNAMED_PREFIX) for name in made.contexts)
         return CacheConfig(
             policy="static",
-            steps_mask=tuple(int(not computed) for computed in entry.mask),
+            steps_mask=tuple(made.placed([int(not computed) for computed in entry.mask], 0)),
             reuse="linear",
             anchors=self.anchors,
             cut="output" if made.cut == "output" else "blocks",
-            weights=tuple(None if computed else row for computed, row in zip(entry.mask, entry.weights, strict=True)),
-            timesteps=made.timesteps or None,
+            weights=tuple(made.placed([None if computed else row for computed, row in zip(entry.mask, entry.weights, strict=True)], None)),
+            timesteps=tuple(made.placed(made.timesteps, None)) if made.timesteps else None,
             calibrated_for=made.model,
             calls_per_step=max(1, unnamed),
         )
@@ -162,7 +176,7 @@ class CalibrationPlan:
             raise ConfigError(f"exactly one target is needed of budget, psnr and speedup, got {', '.join(targets) or 'none'}.")
         if budget is not None:
             entry = min(self.entries, key=lambda e: abs(e.budget - budget))
-            met = abs(entry.budget - budget) <= _BUDGET_SLACK
+            met = abs(entry.budget - budget) <= max(_BUDGET_SLACK, 0.5 / self.steps)
         elif psnr is not None:
             good = [e for e in self.entries if e.psnr >= psnr]
             entry = min(good, key=lambda e: e.computed) if good else max(self.entries, key=lambda e: e.psnr)
@@ -204,7 +218,7 @@ def _check_header(read: Any, path: str | Path) -> None:
     if not isinstance(read, dict) or read.get("format") != FORMAT:
         raise ConfigError(f"{path} is not a calibration plan.")
     if read["version"] != VERSION:
-        raise ConfigError(f"{path} has version {read['version']} of calibration plans, but this release reads {VERSION}.")
+        raise ConfigError(f"{path} has version {read['version']} of calibration plans, but this release reads {VERSION}. Calibrate again.")
 
 
 def _entry(read: dict[str, Any]) -> PlanEntry:
@@ -215,5 +229,5 @@ def _entry(read: dict[str, Any]) -> PlanEntry:
 
 
 def _provenance(read: dict[str, Any]) -> Provenance:
-    lists = {"timesteps": tuple(read["timesteps"]), "contexts": tuple(read["contexts"])}
+    lists = {name: tuple(read[name]) for name in ("timesteps", "step_indices", "contexts")}
     return Provenance(**{**read, **lists, "calls": tuple((int(step), str(name)) for step, name in read["calls"])})

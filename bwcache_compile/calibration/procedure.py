@@ -91,6 +91,11 @@ def calibrate(
         bar.expect(evaluator.calls)
         if evaluator.steps < _LEAST_STEPS:
             raise ConfigError(f"generate made {evaluator.steps} steps, and fewer than {_LEAST_STEPS} leave nothing to calibrate.")
+        if evaluator.step_indices[0] and not _timesteps(evaluator.full):
+            raise ConfigError(
+                f"generate runs this model from step {evaluator.step_indices[0]} on, after another one, and none of its inputs is the time,"
+                " which tells the steps of both apart. Give no step_index in cache_context, so that each model counts its own steps."
+            )
         sampler = _sampler_map(evaluator)
         counts = sorted({masks.computed_count(budget, evaluator.steps) for budget in budgets}, reverse=True)
         found = Search(evaluator, sampler, LIMITS[effort]).run(counts)
@@ -174,6 +179,8 @@ def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None)
     return Provenance(
         model=model_identity(cut.module),
         timesteps=_timesteps(evaluator.full),
+        step_indices=evaluator.step_indices,
+        num_steps=evaluator.num_steps,
         contexts=context_names(evaluator.full),
         calls=tuple(evaluator.schedule),
         cut="blocks" if cut.reads_inputs else "output",

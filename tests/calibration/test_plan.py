@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ def plan(model: Denoiser) -> bw.CalibrationPlan:
     made = Provenance(
         model_identity(model),
         (900.0, 600.0, 300.0, 100.0),
+        (0, 1, 2, 3),
+        4,
         ("cond", "uncond"),
         ((0, "cond"), (0, "uncond")),
         "output",
@@ -80,7 +83,7 @@ def test_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("bwcache-calibration", "other", "is not a calibration plan"),
-        ('"version": 1', '"version": 9', "has version 9 of calibration plans, but this release reads 1"),
+        ('"version": 2', '"version": 1', r"has version 1 of calibration plans, but this release reads 2\. Calibrate again\."),
         ('"mask"', '"masks"', "is damaged"),
         ("{", "", "is damaged"),
     ],
@@ -101,6 +104,18 @@ def test_an_entry_as_settings() -> None:
     assert config.weights == (None, (1.0, 0.0), (1.0, 0.0), None)
     assert config.timesteps == (900.0, 600.0, 300.0, 100.0)
     assert config.calibrated_for == model_identity(model)
+
+
+def test_an_entry_of_a_model_that_runs_the_last_steps() -> None:
+    """The settings count the steps of the generation; at the others another model runs."""
+    made = plan(Denoiser())
+    made = dataclasses.replace(made, provenance=dataclasses.replace(made.provenance, step_indices=(3, 4, 5, 6), num_steps=7))
+    assert "of Denoiser for 4 steps (3 to 6 of 7), 2 anchors" in str(made)
+    config = made.at(0.5)
+    assert config.steps_mask == (0, 0, 0, 0, 1, 1, 0)
+    assert config.weights == (None, None, None, None, (1.0, 0.0), (1.0, 0.0), None)
+    assert config.timesteps == (None, None, None, 900.0, 600.0, 300.0, 100.0)
+    assert config.policy_values(None)["anchor_steps"][4] == (3.0, -1.0), "what another model computed is no anchor"
 
 
 def test_a_model_is_told_by_its_weights() -> None:
