@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bwcache_compile.atomic_write import write_atomically
-from bwcache_compile.config_checks import Decide, Weights, as_mask, as_weights, check, check_steps, python_number
+from bwcache_compile.config_checks import Decide, Weights, as_mask, as_numbers, as_weights, check, check_steps, python_number
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.graph_settings import Cut, Granularity, GraphSettings
 from bwcache_compile.policies import POLICIES, REUSES
@@ -40,8 +40,8 @@ class CacheConfig:
         tail: The last `floor(tail * k)` steps are computed, where `k` is the step that triggered. Higher protects
             more of the end of the run.
         policy: "schedule" measures the indicator and follows the paper; "adaptive" reuses for as long as the change that is to be
-            expected stays below the threshold, at most `reuse_interval` steps in a row; "static" follows `steps_mask`; or one that
-            was registered.
+            expected stays below the threshold, at most `reuse_interval` steps in a row; "static" follows `steps_mask`; "guarded" does
+            too, within `indicator_bounds`; or one that was registered.
         reuse: What a reused step returns: "output" holds the cached outputs; "residual" adds what the blocks last
             added to their input; "linear" sums the outputs of the last `anchors` computed steps; "taylor" is that for two, which
             extrapolates; or one that was registered.
@@ -65,7 +65,9 @@ class CacheConfig:
             Needs `guard="graph"` and `reuse="residual"`, and keeps one residual per block.
         warmup_steps: Steps at the start that are always computed, whatever the indicator says.
         num_steps: Denoising steps of one generation (`S`), per context.
-        steps_mask: For "static": one entry per step, 1 reuses and 0 computes. Its length is the number of steps.
+        steps_mask: For "static" and "guarded": one entry per step, 1 reuses and 0 computes. Its length is the number of steps.
+        indicator_bounds: For "guarded": the largest indicator that a computed step may have, one for each step of `steps_mask`. Where
+            it is larger, the next step is computed too. None, for a step or for all, is no bound.
         compute_first: Blocks at the start of the stack that are computed at every step.
         compute_last: Blocks at the end of the stack that are computed at every step.
         indicator_blocks: How many blocks are measured, spread evenly and ending with the last; "all" measures each.
@@ -99,6 +101,7 @@ class CacheConfig:
     warmup_steps: int = 0
     num_steps: int | None = None
     steps_mask: tuple[int, ...] | None = None
+    indicator_bounds: tuple[float | None, ...] | None = None
     compute_first: int = 0
     compute_last: int = 0
     indicator_blocks: int | Literal["all"] = "all"
@@ -114,8 +117,9 @@ class CacheConfig:
             object.__setattr__(self, "steps_mask", as_mask(self.steps_mask))
         if self.weights is not None:
             object.__setattr__(self, "weights", as_weights(self.weights))
-        if self.timesteps is not None:
-            object.__setattr__(self, "timesteps", tuple(None if time is None else float(time) for time in self.timesteps))
+        for name in ("timesteps", "indicator_bounds"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_numbers(name, getattr(self, name)))
         check(self)
 
     @classmethod

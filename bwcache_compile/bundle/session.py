@@ -206,4 +206,4 @@ class Session(ContextMethods):
 
     def report(self) -> Report:
         """Return what each context did in its current generation."""
-        return Report(self._contexts.reports(), self.manifest.measured)
+        return Report(self._contexts.reports(self.cache_config), self.manifest.measured)

@@ -10,12 +10,19 @@ from typing import Any, TypeVar
 
 from bwcache_compile.atomic_write import write_atomically
 from bwcache_compile.calibration.masks import mask_text
+from bwcache_compile.calibration.rules import RULES
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import UNNAMED_PREFIX
 from bwcache_compile.errors import ConfigError, warn
 
 FORMAT = "bwcache-calibration"
 VERSION = 2
+MARGIN = 1.35
+"""How far the indicator of a guarded plan may be beyond what calibration saw, as a factor.
+
+On the bundled model it is at most 1.12 on other prompts, 1.4 with twice the guidance, where the weights still serve, and 2.7 with three
+times, where they do not.
+"""
 Value = TypeVar("Value")
 _BUDGET_SLACK = 0.02
 
@@ -30,6 +37,8 @@ class PlanEntry:
         psnr: PSNR in dB on the calibration prompt, against the generation in which every step is computed.
         rule: How the weights were found: "fitted", or a fixed rule ("hold", "linear", "damped").
         fewer_steps_psnr: PSNR of the plain model with as many steps as this entry computes; None where it was not measured.
+        indicators: For each step, the mean of the contexts' indicators on the calibration prompt; None at steps that measure nothing,
+            and for all where the plan was not calibrated to be guarded.
     """
 
     mask: tuple[bool, ...]
@@ -37,6 +46,7 @@ class PlanEntry:
     psnr: float
     rule: str = "fitted"
     fewer_steps_psnr: float | None = None
+    indicators: tuple[float | None, ...] | None = None
 
     @property
     def computed(self) -> int:
@@ -138,27 +148,54 @@ class CalibrationPlan:
             lines.append(f"{numbers}  {entry.rule:7}  {mask_text(entry.mask)}{advice}")
         return "\n".join(lines)
 
-    def at(self, budget: float | None = None, *, psnr: float | None = None, speedup: float | None = None) -> CacheConfig:
+    def at(
+        self, budget: float | None = None, *, psnr: float | None = None, speedup: float | None = None, guarded: bool = False
+    ) -> CacheConfig:
         """Return the settings for a target, for `cached.configure` or `transform`.
 
         A run at other times, or of another model, is refused by them. See `entry` for the targets.
 
+        Args:
+            budget: Share of computed steps.
+            psnr: Least PSNR.
+            speedup: Least speed-up.
+            guarded: Whether a step is computed that the plan reuses, where the computed step before it has changed by more than
+                `MARGIN` times what it did on the calibration prompt. The contexts of a step decide together then.
+
         Raises:
-            ConfigError: Not exactly one target is given.
+            ConfigError: Not exactly one target is given, or the plan was not calibrated to be guarded.
         """
-        entry, made = self.entry(budget, psnr=psnr, speedup=speedup), self.provenance
+        return self.settings(self.entry(budget, psnr=psnr, speedup=speedup), guarded)
+
+    def settings(self, entry: PlanEntry, guarded: bool = False) -> CacheConfig:
+        """Return the settings of an entry; see `at`."""
+        made = self.provenance
+        guard: dict[str, Any] = {}
         unnamed = sum(name.startswith(UNNAMED_PREFIX) for name in made.contexts)
-        return CacheConfig(
-            policy="static",
-            steps_mask=tuple(made.placed([int(not computed) for computed in entry.mask], 0)),
-            reuse="linear",
-            anchors=self.anchors,
-            cut="output" if made.cut == "output" else "blocks",
-            weights=tuple(made.placed([None if computed else row for computed, row in zip(entry.mask, entry.weights, strict=True)], None)),
-            timesteps=tuple(made.placed(made.timesteps, None)) if made.timesteps else None,
-            calibrated_for=made.model,
-            calls_per_step=max(1, unnamed),
-        )
+        if guarded:
+            if entry.indicators is None:
+                raise ConfigError(
+                    "this plan does not know what the indicator shows at its steps, so it cannot be guarded. Calibrate with guarded=True."
+                )
+            bounds = [None if value is None else MARGIN * value for value in entry.indicators]
+            joint = len(made.contexts) > 1
+            order, damping = RULES["damped"]  # after a step that was added the weights have no row
+            guard = {"policy": "guarded", "indicator_bounds": tuple(made.placed(bounds, None)), "order": order, "damping": damping}
+            guard["decide"] = "joint" if joint else "separate"
+        settings: dict[str, Any] = {
+            "policy": "static",
+            "steps_mask": tuple(made.placed([int(not computed) for computed in entry.mask], 0)),
+            "reuse": "linear",
+            "anchors": self.anchors,
+            "cut": "output" if made.cut == "output" else "blocks",
+            "weights": tuple(
+                made.placed([None if computed else row for computed, row in zip(entry.mask, entry.weights, strict=True)], None)
+            ),
+            "timesteps": tuple(made.placed(made.timesteps, None)) if made.timesteps else None,
+            "calibrated_for": made.model,
+            "calls_per_step": max(1, unnamed),
+        }
+        return CacheConfig(**{**settings, **guard})
 
     def entry(self, budget: float | None = None, *, psnr: float | None = None, speedup: float | None = None) -> PlanEntry:
         """Return the entry for a target; warn and return the nearest one where the target cannot be met.
@@ -225,7 +262,8 @@ def _entry(read: dict[str, Any]) -> PlanEntry:
     weights = tuple(tuple(map(float, row)) for row in read["weights"])
     if len(weights) != len(read["mask"]) or len({len(row) for row in weights}) != 1:
         raise TypeError("the weights do not fit the mask")
-    return PlanEntry(**{**read, "mask": tuple(map(bool, read["mask"])), "weights": weights})
+    indicators = None if read["indicators"] is None else tuple(read["indicators"])
+    return PlanEntry(**{**read, "mask": tuple(map(bool, read["mask"])), "weights": weights, "indicators": indicators})
 
 
 def _provenance(read: dict[str, Any]) -> Provenance:
