@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,11 +18,13 @@ from bwcache_compile.errors import ConfigError, warn
 
 FORMAT = "bwcache-calibration"
 VERSION = 2
+LARGE_NORM = 8.0
+"""Norm of the weights above which a plan warns. On the bundled model, fits at 10 to 20 of 50 steps stay at or below 7.3."""
 MARGIN = 1.35
 """How far the indicator of a guarded plan may be beyond what calibration saw, as a factor.
 
-On the bundled model it is at most 1.12 on other prompts, 1.4 with twice the guidance, where the weights still serve, and 2.7 with three
-times, where they do not.
+On the bundled model under Euler it is at most 1.12 on other prompts, 1.4 with twice the guidance, where the weights still serve, and 2.7
+with three times, where they do not.
 """
 Value = TypeVar("Value")
 _BUDGET_SLACK = 0.02
@@ -62,6 +65,11 @@ class PlanEntry:
     def speedup(self) -> float:
         """Speed-up of the model's calls if a reused step cost nothing."""
         return len(self.mask) / self.computed
+
+    @property
+    def amplification(self) -> tuple[float, int]:
+        """The largest norm of a reused step's weights, by which noise in the anchors is amplified, and the step."""
+        return max((math.hypot(*row), step) for step, row in enumerate(self.weights))
 
     @property
     def fewer_steps_wins(self) -> bool:
@@ -146,6 +154,13 @@ class CalibrationPlan:
             advice = f"  advice: run {entry.computed} plain steps instead" if entry.fewer_steps_wins else ""
             numbers = f"{entry.computed:9} {entry.speedup:8.2f}x {entry.psnr:6.1f} dB {fewer:>12}"
             lines.append(f"{numbers}  {entry.rule:7}  {mask_text(entry.mask)}{advice}")
+        for entry in self.entries:
+            norm, step = entry.amplification
+            if norm > LARGE_NORM:
+                lines.append(
+                    f"warning: with {entry.computed} computed steps the weights of step {step} have norm {norm:.1f}: noise in the anchors,"
+                    " such as rounding to half precision, is amplified as much. Calibrate with fewer anchors, or compute more steps."
+                )
         return "\n".join(lines)
 
     def at(

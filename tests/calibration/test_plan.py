@@ -10,6 +10,7 @@ import torch
 
 import bwcache_compile as bw
 from bwcache_compile.calibration import PlanEntry, Provenance
+from bwcache_compile.calibration.plan import MARGIN
 from bwcache_compile.calibration.rules import rule_table
 from bwcache_compile.runtime.fingerprint import model_identity
 from tests.calibration.helpers import Denoiser
@@ -44,6 +45,17 @@ def test_a_plan_is_printed_as_a_frontier() -> None:
         " computed  speed-up      PSNR  fewer steps  weights  steps (# computed, . reused)\n"
         "        3     1.33x   40.0 dB               linear   #.##\n"
         "        2     2.00x   30.0 dB      31.5 dB  linear   #..#  advice: run 2 plain steps instead"
+    )
+
+
+def test_weights_that_amplify_noise_are_named() -> None:
+    made = plan(Denoiser())
+    large = dataclasses.replace(made.entries[1], weights=((0.0, 0.0), (1.0, 0.0), (7.5, -6.5), (0.0, 0.0)))
+    assert large.amplification == (pytest.approx(9.92, abs=0.01), 2)
+    assert "warning" not in str(made)
+    assert str(dataclasses.replace(made, entries=(made.entries[0], large))).endswith(
+        "\nwarning: with 2 computed steps the weights of step 2 have norm 9.9: noise in the anchors, such as rounding to half precision, is"
+        " amplified as much. Calibrate with fewer anchors, or compute more steps."
     )
 
 
@@ -116,6 +128,9 @@ def test_an_entry_of_a_model_that_runs_the_last_steps() -> None:
     assert config.weights == (None, None, None, None, (1.0, 0.0), (1.0, 0.0), None)
     assert config.timesteps == (None, None, None, 900.0, 600.0, 300.0, 100.0)
     assert config.policy_values(None)["anchor_steps"][4] == (3.0, -1.0), "what another model computed is no anchor"
+    measured = dataclasses.replace(made.entries[1], indicators=(None, None, None, 0.5))
+    bounds = dataclasses.replace(made, entries=(measured,)).at(0.5, guarded=True).indicator_bounds
+    assert bounds == (None, None, None, None, None, None, 0.5 * MARGIN)
 
 
 def test_a_model_is_told_by_its_weights() -> None:
