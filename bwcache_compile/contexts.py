@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
+from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import StateError
+from bwcache_compile.policies import POLICIES
 from bwcache_compile.report import ContextReport, RawStep, step_records
 from bwcache_compile.stepping import Advance, StepInfo, Tracker
 
@@ -46,9 +48,11 @@ class Context:
         self.events: list[str] = []
         self.state_bytes = 0
 
-    def report(self) -> ContextReport:
-        """Return the current generation as a value."""
-        return ContextReport(self.name, step_records(self.records), tuple(self.events), self.state_bytes, self.began)
+    def report(self, config: CacheConfig) -> ContextReport:
+        """Return the current generation as a value, with what the policy of these settings says of it."""
+        steps, explain = step_records(self.records), POLICIES[config.policy].explain
+        events = (*self.events, *(explain(config, steps) if explain else ()))
+        return ContextReport(self.name, steps, events, self.state_bytes, self.began)
 
 
 class Scope:
@@ -157,9 +161,9 @@ class ContextTable(Generic[AnyContext]):
         groups = {context.group for context in self._contexts.values()}
         self._latest = {group: tracker for group, tracker in self._latest.items() if group in groups}
 
-    def reports(self) -> dict[str, ContextReport]:
-        """Return the current generation of each context that was called, by name."""
-        return {context.name: context.report() for context in self.values() if context.tracker.started}
+    def reports(self, config: CacheConfig) -> dict[str, ContextReport]:
+        """Return the current generation of each context that was called, by name, with what the policy of these settings says of it."""
+        return {context.name: context.report(config) for context in self.values() if context.tracker.started}
 
     def latest(self, group: str) -> Tracker | None:
         """Return the tracker of the context that was called last in the newest run of a group."""

@@ -16,6 +16,7 @@ import bwcache_compile
 NAME = "bwcache_compile"
 ROOT = Path(bwcache_compile.__file__).parent
 BASE = {
+    "atomic_write",
     "errors",
     "graph_io",
     "report",

@@ -59,9 +59,9 @@ class Session(ContextMethods):
         self.cache_config: CacheConfig = bundle.manifest.config
         self.guarded, self._runner = guarded, runner
         self._contexts = ContextTable(SessionContext)
-        settings = {item.name for item in policy_inputs(self.cache_config)}
-        self._takes_settings = {kind: not settings.isdisjoint(graph.inputs) for kind, graph in self.manifest.graphs.items()}
-        self._last_settings: tuple[CacheConfig | None, int | None, dict[str, Any]] = None, None, {}
+        settings = policy_inputs(self.cache_config)
+        self._taken = {kind: [item for item in settings if item.name in graph.inputs] for kind, graph in self.manifest.graphs.items()}
+        self._last_settings: dict[str, tuple[CacheConfig, int | None, dict[str, Any]]] = {}
 
     def __repr__(self) -> str:
         """Say which bundle runs in which runtime, with which settings."""
@@ -158,13 +158,15 @@ class Session(ContextMethods):
             context.spare = {name: runner.full(name, shape, dtype, 0) for name, dtype, shape, _ in slots}
         return SessionState(made, Cursor(step))
 
-    def _parameters(self, num_steps: int | None) -> dict[str, Any]:
-        """Return what the graphs take of the settings; the values of the last settings are kept."""
-        config, (last_config, last_steps, made) = self.cache_config, self._last_settings
-        if config is not last_config or num_steps != last_steps:
-            values, wanted = config.policy_values(num_steps).values(), policy_inputs(config)
-            made = {item.name: self._runner.vector(value, item.dtype) for item, value in zip(wanted, values, strict=True)}
-            self._last_settings = config, num_steps, made
+    def _parameters(self, num_steps: int | None, kind: str) -> dict[str, Any]:
+        """Return what a graph takes of the settings; the values of the last settings are kept."""
+        config, last = self.cache_config, self._last_settings.get(kind)
+        if last is not None and config is last[0] and num_steps == last[1]:
+            return last[2]
+        taken = self._taken[kind]
+        values = config.policy_values(num_steps, [item.parameter for item in taken])
+        made = {item.name: self._runner.vector(values[item.parameter], item.dtype) for item in taken}
+        self._last_settings[kind] = config, num_steps, made
         return made
 
     def _run(
@@ -175,8 +177,7 @@ class Session(ContextMethods):
         kind = "guarded" if self.guarded else "reuse" if cursor.reuses else "compute"
         inputs = {**call.values, **{cache_in(name): value for name, value in state.slots.items()}}
         inputs[STEP] = runner.vector([cursor.step], "int64")
-        if self._takes_settings[kind]:
-            inputs |= self._parameters(num_steps)
+        inputs |= self._parameters(num_steps, kind)
         returned = runner.run(kind, inputs, {cache_out(name): value for name, value in context.spare.items()})
         change = runner.host(returned[INDICATOR]) if INDICATOR in returned else None
         slots = state.slots
@@ -205,4 +206,4 @@ class Session(ContextMethods):
 
     def report(self) -> Report:
         """Return what each context did in its current generation."""
-        return Report(self._contexts.reports(), self.manifest.measured)
+        return Report(self._contexts.reports(self.cache_config), self.manifest.measured)

@@ -251,7 +251,7 @@ class CachedModel(ModelWrapper, ContextMethods):
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""
         blocks = tuple(m.block for m in self.plan.measured) if len(self._programs) else ()
-        return Report(self._contexts.reports(), blocks, self._programs.captured)
+        return Report(self._contexts.reports(self.cache_config), blocks, self._programs.captured)
 
     def graph_diff(self) -> dict[str, GraphDiff]:
         """Return what each pass changed, by its name, and what all did together, under "whole"."""

@@ -109,8 +109,7 @@ class Stepper:
         kind = runnable.kind(state)
         if config.timesteps is not None and kind != "reuse":
             check_time(state.step, config.timesteps, time_inputs(flat).values())
-        parameters = runnable.parameters(config, num_steps) if runnable.io[kind].parameters else ()
-        operands = runnable.operands(flat, state, parameters)
+        operands = runnable.operands(flat, state, runnable.parameters(config, num_steps, kind))
         if state.step != 0 or state.cursor.computed_at >= 0:
             first = None
         return StepCall(context, config, advance, match, state, events, renumbered, num_steps, kind, operands, first)

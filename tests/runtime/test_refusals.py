@@ -124,8 +124,8 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
         _shaping_setting,
         bw.ConfigError,
         "the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.\n  "
-        "Can be changed: calibrated_for, calls_per_step, damping, decide, num_steps, order, reuse_fraction, reuse_interval, steps_mask,"
-        " tail, threshold, timesteps, warmup_steps, weights.",
+        "Can be changed: calibrated_for, calls_per_step, damping, decide, indicator_bounds, num_steps, order, reuse_fraction,"
+        " reuse_interval, steps_mask, tail, threshold, timesteps, warmup_steps, weights.",
     ),
 }
 
