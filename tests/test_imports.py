@@ -23,6 +23,8 @@ BASE = {
     "stepping",
     "clock",
     "contexts",
+    "context_methods",
+    "step_events",
     "policies",
     "graph_settings",
     "config_checks",
@@ -39,6 +41,7 @@ MAY_IMPORT = {
     "bundle": BASE,
     "exporters": BASE | {"ir", "bundle"},
     "api": BASE | {"ir", "capture", "passes", "runtime", "bundle", "exporters", "calibration"},
+    "pipelines": BASE | {"ir", "passes", "runtime", "calibration", "api"},
 }
 RUNNERS = "bundle/runners"
 """Runs graphs with torch's own tensors, so it may import `ir`."""
