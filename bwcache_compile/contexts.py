@@ -145,21 +145,27 @@ class ContextTable(Generic[AnyContext]):
         """
         scope = self._scope.get()
         now = self.follow() if self.follow is not None else None
+        if now is not None:
+            self._enter_run(now.run)
+        if scope is not None:
+            scope.called, said = True, scope.info
+        elif now is not None and now.counts_steps:
+            said = StepInfo(self._call_of_step(now.step))
+        elif calls_per_step == 1:
+            said = StepInfo(named=False)
+        else:
+            with self._lock:
+                said = StepInfo(f"{UNNAMED_PREFIX}{self._unnamed % calls_per_step}")
+        if now is None:
+            return said
+        return dataclasses.replace(said, step_index=now.step if said.step_index is None else said.step_index, num_steps=now.num_steps)
+
+    def _enter_run(self, run: object) -> None:
+        """Drop every context if another run of the followed loop begins."""
         with self._lock:
-            if now is not None and now.run is not self._run:
+            if run is not self._run:
                 self.clear()
-                self._run = now.run
-            num_steps, step = (now.num_steps, now.step) if now is not None else (None, None)
-            if scope is not None:
-                scope.called, said = True, scope.info
-                if now is None:
-                    return said
-                return dataclasses.replace(said, step_index=step if said.step_index is None else said.step_index, num_steps=num_steps)
-            if now is not None and now.counts_steps:
-                return StepInfo(self._call_of_step(step), step, num_steps)
-            if calls_per_step == 1:
-                return StepInfo(named=False, num_steps=num_steps)
-            return StepInfo(f"{UNNAMED_PREFIX}{self._unnamed % calls_per_step}", num_steps=num_steps)
+                self._run = run
 
     def _call_of_step(self, step: int | None) -> str:
         """Return the context of an unnamed call: the first that has not had this step, or in the first step, was not called yet.
@@ -167,8 +173,8 @@ class ContextTable(Generic[AnyContext]):
         Raises:
             StateError: There are too many.
         """
-        for name in map(f"{UNNAMED_PREFIX}{{}}".format, range(_MOST_CALLS)):
-            context = self._contexts.get(name)
+        for name in (f"{UNNAMED_PREFIX}{i}" for i in range(_MOST_CALLS)):
+            context = self.get(name)
             if context is None or not context.tracker.started or (step is not None and context.tracker.next_step <= step):
                 return name
         raise StateError(

@@ -16,6 +16,7 @@ from bwcache_compile.ir.compare import Verify
 from bwcache_compile.passes import Guard
 from bwcache_compile.pipelines.scheduler_run import SchedulerRun
 from bwcache_compile.runtime import CachedModel
+from bwcache_compile.runtime.hooks import hook_kinds
 from bwcache_compile.step_events import StepEvent
 
 LOGGER = logging.getLogger("bwcache_compile")
@@ -178,10 +179,10 @@ def disable(pipe: Any) -> None:
     if not found:
         raise StateError(f"caching is not enabled in {type(pipe).__name__}: none of its components is a cached model.")
     for name, cached in found.items():
-        if "forward" in vars(cached):
+        if kinds := hook_kinds(cached.original):
             raise StateError(
-                f"the forward of pipe.{name} was replaced since caching was enabled, as offload hooks do. Remove them first"
-                " (pipe.remove_all_hooks()), then call disable(pipe)."
+                f"a hook was put on pipe.{name} since caching was enabled ({', '.join(kinds)}). Remove it first (pipe.remove_all_hooks()),"
+                " then call disable(pipe)."
             )
     for name, cached in found.items():
         setattr(pipe, name, cached.original)

@@ -21,7 +21,7 @@ class SchedulerRun:
         self._pipe = weakref.ref(pipe)
 
     def __call__(self) -> RunStep | None:
-        """Return the run and the step of the next call; None where the pipeline has no scheduler with timesteps."""
+        """Return the run and the step of the next call; None where the pipeline has no scheduler with timesteps, or no run."""
         pipe = self._pipe()
         scheduler: Any = getattr(pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
@@ -29,5 +29,8 @@ class SchedulerRun:
             return None
         if not hasattr(scheduler, "step_index"):  # of the DDIM family
             return RunStep(timesteps, min(len(timesteps), getattr(pipe, "num_timesteps", None) or len(timesteps)))
-        begin, step = getattr(scheduler, "begin_index", None) or 0, scheduler.step_index
-        return RunStep(timesteps, len(timesteps) - begin, True, None if step is None else step - begin)
+        begin, index = getattr(scheduler, "begin_index", None) or 0, scheduler.step_index
+        num_steps, step = len(timesteps) - begin, None if index is None else index - begin
+        if step is not None and step >= num_steps:  # its run has ended: another loop calls
+            return None
+        return RunStep(timesteps, num_steps, True, step)

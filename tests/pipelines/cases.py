@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.zoo import ZOO, Entry, noise
+from tests.zoo import ZOO, noise
 
 STEPS = 4
 
@@ -125,11 +125,6 @@ def _cosmos(model: nn.Module) -> Any:
 
     # it refuses to run without a safety checker, which sees prompts as text alone
     return CosmosTextToWorldPipeline(None, None, model, None, EDMEulerScheduler(), safety_checker=_Part())
-
-
-def _padded(entry: Entry) -> Entry:
-    """Return the model as the pipeline wants it, with a mask of the padding."""
-    return dataclasses.replace(entry, config={**entry.config, "concat_padding_mask": True})
 
 
 def _allegro(model: nn.Module) -> Any:
@@ -255,7 +250,7 @@ UNNAMED = {
     ),
     "cosmos": Case(
         _cosmos,
-        _padded(ZOO["cosmos"]).make,
+        ZOO["cosmos"].make,
         lambda w, n: {**_prompts(n, 16), "num_frames": 9, "guidance_scale": 4.0},
         (64, 96),
         ("call_0", "call_1"),
