@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from bwcache_compile.calibration import CalibrationPlan, calibrate
     from bwcache_compile.ir.graph_text import graph_diff
     from bwcache_compile.ir.plan import BlockSearch, CachePlan
+    from bwcache_compile.pipelines import CapturedCall, capture_call, disable, enable
     from bwcache_compile.report import Report
     from bwcache_compile.runtime import CachedModel, CacheState, GuardedState
+    from bwcache_compile.step_events import StepEvent
 
 __version__ = "0.1.0"
 
@@ -40,14 +42,19 @@ _HOMES = {
     "CalibrationPlan": "calibration",
     "CacheState": "runtime",
     "CachedModel": "runtime",
+    "CapturedCall": "pipelines",
     "GuardedState": "runtime",
     "calibrate": "calibration",
+    "capture_call": "pipelines",
+    "disable": "pipelines",
+    "enable": "pipelines",
     "export": "api",
     "find_blocks": "api",
     "graph_diff": "ir.graph_text",
     "Manifest": "bundle.manifest",
     "Report": "report",
     "Session": "bundle.session",
+    "StepEvent": "step_events",
     "load": "bundle.load",
     "transform": "api",
 }
@@ -62,6 +69,7 @@ __all__ = [
     "CachedModel",
     "CalibrationPlan",
     "CaptureError",
+    "CapturedCall",
     "ConfigError",
     "ExportError",
     "GuardedState",
@@ -71,8 +79,12 @@ __all__ = [
     "Report",
     "Session",
     "StateError",
+    "StepEvent",
     "UnsupportedGraphError",
     "calibrate",
+    "capture_call",
+    "disable",
+    "enable",
     "export",
     "find_blocks",
     "graph_diff",

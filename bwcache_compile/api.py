@@ -102,6 +102,10 @@ def transform(
         raise ConfigError(f"transform expects a torch.nn.Module, got {type(model).__name__}.")
     if hasattr(model, "_orig_mod"):
         raise ConfigError("this model is already compiled. Call transform on the original model, then torch.compile on the result.")
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise ConfigError(
+            "this model was compiled in place by its compile(). Call transform on a model that was not, then compile the result."
+        )
     refuse_hooks(model)
     config = CacheConfig.of(config, **settings) if config is not None or settings else CacheConfig.recommended()
     if guard not in get_args(Guard):

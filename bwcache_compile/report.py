@@ -27,6 +27,16 @@ class RawStep:
     fresh: bool
     change: Tensor | Any | None
 
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        """Whether each region computed; a single one unless blocks are guarded on their own. Waits for the device if the graph decided."""
+        return (self.computed,) if isinstance(self.computed, bool) else tuple(self.computed.tolist())
+
+
+def mean_change(change: Any, flags: tuple[bool, ...]) -> float:
+    """Return the mean change over the measured blocks; with a guard per block over those that computed."""
+    return float((change[list(flags)] if len(flags) > 1 else change).mean())
+
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
@@ -55,9 +65,7 @@ class StepRecord:
         """
         if self.change is None or self.gap is None:
             return None
-        if self.blocks_computed:
-            return float(self.change[list(self.blocks_computed)].mean())
-        return float(self.change.mean())
+        return mean_change(self.change, self.blocks_computed)
 
 
 def step_records(steps: Sequence[RawStep]) -> tuple[StepRecord, ...]:
@@ -65,7 +73,7 @@ def step_records(steps: Sequence[RawStep]) -> tuple[StepRecord, ...]:
     records: list[StepRecord] = []
     last: int | None = None
     for raw in steps:
-        flags = (raw.computed,) if isinstance(raw.computed, bool) else tuple(raw.computed.tolist())
+        flags = raw.flags
         computed = any(flags)
         gap = None if raw.fresh or last is None or not computed else raw.step - last
         records.append(StepRecord(raw.step, computed, gap, raw.change if computed else None, flags if len(flags) > 1 else ()))

@@ -24,6 +24,8 @@ BASE = {
     "stepping",
     "clock",
     "contexts",
+    "context_methods",
+    "step_events",
     "policies",
     "graph_settings",
     "config_checks",
@@ -40,6 +42,7 @@ MAY_IMPORT = {
     "bundle": BASE,
     "exporters": BASE | {"ir", "bundle"},
     "api": BASE | {"ir", "capture", "passes", "runtime", "bundle", "exporters", "calibration"},
+    "pipelines": BASE | {"ir", "passes", "runtime", "calibration", "api"},
 }
 RUNNERS = "bundle/runners"
 """Runs graphs with torch's own tensors, so it may import `ir`."""

@@ -12,10 +12,12 @@ from bwcache_compile.bundle.manifest import Manifest
 from bwcache_compile.bundle.settings import policy_inputs
 from bwcache_compile.clock import HALF, TimeInput, check_time, may_be_time
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import Context, ContextMethods, ContextTable
+from bwcache_compile.context_methods import ContextMethods
+from bwcache_compile.contexts import Context, ContextTable
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, cache_in, cache_out
 from bwcache_compile.report import RawStep, Report
+from bwcache_compile.step_events import step_event
 from bwcache_compile.stepping import Cursor, StepInfo
 
 
@@ -109,7 +111,7 @@ class Session(ContextMethods):
 
     def _step(self, call: Call) -> dict[str, Any]:
         info = self._contexts.info(self.cache_config.calls_per_step)
-        context = self._contexts.enter(info)
+        context, told = self._contexts.enter(info), None
         try:
             num_steps = self.cache_config.steps_of(info.num_steps)
             times = self._times(call) if info.step_index is None else {}
@@ -128,11 +130,15 @@ class Session(ContextMethods):
                 context.spare = state.slots if self._runner.takes_buffers else {}
             context.state, context.state_bytes = following, sum(map(self._runner.bytes, following.slots.values()))
             self._contexts.succeed(context, advance, record, events)
+            if self._contexts.listeners:
+                told = step_event(context.name, num_steps, advance, state.cursor, record, events, in_graph=False)
             if num_steps is not None and record.step == num_steps - 1:
                 context.state, context.spare = None, {}
-            return outputs
         finally:
             context.lock.release()
+        if told is not None:
+            self._contexts.listeners.tell(told)
+        return outputs
 
     def _times(self, call: Call) -> Mapping[Hashable, TimeInput]:
         """Return the inputs of a call that may be the time, by name."""

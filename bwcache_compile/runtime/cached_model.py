@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import ContextMethods, ContextTable
+from bwcache_compile.context_methods import ContextMethods
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import GraphDiff
@@ -145,9 +146,12 @@ class CachedModel(ModelWrapper, ContextMethods):
                 # the graph is the only frame that an outer torch.compile compiles
                 graph = call.match.runnable.graph(call.kind)
                 returned = call.first if call.first is not None else call_directly(graph, call.operands)
-            return stepper.finish(call, returned)
+            outputs = stepper.finish(call, returned)
         finally:
             stepper.end(call)
+        if call.told is not None:
+            stepper.tell(call.told)
+        return outputs
 
     # -- the functional form -------------------------------------------------------------------------------------
 

@@ -64,6 +64,11 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
         bw.ConfigError,
         "this model is already compiled. Call transform on the original model, then torch.compile on the result.",
     ),
+    "compiled in place": (
+        lambda m: (m.compile(), bw.transform(m)),
+        bw.ConfigError,
+        "this model was compiled in place by its compile(). Call transform on a model that was not, then compile the result.",
+    ),
     "no module": (
         lambda m: bw.transform(len),  # type: ignore[arg-type]
         bw.ConfigError,
