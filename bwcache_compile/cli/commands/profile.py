@@ -1,0 +1,54 @@
+"""Show how much each block changes from step to step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import bwcache_compile as bw
+from bwcache_compile.cli.generation import generation
+from bwcache_compile.cli.models import head, loaded, transformed
+from bwcache_compile.cli.named import Named
+from bwcache_compile.cli.outcome import CommandError
+from bwcache_compile.cli.screen import Screen, table
+
+_LEVELS = " ▁▂▃▄▅▆▇█"
+
+
+def profile_model(screen: Screen, named: Named, steps: int, sampler: str | None, tokens: int, blocks: Sequence[str] | None) -> None:
+    """Compute every step of a generation and show how much each block changes at each step."""
+    source = loaded(screen, named)
+    config = bw.CacheConfig(policy="adaptive", threshold=0, indicator_tokens="all" if tokens == 1 else tokens)
+    cached = transformed(screen, source, config, blocks)
+    with screen.progress("profiling", None if sampler else steps) as step:
+        made = generation(source, sampler, steps, step)
+        made.make(cached)
+    report = cached.report()
+    measured = {name: context for name, context in report.contexts.items() if any(r.indicator is not None for r in context.steps)}
+    if not measured:
+        raise CommandError("nothing was measured: the generation has to call the model that it is given at two steps or more")
+    document = {**head(source), "generation": made.how, **report.to_dict()}
+    parts: list[Any] = [f"{source.title}: relative change of each block's output from step to step; {made.how}"]
+    for name, context in measured.items():
+        records = [record for record in context.steps if record.indicator is not None]
+        values = [record.indicator or 0.0 for record in records]
+        smallest = context.smallest()
+        parts += ["", f"context {name}: {len(context.steps)} steps, mean over the blocks", f"  {_curve(values)}"]
+        if smallest is not None:
+            parts.append(f"  smallest {smallest.indicator:.4f} at step {smallest.step}, largest {max(values):.4f}")
+        rows = [(block, _curve([float(r.change[i]) for r in records if r.change is not None])) for i, block in enumerate(report.blocks)]
+        changes = [[float(r.change[i]) for r in records if r.change is not None] for i in range(len(report.blocks))]
+        numbers = [(f"{min(row):.4f}", f"{statistics.mean(row):.4f}", f"{max(row):.4f}") for row in changes]
+        shown = [(*row, *number) for row, number in zip(rows, numbers, strict=True)]
+        parts.append(
+            table(("block", f"steps {records[0].step} to {records[-1].step}", "min", "mean", "max"), shown, ("min", "mean", "max"))
+        )
+    screen.show(document, *parts)
+
+
+def _curve(values: Sequence[float]) -> str:
+    """Draw values as a line of bars, the largest one full."""
+    finite = [value for value in values if value == value and value < float("inf")]
+    top = max(finite, default=0.0) or 1.0
+    return "".join(_LEVELS[round(min(value, top) / top * (len(_LEVELS) - 1))] if value in finite else "?" for value in values)
