@@ -39,9 +39,9 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from bwcache_compile import __version__
+        import bwcache_compile
 
-        typer.echo(__version__)
+        typer.echo(bwcache_compile.__version__)
         raise typer.Exit
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bwcache_compile.bundle.arithmetic import arithmetic
+from bwcache_compile.bundle.files import Bundle, open_bundle
 from bwcache_compile.bundle.manifest import InputEntry, Manifest
 from bwcache_compile.bundle.session import Session
 from bwcache_compile.cli.motion import Input, Motion, motion
@@ -16,6 +18,22 @@ from bwcache_compile.cli.outcome import CommandError, UsageError
 
 _STEPS = 10
 _TIME = 999.0
+
+
+def opened(folder: Path, allow_code: bool) -> Bundle:
+    """Open a bundle and compare every hash.
+
+    Raises:
+        BundleError: See `open_bundle`.
+        CommandError: It holds code, and that was not allowed.
+    """
+    bundle = open_bundle(folder)
+    if bundle.manifest.graph_format != "onnx" and not allow_code:
+        raise CommandError(
+            f"{folder} has format {bundle.manifest.graph_format}, whose files can run any code when they are opened; pass --allow-code if"
+            " you trust their author"
+        )
+    return bundle
 
 
 def steps_of(manifest: Manifest, asked: int | None) -> int:
@@ -112,3 +130,19 @@ class BundleLoop:
                 inputs[entry.name] = _of_dtype(moved, entry.dtype)
             on_step()
             yield done
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """Return what people ask of a manifest first; the file has the rest."""
+    return {
+        "bundle_model": manifest.model,
+        "format": manifest.graph_format,
+        "opset": manifest.opset,
+        "graphs": {kind: entry.file for kind, entry in manifest.graphs.items()},
+        "blocks": [block.to_json() for block in manifest.blocks],
+        "inputs": [{"name": e.name, "shape": list(e.shape), "dtype": e.dtype} for e in manifest.inputs],
+        "slots": [{"name": e.name, "role": e.role, "shape": list(e.shape), "dtype": e.dtype} for e in manifest.slots],
+        "policy": manifest.config.policy,
+        "reuse": manifest.config.reuse,
+        "self_check": dict(manifest.self_check),
+    }

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 import bwcache_compile as bw
-from bwcache_compile.bundle.files import Bundle, open_bundle
+from bwcache_compile.bundle.files import Bundle
 from bwcache_compile.bundle.session import Session
-from bwcache_compile.cli.bundles import BundleLoop, BundleStep, as_array
-from bwcache_compile.cli.commands.export import summary
+from bwcache_compile.cli.bundles import BundleLoop, BundleStep, as_array, opened, summary
 from bwcache_compile.cli.named import Named
 from bwcache_compile.cli.outcome import CommandError
 from bwcache_compile.cli.screen import Screen, bytes_text, table
@@ -131,7 +130,7 @@ def check_bundle(screen: Screen, folder: Path, against: Named | None, device: st
         CommandError: The graphs compute something else than they should.
     """
     with screen.progress("hashing"):
-        bundle = open_bundle(folder)
+        bundle = opened(folder, allow_code)
     manifest = bundle.manifest
     recorded = manifest.self_check
     checks = _Checks(float(recorded.get("tolerance") or _TOLERANCE))

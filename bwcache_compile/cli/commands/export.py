@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bwcache_compile as bw
-from bwcache_compile.bundle.manifest import Manifest
+from bwcache_compile.cli.bundles import summary
 from bwcache_compile.cli.models import head, loaded, transformed
 from bwcache_compile.cli.named import Named
 from bwcache_compile.cli.screen import Screen, bytes_text, table
@@ -43,19 +43,3 @@ def export_model(
         f"checked beside torch: steps {check.get('steps')}, largest error {check.get('largest_error', 0):.2g}"
         f" (tolerance {check.get('tolerance', 0):g})",
     )
-
-
-def summary(manifest: Manifest) -> dict[str, object]:
-    """Return what people ask of a manifest first; the file has the rest."""
-    return {
-        "bundle_model": manifest.model,
-        "format": manifest.graph_format,
-        "opset": manifest.opset,
-        "graphs": {kind: entry.file for kind, entry in manifest.graphs.items()},
-        "blocks": [block.to_json() for block in manifest.blocks],
-        "inputs": [{"name": e.name, "shape": list(e.shape), "dtype": e.dtype} for e in manifest.inputs],
-        "slots": [{"name": e.name, "role": e.role, "shape": list(e.shape), "dtype": e.dtype} for e in manifest.slots],
-        "policy": manifest.config.policy,
-        "reuse": manifest.config.reuse,
-        "self_check": dict(manifest.self_check),
-    }
