@@ -146,10 +146,10 @@ def factory(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of that model with a guarded graph and open sizes. Not to be written to."""
+    """A bundle of that model with a guarded graph. Not to be written to."""
     folder = tmp_path_factory.mktemp("exported")
     (folder / "denoisers.py").write_text(textwrap.dedent(FACTORY))
-    words = ("--guarded", "--dynamic", "--set", "policy=schedule", "--set", "num_steps=12")
+    words = ("--guarded", "--set", "policy=schedule", "--set", "num_steps=12")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
         result = CliRunner().invoke(app, ["export", f"{folder}/denoisers.py:keywords", *words, "-o", f"{folder}/bundle"])

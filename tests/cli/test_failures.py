@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import bwcache_compile as bw
-from bwcache_compile.exporters.onnx import export, lower
+from bwcache_compile.cli.diffusers_models import diffusers_source
+from bwcache_compile.exporters.onnx import export
 from tests.cli.conftest import Run
 
 ROOT = Path(bw.__file__).parents[1]
@@ -126,13 +128,16 @@ def test_inputs_that_are_not_derived(bwcache: Run, diffusers_model: Callable[[st
 
 
 def test_inputs_from_a_file(bwcache: Run, diffusers_model: Callable[[str], list[str]], tmp_path: Path) -> None:
-    (tmp_path / "inputs.json").write_text('{"hidden_states": {"shape": [2, 4, 1, 4, 6]}, "timestep": {"shape": [2], "value": 3},'
-                                          ' "encoder_hidden_states": {"shape": [2, 3, 16]}}')  # fmt: skip
-    done = bwcache("inspect", "--json", *diffusers_model("wan"), "--inputs", "inputs.json")
-    shapes = {value["name"]: value["shape"] for value in done.document["inputs"]}
+    _, name, _, config = diffusers_model("wan")
+    inputs = tmp_path / "inputs.json"
+    inputs.write_text('{"hidden_states": {"shape": [2, 4, 1, 4, 6]}, "timestep": {"shape": [2], "dtype": "int64", "value": 3},'
+                      ' "encoder_hidden_states": {"shape": [2, 3, 16]}}')  # fmt: skip
+    source = diffusers_source(name, Path(config), inputs)
+    shapes = {key: list(value.shape) for key, value in source.kwargs.items() if isinstance(value, torch.Tensor)}
     assert shapes == {"hidden_states": [2, 4, 1, 4, 6], "timestep": [2], "encoder_hidden_states": [2, 3, 16]}
-    (tmp_path / "inputs.json").write_text('{"hidden_states": {"shape": [2, 5, 1, 4, 6]}}')
-    refused = bwcache("inspect", *diffusers_model("wan"), "--inputs", "inputs.json")
+    assert source.kwargs["timestep"].tolist() == [3, 3]
+    inputs.write_text('{"hidden_states": {"shape": [2, 5, 1, 4, 6]}}')
+    refused = bwcache("inspect", "--diffusers", name, "--config", config, "--inputs", inputs)
     assert refused.code == 1
     assert refused.error.startswith("WanTransformer3DModel refuses the inputs (hidden_states [2, 5, 1, 4, 6], ")
 
@@ -165,13 +170,18 @@ def test_a_damaged_bundle(bwcache: Run, bundle: Path) -> None:
 
 def test_a_bundle_of_another_model(bwcache: Run, factory: Path, bundle: Path) -> None:
     text = factory.read_text()
-    factory.with_name("retrained.py").write_text(text.replace("manual_seed(0)", "manual_seed(1)"))
-    factory.with_name("deeper.py").write_text(text.replace("range(4)", "range(5)"))
-    done = bwcache("check", "bundle", "--model", "retrained.py:keywords")
+    factory.write_text(text.replace("manual_seed(0)", "manual_seed(1)"))
+    done = bwcache("check", "bundle", "--model", "denoisers.py:keywords")
     assert done.code == 1
     assert "of the exported graphs differs from torch by" in done.error
-    assert bwcache("check", "bundle", "--model", "deeper.py:keywords").error.startswith(
-        "the bundle is not of this Denoiser: its blocks are "
+
+
+def test_a_bundle_of_a_model_with_other_blocks(bwcache: Run, factory: Path, bundle: Path) -> None:
+    factory.write_text(factory.read_text().replace("range(4)", "range(5)"))
+    done = bwcache("check", "bundle", "--model", "denoisers.py:keywords")
+    assert done.code == 1
+    assert done.error.startswith(
+        "the bundle is not of this Denoiser: its blocks are mixers.0, mixers.1, mixers.2, mixers.3, and the model's "
     )
 
 
@@ -289,12 +299,12 @@ def interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("moment", ["save", "check"])
+@pytest.mark.parametrize("moment", ["begin", pytest.param("check", marks=pytest.mark.slow)])
 def test_interrupted_while_a_bundle_is_written(
     bwcache: Run, factory: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
-    monkeypatch.setattr(*((lower, "save") if moment == "save" else (export, "_check_onnx")), interrupt)
+    monkeypatch.setattr(export, {"begin": "plain_graph", "check": "_check_onnx"}[moment], interrupt)
     done = bwcache("export", f"{factory}:both", "-o", "bundle")
     assert done.code == 130
     assert done.err.splitlines()[-1] == "interrupted"
