@@ -58,8 +58,8 @@ class Screen:
         """Write the result: the document as JSON, or the parts one below the other."""
         self.shown = True
         if self._as_json:
-            extra = {"warnings": self.warnings} if self.warnings and "warnings" not in document else {}
-            self._out.write(json.dumps(plain({**document, **extra}), indent=2, allow_nan=False) + "\n")
+            complete = {**document, "warnings": [*document.get("warnings", ()), *self.warnings]}
+            self._out.write(json.dumps(plain(complete), indent=2, allow_nan=False) + "\n")
             return
         console = Console(file=self._out, highlight=False, markup=False, soft_wrap=True)
         if not console.is_terminal:

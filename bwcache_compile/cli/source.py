@@ -108,11 +108,16 @@ def called(named: str, function: Callable[..., Any], *args: Any) -> Any:
     """
     try:
         return function(*args)
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise CommandError(
-            f"{named} raised {type(error).__name__}: {first_line(error)} ({where.filename}:{where.lineno}; --traceback shows all)"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise CommandError(f"{named} raised {_shown(error)}; --traceback shows all") from error
+
+
+def _shown(error: BaseException) -> str:
+    """Say what was raised, and at which line of the user's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames[1:] if "site-packages" not in frame.filename and not frame.filename.startswith("<")]
+    where = (own or frames)[-1]
+    return f"{type(error).__name__}: {first_line(error)} ({where.filename}:{where.lineno})"
 
 
 def find_callable(named: str) -> Callable[..., Any]:
@@ -150,11 +155,8 @@ def _module(place: str) -> ModuleType:
         if not is_path and error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
             raise UsageError(f"there is no module {place!r} on the Python path or in the current directory") from error
         raise CommandError(f"{place} needs the module {error.name!r}, which is not installed") from error
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise CommandError(
-            f"importing {place} raised {type(error).__name__}: {first_line(error)} ({where.filename}:{where.lineno})"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise CommandError(f"importing {place} raised {_shown(error)}") from error
 
 
 def _module_of_file(path: Path) -> ModuleType:

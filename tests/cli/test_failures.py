@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import bwcache_compile as bw
+from bwcache_compile.cli import main
 from bwcache_compile.cli.diffusers_models import diffusers_source
 from bwcache_compile.exporters.onnx import export
 from tests.cli.conftest import Run
@@ -81,7 +83,7 @@ FORMS = "(model, args), (model, args, kwargs) or (model, kwargs), with a tuple o
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("broken", "denoisers.py:broken raised ValueError: no such checkpoint ("),
+        ("broken", "denoisers.py:broken raised ValueError: no such checkpoint (/"),
         ("alone", f"denoisers.py:alone returned a Denoiser; return {FORMS}"),
         ("swapped", f"denoisers.py:swapped returned a tuple where a torch.nn.Module is expected; return {FORMS}"),
         ("numbers", f"denoisers.py:numbers returned the model and int; return {FORMS}"),
@@ -319,3 +321,18 @@ def test_interrupted_while_a_plan_is_written(bwcache: Run, factory: Path, monkey
     assert done.code == 130
     assert (factory.parent / "plan.json").read_text() == "the plan that was there"
     assert sorted(path.name for path in factory.parent.iterdir() if path.suffix != "") == ["denoisers.py", "plan.json"]
+
+
+def test_without_the_extra() -> None:
+    code = "import sys; sys.modules['typer'] = None; from bwcache_compile.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr == 'error: the command line needs typer: pip install "bwcache-compile[cli]".\n'
+
+
+def test_the_console_script_and_the_module_are_one() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"bwcache": f"{main.__module__}:{main.__name__}"}
+    with started("--version") as process:
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, f"{bw.__version__}\n", "")
