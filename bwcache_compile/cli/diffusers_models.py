@@ -169,15 +169,15 @@ def derived_inputs(model: nn.Module) -> dict[str, Any]:
     tokens = bool({"img_ids", "img_shapes"} & set(parameters)) or kind.startswith("LTX")
     text = int(config.get("max_text_seq_length") or config.get("text_len") or _TEXT)
     torch.manual_seed(0)
-    time = 0.5 if kind.startswith(_FRACTIONS) else 500.0
+    fraction = kind.startswith(_FRACTIONS)
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
     size = torch.tensor([[16, 16]])
     rules: dict[str, tuple[bool, Callable[[], Any]]] = {
         "hidden_states": (True, lambda: _latents(kind, config, tokens)),
-        "timestep": (True, lambda: torch.tensor([time])),
+        "timestep": (True, lambda: torch.tensor([0.5 if fraction else 500.0])),
         "encoder_hidden_states": (True, lambda: torch.randn(1, text, _first(config, _TEXT_WIDTHS))),
         "pooled_projections": (any(name in config for name in _POOLED_WIDTHS), lambda: torch.randn(1, _first(config, _POOLED_WIDTHS))),
-        "guidance": (bool(config.get("guidance_embeds")), lambda: torch.tensor([1000.0 * time])),
+        "guidance": (bool(config.get("guidance_embeds")), lambda: torch.tensor([3.5 if fraction else 3500.0])),
         "encoder_attention_mask": (
             "encoder_attention_mask" in needed,
             lambda: torch.ones(1, text, dtype=torch.bool if kind.startswith(("Mochi", "Lumina2")) else torch.int64),
