@@ -23,6 +23,7 @@ from bwcache_compile.cli.options import (
     Set,
     Steps,
     Traceback,
+    Verify,
 )
 from bwcache_compile.cli.outcome import outcome
 
@@ -63,6 +64,7 @@ def inspect(
     plan: PlanFile = None,
     at: At = None,
     blocks: Blocks = None,
+    verify: Verify = "close",
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -75,7 +77,7 @@ def inspect(
         from bwcache_compile.cli.named import Named
         from bwcache_compile.cli.settings import settings
 
-        inspect_model(screen, Named(model, diffusers, config, inputs, example), settings(set_, plan, at), blocks)
+        inspect_model(screen, Named(model, diffusers, config, inputs, example), settings(set_, plan, at), blocks, verify)
 
 
 @app.command()
@@ -89,6 +91,7 @@ def diff(
     plan: PlanFile = None,
     at: At = None,
     blocks: Blocks = None,
+    verify: Verify = "close",
     passes: Annotated[
         list[str] | None, typer.Option("--pass", metavar="NAME", help="Show this pass; all shows each. Default: all passes together.")
     ] = None,
@@ -103,7 +106,7 @@ def diff(
         from bwcache_compile.cli.settings import settings
 
         named = Named(model, diffusers, config, inputs, example)
-        diff_model(screen, named, settings(set_, plan, at), blocks, passes or (), guard)
+        diff_model(screen, named, settings(set_, plan, at), blocks, verify, passes or (), guard)
 
 
 @app.command()
@@ -117,6 +120,7 @@ def profile(
     generate: Sampler = None,
     tokens: Annotated[int, typer.Option(min=1, help="Measure one token in this many.")] = 1,
     blocks: Blocks = None,
+    verify: Verify = "close",
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -128,7 +132,7 @@ def profile(
         from bwcache_compile.cli.commands.profile import profile_model
         from bwcache_compile.cli.named import Named
 
-        profile_model(screen, Named(model, diffusers, config, inputs, example), steps, generate, tokens, blocks)
+        profile_model(screen, Named(model, diffusers, config, inputs, example), steps, generate, tokens, blocks, verify)
 
 
 @app.command()
@@ -174,6 +178,7 @@ def export(
     plan: PlanFile = None,
     at: At = None,
     blocks: Blocks = None,
+    verify: Verify = "bitwise",
     format_: Annotated[Literal["onnx", "pt2", "aoti"], typer.Option("--format", help="What the graphs are written as.")] = "onnx",
     guarded: Annotated[bool, typer.Option(help="Add one ONNX graph that decides by itself.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 20,
@@ -191,7 +196,7 @@ def export(
         from bwcache_compile.cli.settings import settings
 
         named = Named(model, diffusers, config, inputs, example)
-        export_model(screen, named, out, settings(set_, plan, at), blocks, format_, guarded, opset, dynamic)
+        export_model(screen, named, out, settings(set_, plan, at), blocks, verify, format_, guarded, opset, dynamic)
 
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", show_default=False, help="A folder that bwcache export or bw.export wrote.")]
@@ -254,6 +259,7 @@ def bench(
     plan: PlanFile = None,
     at: At = None,
     blocks: Blocks = None,
+    verify: Verify = "close",
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 15,
     compile_: Annotated[bool, typer.Option("--compile", help="Compile both with torch.compile.")] = False,
     as_json: Json = False,
@@ -268,4 +274,4 @@ def bench(
         from bwcache_compile.cli.named import Named
         from bwcache_compile.cli.settings import settings
 
-        bench_model(screen, Named(model, diffusers, config, inputs, example), settings(set_, plan, at), blocks, rounds, compile_)
+        bench_model(screen, Named(model, diffusers, config, inputs, example), settings(set_, plan, at), blocks, verify, rounds, compile_)

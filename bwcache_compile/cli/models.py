@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,22 @@ def loaded(screen: Screen, named: Named) -> Source:
         return load_source(named)
 
 
+@contextlib.contextmanager
+def _hint(verify: str) -> Iterator[None]:
+    """Name the option for a graph that differs from its model by rounding."""
+    try:
+        yield
+    except bw.CaptureError as error:
+        if verify == "bitwise":
+            error.add_note("With --verify close, a graph that differs from the model by rounding alone is taken.")
+        raise
+
+
 def transformed(
     screen: Screen, source: Source, config: bw.CacheConfig | None, blocks: Sequence[str] | None = None, **options: Any
 ) -> bw.CachedModel:
     """Capture the model for its example inputs and rewrite it, with progress."""
-    with screen.progress(f"capturing {source.title}"):
+    with screen.progress(f"capturing {source.title}"), _hint(str(options.get("verify"))):
         return bw.transform(source.model, config, blocks=blocks or None, example_args=source.args, example_kwargs=source.kwargs, **options)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +32,10 @@ At = Annotated[float | None, typer.Option(metavar="BUDGET", help="Which entry of
 Blocks = Annotated[
     list[str] | None,
     typer.Option("--blocks", metavar="PATH", help="Cache these modules or stacks instead of those found."),
+]
+Verify = Annotated[
+    Literal["bitwise", "close"],
+    typer.Option(help="How the captured graph must equal the model: every bit, or up to rounding (for models that choose kernels)."),
 ]
 Steps = Annotated[int, typer.Option(min=2, help="Denoising steps of a generation.")]
 Sampler = Annotated[

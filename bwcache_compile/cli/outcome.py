@@ -39,7 +39,7 @@ def error_text(error: BaseException) -> str:
     if isinstance(error.__cause__, OSError):
         return first_line(error)
     if type(error).__module__.startswith("bwcache_compile."):
-        return str(error).strip()
+        return "\n  ".join([str(error).strip(), *getattr(error, "__notes__", ())])
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):

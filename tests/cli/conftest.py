@@ -73,6 +73,22 @@ FACTORY = '''
     def numbers():
         return Denoiser(), 3
 
+    class Attentive(nn.Module):
+        """nn.MultiheadAttention runs a fused kernel in the model and its parts in a captured graph."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x, x, x, need_weights=False)[0]
+            return x
+
+    def attentive():
+        return Attentive(), torch.randn(1, 64, 16)
+
     def unrepeated():
         return nn.Linear(4, 4), (torch.randn(1, 4),)
 

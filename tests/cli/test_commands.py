@@ -82,6 +82,16 @@ def test_inspect_with_settings(bwcache: Run, factory: Path) -> None:
     assert [block["name"] for block in chosen["blocks"]] == ["mixers.1", "mixers.2"]
 
 
+def test_a_model_that_runs_kernels_of_its_own(bwcache: Run, factory: Path) -> None:
+    """Whoever looks at it needs no equal bits; whoever exports it says that rounding will do."""
+    looked = bwcache("inspect", "--json", f"{factory}:attentive")
+    assert looked.code == 0, looked.err
+    assert [block["name"] for block in looked.document["blocks"]] == ["layers.0", "layers.1", "layers.2"]
+    refused = bwcache("export", f"{factory}:attentive", "-o", "bundle")
+    assert refused.code == 1
+    assert "With --verify close, a graph that differs from the model by rounding alone is taken." in refused.err
+
+
 def test_diff(bwcache: Run, model: Words) -> None:
     whole = bwcache("diff", "--json", *model)
     assert whole.code == 0, whole.err

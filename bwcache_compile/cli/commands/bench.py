@@ -14,7 +14,7 @@ from bwcache_compile.cli.models import head, loaded, transformed
 from bwcache_compile.cli.named import Named
 from bwcache_compile.cli.outcome import CommandError
 from bwcache_compile.cli.screen import Screen, table
-from bwcache_compile.ir.compare import clone_tensors
+from bwcache_compile.ir.compare import Verify, clone_tensors
 from bwcache_compile.policies import POLICIES
 
 _MOST_STEPS = 1000
@@ -24,11 +24,11 @@ _SOON = 16
 
 
 def bench_model(
-    screen: Screen, named: Named, config: bw.CacheConfig | None, blocks: Sequence[str] | None, rounds: int, compiled: bool
+    screen: Screen, named: Named, config: bw.CacheConfig | None, blocks: Sequence[str] | None, verify: Verify, rounds: int, compiled: bool
 ) -> None:
     """Time a computed and a reused step against the plain model, in turn."""
     source = loaded(screen, named)
-    cached = transformed(screen, source, config, blocks)
+    cached = transformed(screen, source, config, blocks, verify=verify)
     _release(cached)
     args, kwargs = source.args, source.kwargs
     plain_call: Callable[..., Any] = source.model

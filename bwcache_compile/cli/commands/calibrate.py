@@ -60,7 +60,7 @@ def calibrate_model(
             f"no input of {source.title} has the shape of its output, so there are no latents to denoise; pass --generate module:function"
             " with a sampler of your own"
         )
-    model: Any = source.model if cut == "output" else transformed(screen, source, None)
+    model: Any = source.model if cut == "output" else transformed(screen, source, None, verify="close")
     with screen.progress("calibrating"):
         plan = bw.calibrate(model, made.make, budgets=budgets, anchors=anchors, cut=cut, effort=effort, progress=False)
     try:

@@ -34,7 +34,7 @@ def _captured(screen: Screen, source: Source, manifest: Manifest) -> tuple[bw.Ca
     """
 
     def captured(dynamic: bool) -> tuple[bw.CachedModel, Manifest]:
-        cached = transformed(screen, source, manifest.config, dynamic_shapes="auto" if dynamic else None)
+        cached = transformed(screen, source, manifest.config, verify="close", dynamic_shapes="auto" if dynamic else None)
         names = cached.call_parameters
         return cached, describe(cached.program, manifest.config, names, graph_format=manifest.graph_format, opset=manifest.opset)
 

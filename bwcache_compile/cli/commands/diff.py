@@ -12,14 +12,21 @@ from bwcache_compile.cli.models import head, loaded, transformed
 from bwcache_compile.cli.named import Named
 from bwcache_compile.cli.outcome import UsageError
 from bwcache_compile.cli.screen import Screen, table
+from bwcache_compile.ir.compare import Verify
 
 
 def diff_model(
-    screen: Screen, named: Named, config: bw.CacheConfig | None, blocks: Sequence[str] | None, passes: Sequence[str], guard: Any
+    screen: Screen,
+    named: Named,
+    config: bw.CacheConfig | None,
+    blocks: Sequence[str] | None,
+    verify: Verify,
+    passes: Sequence[str],
+    guard: Any,
 ) -> None:
     """Show what passes changed; without names, the table of all passes and what all did together."""
     source = loaded(screen, named)
-    cached = transformed(screen, source, config, blocks, guard=guard)
+    cached = transformed(screen, source, config, blocks, verify=verify, guard=guard)
     with screen.progress("running the passes"):
         diffs = cached.graph_diff()
     unknown = [name for name in passes if name not in (*diffs, "all")]

@@ -10,6 +10,7 @@ from bwcache_compile.cli.bundles import summary
 from bwcache_compile.cli.models import head, loaded, transformed
 from bwcache_compile.cli.named import Named
 from bwcache_compile.cli.screen import Screen, bytes_text, table
+from bwcache_compile.ir.compare import Verify
 
 
 def export_model(
@@ -18,6 +19,7 @@ def export_model(
     out: Path,
     config: bw.CacheConfig | None,
     blocks: Sequence[str] | None,
+    verify: Verify,
     graph_format: str,
     guarded: bool,
     opset: int,
@@ -29,7 +31,7 @@ def export_model(
         ExportError: See `export`.
     """
     source = loaded(screen, named)
-    cached = transformed(screen, source, config, blocks, dynamic_shapes="auto" if dynamic else None)
+    cached = transformed(screen, source, config, blocks, verify=verify, dynamic_shapes="auto" if dynamic else None)
     with screen.progress("exporting and checking"):
         manifest = bw.export(cached, out, graph_format, guarded=guarded, opset=opset)
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}

@@ -10,9 +10,10 @@ from bwcache_compile.cli.models import head, loaded, transformed
 from bwcache_compile.cli.named import Named
 from bwcache_compile.cli.screen import Screen, bytes_text, shape_text, table
 from bwcache_compile.cli.source import Source
+from bwcache_compile.ir.compare import Verify
 
 
-def inspect_model(screen: Screen, named: Named, config: bw.CacheConfig | None, blocks: Sequence[str] | None) -> None:
+def inspect_model(screen: Screen, named: Named, config: bw.CacheConfig | None, blocks: Sequence[str] | None, verify: Verify) -> None:
     """Show the blocks, what was turned down, and what caching them takes.
 
     Raises:
@@ -20,7 +21,7 @@ def inspect_model(screen: Screen, named: Named, config: bw.CacheConfig | None, b
     """
     source = loaded(screen, named)
     try:
-        cached = transformed(screen, source, config, blocks)
+        cached = transformed(screen, source, config, blocks, verify=verify)
     except bw.NoBlocksFoundError:
         search = bw.find_blocks(source.model, blocks=blocks or None, example_args=source.args, example_kwargs=source.kwargs)
         screen.show({**head(source), **search.to_dict(), "plan": None}, f"{source.title}: no blocks found", str(search))

@@ -12,15 +12,24 @@ from bwcache_compile.cli.models import head, loaded, transformed
 from bwcache_compile.cli.named import Named
 from bwcache_compile.cli.outcome import CommandError
 from bwcache_compile.cli.screen import Screen, table
+from bwcache_compile.ir.compare import Verify
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
 
 
-def profile_model(screen: Screen, named: Named, steps: int, sampler: str | None, tokens: int, blocks: Sequence[str] | None) -> None:
+def profile_model(
+    screen: Screen,
+    named: Named,
+    steps: int,
+    sampler: str | None,
+    tokens: int,
+    blocks: Sequence[str] | None,
+    verify: Verify,
+) -> None:
     """Compute every step of a generation and show how much each block changes at each step."""
     source = loaded(screen, named)
     config = bw.CacheConfig(policy="adaptive", threshold=0, indicator_tokens="all" if tokens == 1 else tokens)
-    cached = transformed(screen, source, config, blocks)
+    cached = transformed(screen, source, config, blocks, verify=verify)
     with screen.progress("profiling", None if sampler else steps) as step:
         made = generation(source, sampler, steps, step)
         made.make(cached)
