@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import bwcache_compile as bw
+from bwcache_compile.cli.app import app
+from bwcache_compile.cli.diffusers_models import diffusers_source
 from tests.cli.conftest import Run
 from tests.zoo import ZOO
 
@@ -236,3 +238,27 @@ def test_json_stands_alone_whatever_a_factory_prints(bwcache: Run, factory: Path
     done = bwcache("inspect", "--json", f"{factory}:noisy_factory")
     assert len(done.document["blocks"]) == 4
     assert "a line that the factory prints" in done.err
+
+
+NOT_DERIVED = {"lumina_next", "hunyuan_dit", "stable_audio", "hunyuan_video_framepack"}
+"""Configurations of the zoo that need an inputs file; docs/cli.md counts the others."""
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", sorted(set(ZOO) - NOT_DERIVED))
+def test_inputs_are_derived(diffusers_model: Callable[[str], Words], name: str) -> None:
+    _, model, _, config = diffusers_model(name)
+    assert diffusers_source(model, Path(config), None).kwargs
+
+
+def test_the_page_names_every_command_and_counts_the_classes() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text()
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert [name for name in names if f"| `bwcache {name}` |" not in page] == []
+    assert f"{len(ZOO)} configurations that works for {len(ZOO) - len(NOT_DERIVED)}." in page
+
+
+def test_a_configuration_as_a_checkpoint_has_it(tmp_path: Path) -> None:
+    ZOO["wan"].make().save_config(tmp_path)
+    source = diffusers_source("WanTransformer3DModel", tmp_path / "config.json", None)
+    assert source.model.config.num_layers == 3

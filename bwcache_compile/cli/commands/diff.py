@@ -39,6 +39,6 @@ def diff_model(
         for name, diff in diffs.items()
     ]
     overview = table(("pass", "added", "removed", "parameters", "blocks"), rows, ("added", "removed", "parameters", "blocks"))
-    texts = [f"{diffs[name]}\n" if diffs[name].text else f"@@ {name}\nno operator changed\n" for name in chosen]
+    texts = "\n\n".join(str(diffs[name]) if diffs[name].text else f"@@ {name}\nno operator changed" for name in chosen)
     parts: list[str | Table] = [] if passes else [overview, ""]
-    screen.show(document, *parts, *texts)
+    screen.show(document, *parts, texts)
