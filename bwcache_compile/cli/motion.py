@@ -40,9 +40,9 @@ class Motion:
 
     def __str__(self) -> str:
         """Say what moves."""
-        moving = [f"{self.latents} moves by Euler steps"] if self.latents else ["no input has the output's shape"]
+        moving = [f"the input {self.latents} moves by Euler steps"] if self.latents else ["no input has the output's shape"]
         return ", ".join(
-            [*moving, f"{self.time} runs from {self.times[0]:g} to {self.times[-1]:g}" if self.time else "no input is the time"]
+            [*moving, f"the time {self.time} runs from {self.times[0]:g} to {self.times[-1]:g}" if self.time else "no input is the time"]
         )
 
     def advanced(self, latents: Any, output: Any) -> Any:

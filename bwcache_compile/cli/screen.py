@@ -105,7 +105,7 @@ class _Lines:
         now = time.monotonic()
         if now - self._last > 5 * SLOW:
             self._last = now
-            self._say(f"{self._what}: {self._done} of {self._total}")
+            self._say(f"{self._what}: {self._done}" + (f" of {self._total}" if self._total else ""))
 
     def stop(self) -> None:
         self._timer.cancel()

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
-import inspect
 import sys
 import traceback
 from collections.abc import Callable
@@ -207,12 +206,3 @@ def _bundled(name: str) -> Source:
 
     args = (tiny.with_coordinates(noise), torch.full((1,), 1000.0), tokens)
     return Source(f"the example {name}", _ready(tiny.load(), name), args, {"return_dict": False}, generate)
-
-
-def argument_names(source: Source) -> dict[str, Any]:
-    """Return the arguments of a source's call by the names of the forward's parameters; positions that it has no name for by number."""
-    try:
-        bound = inspect.signature(source.model.forward).bind(*source.args, **source.kwargs)
-    except (TypeError, ValueError):
-        return {**{str(i): value for i, value in enumerate(source.args)}, **source.kwargs}
-    return dict(bound.arguments)

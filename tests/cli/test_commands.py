@@ -142,7 +142,10 @@ def test_calibrate(bwcache: Run, factory: Path, tmp_path: Path) -> None:
     done = bwcache("calibrate", "--json", *words)
     assert done.code == 0, done.err
     assert [entry["computed"] for entry in done.document["entries"]] == [4, 2]
-    assert done.document["generation"] == "8 steps over the example inputs: noisy moves by Euler steps, t runs from 1 to 0.125"
+    assert (
+        done.document["generation"]
+        == "8 steps over the example inputs: the input noisy moves by Euler steps, the time t runs from 1 to 0.125"
+    )
     plan = bw.CalibrationPlan.load("plan.json")
     assert [entry.psnr for entry in plan.entries] == [entry["psnr"] for entry in done.document["entries"]]
 

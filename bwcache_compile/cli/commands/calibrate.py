@@ -54,14 +54,14 @@ def calibrate_model(
     """
     check_writable(out)
     source = loaded(screen, named)
-    made = generation(source, sampler, steps)
-    if not made.moves:
-        raise CommandError(
-            f"no input of {source.title} has the shape of its output, so there are no latents to denoise; pass --generate module:function"
-            " with a sampler of your own"
-        )
     model: Any = source.model if cut == "output" else transformed(screen, source, None, verify="close")
-    with screen.progress("calibrating"):
+    with screen.progress("calibrating, steps so far") as step:
+        made = generation(source, sampler, steps, step)
+        if not made.moves:
+            raise CommandError(
+                f"no input of {source.title} has the shape of its output, so there are no latents to denoise; pass --generate"
+                " module:function with a sampler of your own"
+            )
         plan = bw.calibrate(model, made.make, budgets=budgets, anchors=anchors, cut=cut, effort=effort, progress=False)
     try:
         plan.save(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -40,24 +41,20 @@ def profile_model(
     document = {**head(source), "generation": made.how, **report.to_dict()}
     parts: list[Any] = [f"{source.title}: relative change of each block's output from step to step; {made.how}"]
     for name, context in measured.items():
-        records = [record for record in context.steps if record.indicator is not None]
-        values = [record.indicator or 0.0 for record in records]
-        smallest = context.smallest()
-        parts += ["", f"context {name}: {len(context.steps)} steps, mean over the blocks", f"  {_curve(values)}"]
+        records = [record for record in context.steps if record.indicator is not None and record.change is not None]
+        means, smallest = [record.indicator or 0.0 for record in records], context.smallest()
+        parts += ["", f"context {name}: {len(context.steps)} steps, mean over the blocks", f"  {_curve(means)}"]
         if smallest is not None:
-            parts.append(f"  smallest {smallest.indicator:.4f} at step {smallest.step}, largest {max(values):.4f}")
-        rows = [(block, _curve([float(r.change[i]) for r in records if r.change is not None])) for i, block in enumerate(report.blocks)]
-        changes = [[float(r.change[i]) for r in records if r.change is not None] for i in range(len(report.blocks))]
-        numbers = [(f"{min(row):.4f}", f"{statistics.mean(row):.4f}", f"{max(row):.4f}") for row in changes]
-        shown = [(*row, *number) for row, number in zip(rows, numbers, strict=True)]
-        parts.append(
-            table(("block", f"steps {records[0].step} to {records[-1].step}", "min", "mean", "max"), shown, ("min", "mean", "max"))
-        )
+            parts.append(f"  smallest {smallest.indicator:.4f} at step {smallest.step}, largest {max(means):.4f}")
+        columns = ("block", f"steps {records[0].step} to {records[-1].step}", "min", "mean", "max")
+        by_step = [record.change.tolist() for record in records if record.change is not None]
+        changes = zip(report.blocks, zip(*by_step, strict=True), strict=True)
+        rows = [(block, _curve(row), *(f"{value:.4f}" for value in (min(row), statistics.mean(row), max(row)))) for block, row in changes]
+        parts.append(table(columns, rows, columns[2:]))
     screen.show(document, *parts)
 
 
 def _curve(values: Sequence[float]) -> str:
-    """Draw values as a line of bars, the largest one full."""
-    finite = [value for value in values if value == value and value < float("inf")]
-    top = max(finite, default=0.0) or 1.0
-    return "".join(_LEVELS[round(min(value, top) / top * (len(_LEVELS) - 1))] if value in finite else "?" for value in values)
+    """Draw values as a line of bars, the largest one full; `?` stands for what is not finite."""
+    top = max(filter(math.isfinite, values), default=0.0) or 1.0
+    return "".join(_LEVELS[round(value / top * (len(_LEVELS) - 1))] if math.isfinite(value) else "?" for value in values)
