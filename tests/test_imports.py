@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "bundle": BASE,
     "exporters": BASE | {"ir", "bundle"},
     "api": BASE | {"ir", "capture", "passes", "runtime", "bundle", "exporters", "calibration"},
-    "cli": BASE | {"ir", "bundle", "exporters", "calibration"},
+    "cli": BASE | {"ir", "runtime", "bundle", "exporters", "calibration"},
     "__main__": {"cli"},
 }
 RUNNERS = "bundle/runners"

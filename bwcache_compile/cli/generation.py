@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -17,6 +18,7 @@ from bwcache_compile.cli.source import Source, called, find_callable
 from bwcache_compile.ir.compare import flat_outputs
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.ir.tree_paths import leaf_paths
+from bwcache_compile.runtime.cached_model import CachedModel
 
 _SHORT = 64
 """Elements up to which the first number of a tensor is looked at."""
@@ -90,16 +92,24 @@ class EulerLoop:
         """Make a video: the latents at the end, or the last output where the model has none."""
         leaves, moves = list(self._leaves), self.moves
         output = torch.zeros(0)
-        for now in moves.times:
+        for step, now in enumerate(moves.times):
             if moves.time is not None:
                 place = self._places[moves.time]
                 leaves[place] = torch.full_like(leaves[place], now if leaves[place].is_floating_point() else round(now))
-            output = self._output(self._call(model, leaves))
+            with _context(model, step, len(moves.times)):
+                output = self._output(self._call(model, leaves))
             if moves.latents is not None:
                 place = self._places[moves.latents]
                 leaves[place] = moves.advanced(leaves[place], output)
             on_step()
         return output if moves.latents is None else leaves[self._places[moves.latents]]
+
+
+def _context(model: Any, step: int, steps: int) -> contextlib.AbstractContextManager[None]:
+    """Tell a cached model which step it is: not every model has an input that says so."""
+    if isinstance(model, CachedModel):
+        return model.cache_context("default", step_index=step, num_inference_steps=steps)
+    return contextlib.nullcontext()
 
 
 def _described(tensor: Tensor) -> Input:

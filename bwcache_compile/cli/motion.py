@@ -9,7 +9,7 @@ from typing import Any
 
 from bwcache_compile.clock import may_be_time
 
-_TIMES = ("timestep", "timesteps", "time", "t", "sigma", "sigmas", "noise_level")
+_TIMES = ("timestep", "timesteps", "time", "times", "t", "ts", "step", "sigma", "sigmas", "noise_level")
 _FULL_TIME = 999.0
 
 

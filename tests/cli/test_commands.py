@@ -137,6 +137,13 @@ def test_profile_with_a_sampler_of_ones_own(bwcache: Run, factory: Path) -> None
     assert "mixers.3" in shown.out
 
 
+def test_profile_a_model_without_a_time(bwcache: Run, factory: Path) -> None:
+    done = bwcache("profile", "--json", "--steps", "4", f"{factory}:attentive")
+    assert done.code == 0, done.err
+    assert done.document["generation"] == "4 steps over the example inputs: the input x moves by Euler steps, no input is the time"
+    assert len(done.document["contexts"]["default"]["steps"]) == 4
+
+
 def test_calibrate(bwcache: Run, factory: Path, tmp_path: Path) -> None:
     words = (f"{factory}:both", "--steps", "8", "--budget", "0.5", "--budget", "0.25", "--anchors", "2", "--out", "plan.json")
     done = bwcache("calibrate", "--json", *words)
