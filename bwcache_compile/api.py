@@ -129,7 +129,8 @@ def find_blocks(
     """Return the repeated blocks of a model and every candidate that was turned down, with the reason.
 
     Args:
-        model: In evaluation mode; or a program that `torch.export.export` made, which needs no examples.
+        model: In evaluation mode; or a program that `torch.export.export` made, or what `transform` returned and has captured, which
+            need no examples.
         blocks: Look at these instead of searching; see `transform`.
         example_args: Positional arguments to capture with.
         example_kwargs: Keyword arguments to capture with.
@@ -141,6 +142,8 @@ def find_blocks(
     names = _names(blocks)
     if isinstance(model, ExportedProgram):
         program = flat_program(model, "the exported program")
+    elif isinstance(model, CachedModel) and model.cached_programs and not (example_args or example_kwargs):
+        program = model.program.fresh()
     else:
         program = capture(model, example_args, example_kwargs or {})
     return passes.find_blocks(passes.run_pipeline(program, passes.TIDY_PIPELINE), names)

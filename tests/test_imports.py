@@ -43,6 +43,8 @@ MAY_IMPORT = {
     "exporters": BASE | {"ir", "bundle"},
     "api": BASE | {"ir", "capture", "passes", "runtime", "bundle", "exporters", "calibration"},
     "pipelines": BASE | {"ir", "passes", "runtime", "calibration", "api"},
+    "cli": BASE | {"ir", "runtime", "bundle", "exporters", "calibration"},
+    "__main__": {"cli"},
 }
 RUNNERS = "bundle/runners"
 """Runs graphs with torch's own tensors, so it may import `ir`."""
@@ -52,6 +54,8 @@ LIBRARIES = {
     "onnxscript": ("exporters/onnx",),
     "onnxruntime": ("exporters/onnx", RUNNERS),
     "tensorrt": ("exporters/tensorrt", RUNNERS),
+    "typer": ("cli",),
+    "rich": ("cli",),
 }
 """Which folders import an optional library."""
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -149,6 +153,17 @@ def test_importing_needs_no_optional_library() -> None:
     code = f"import sys, {NAME}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert done.stdout.strip() == "[]"
+
+
+def test_help_imports_neither_torch_nor_what_only_a_command_needs() -> None:
+    code = (
+        "import sys; from bwcache_compile.cli import main; sys.argv = ['bwcache', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, sorted({'torch', 'numpy', 'onnxruntime', 'diffusers', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert "inspect" in done.stdout
 
 
 def test_bundles_are_read_without_torch() -> None:
