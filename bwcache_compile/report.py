@@ -59,6 +59,11 @@ class StepRecord:
             return float(self.change[list(self.blocks_computed)].mean())
         return float(self.change.mean())
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the step as plain data; `change` is left out where there was nothing to compare with."""
+        change = None if self.change is None or self.gap is None else [float(value) for value in self.change.reshape(-1).tolist()]
+        return {**vars(self), "indicator": self.indicator, "change": change, "blocks_computed": list(self.blocks_computed)}
+
 
 def step_records(steps: Sequence[RawStep]) -> tuple[StepRecord, ...]:
     """Read what was noted. The only place where a report waits for the device."""
@@ -101,6 +106,17 @@ class ContextReport:
         """Number of reused steps."""
         return len(self.steps) - self.computed
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the generation as plain data."""
+        return {
+            "computed": self.computed,
+            "reused": self.reused,
+            "began": self.began,
+            "state_bytes": self.state_bytes,
+            "events": list(self.events),
+            "steps": [record.to_dict() for record in self.steps],
+        }
+
     @property
     def reused_by_block(self) -> tuple[int, ...]:
         """With a guard per block: how often each block was reused, in execution order; else empty."""
@@ -138,6 +154,11 @@ class Report:
     def warnings(self) -> tuple[str, ...]:
         """Everything that happened to a cache besides computing and reusing."""
         return tuple(f"{context.name}: {event}" for context in self.contexts.values() for event in context.events)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every context's generation as plain data: what `json.dumps` takes, where numbers are finite."""
+        contexts = {name: context.to_dict() for name, context in self.contexts.items()}
+        return {"contexts": contexts, "blocks": list(self.blocks), "captures": self.captures, "warnings": list(self.warnings)}
 
     def __str__(self) -> str:
         """Print one line per context, its computed steps marked, then the warnings."""

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "calibration": BASE | {"ir", "runtime"},
     "bundle": BASE,
     "exporters": BASE | {"ir", "bundle"},
+    "html_report": BASE | {"ir", "passes", "runtime", "calibration"},
     "api": BASE | {"ir", "capture", "passes", "runtime", "bundle", "exporters", "calibration"},
 }
 RUNNERS = "bundle/runners"
@@ -48,6 +49,7 @@ LIBRARIES = {
     "onnxscript": ("exporters/onnx",),
     "onnxruntime": ("exporters/onnx", RUNNERS),
     "tensorrt": ("exporters/tensorrt", RUNNERS),
+    "jinja2": ("html_report",),
 }
 """Which folders import an optional library."""
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
