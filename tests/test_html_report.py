@@ -374,6 +374,23 @@ def test_a_browser_lays_the_page_out(opened: Browser, width: int, scheme: str, p
 
 
 @pytest.mark.slow
+def test_a_model_of_40_blocks_has_a_page_of_a_few_megabytes() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "ffn_dim": 32, "freq_dim": 16}
+    model = diffusers.WanTransformer3DModel(num_layers=40, **sizes).eval()
+    latents, text = torch.randn(1, 16, 2, 8, 8), torch.randn(1, 8, 16)
+    cached = bw.transform(model, num_steps=50, threshold=0.2, reuse_interval=3)
+    for step in range(50):
+        for name in ("cond", "uncond"):
+            with cached.cache_context(name):
+                cached(latents * (1 + step / 100), torch.tensor([1000.0 - 20 * step]), text)
+    text_of_page = render(report_data(cached))
+    assert len(text_of_page.encode()) < 5_000_000
+    assert len(Page(text_of_page).root.all("details")) > 50
+
+
+@pytest.mark.slow
 def test_a_browser_folds(opened: Browser) -> None:
     opened.click("#pass-whole > summary")
     assert is_open(opened, "pass-whole")

@@ -7,7 +7,7 @@ from typing import Any
 from bwcache_compile.html_report.drawing import Drawing, shortened
 from bwcache_compile.html_report.formatting import bytes_text, count_text, shape_text, stack_runs
 
-_WIDTH = 400
+_WIDTH = 412
 _LEFT, _INNER = 12, 288
 """Where the graph's column begins, and its width; the cache stands to the right of it."""
 _CELL, _GAP, _PER_ROW = 22, 4, 10
@@ -109,8 +109,8 @@ def _cache(drawing: Drawing, top: float, bottom: float, plan: dict[str, Any]) ->
     for region in plan["regions"]:
         for slot in region["slots"]:
             roles.setdefault(slot["role"], []).append(slot["bytes"])
-    right, width = _LEFT + _INNER, 76
-    x = _WIDTH - width - 2
+    right, width = _LEFT + _INNER, 92
+    x = _WIDTH - width - 1
     drawing.rect(x, top, width, bottom - top, "cache", "the cache of one context", radius=8)
     drawing.text(x + 8, top + 18, "cache", "strong")
     drawing.text(x + 8, top + 32, bytes_text(plan["state_bytes"]), "small")
@@ -118,7 +118,7 @@ def _cache(drawing: Drawing, top: float, bottom: float, plan: dict[str, Any]) ->
     shown = list(roles.items()) if len(roles) <= room else list(roles.items())[: max(0, room - 1)]
     y = top + 52
     for role, sizes in shown:
-        drawing.text(x + 8, y, shortened(role, 12), "small")
+        drawing.text(x + 8, y, shortened(role, 14), "small")
         drawing.text(x + 8, y + 12, f"{len(sizes)} × {bytes_text(max(sizes))}", "tiny")
         y += 30
     if len(shown) < len(roles):

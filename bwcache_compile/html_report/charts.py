@@ -141,7 +141,7 @@ def curve(run: dict[str, Any], threshold: float | None) -> Drawing | None:
         return None
     last = max(step["step"] for context in run["contexts"].values() for step in context["steps"])
     top = max([*values, *([threshold] if threshold is not None and threshold <= 3 * max(values) else [])]) * 1.1
-    drawing = Drawing("Mean change per step", "", 620, 220)
+    drawing = Drawing("Mean change per step", "", 480, 200)
     place = _axes(drawing, (0, last), (0, top), "step", "change")
     if threshold is not None and 0 < threshold <= top:
         drawing.line([place(0, threshold), place(last, threshold)], "threshold")
@@ -163,7 +163,7 @@ def frontier(data: dict[str, Any]) -> Drawing:
     cached = [(entry["computed"], entry["psnr"]) for entry in entries if isinstance(entry["psnr"], float)]
     values = [psnr for _, psnr in (*cached, *plain) if isinstance(psnr, float)] or [0.0]
     margin = max(1.0, (max(values) - min(values)) * 0.1)
-    drawing = Drawing("Frontier of the calibration", "PSNR over computed steps; the table below has the same values.", 620, 240)
+    drawing = Drawing("Frontier of the calibration", "PSNR over computed steps; the table below has the same values.", 480, 220)
     place = _axes(drawing, (0, data["steps"]), (max(0.0, min(values) - margin), max(values) + margin), "computed steps", "PSNR, dB")
     for name, points, style in (("calibrated", cached, "series c0"), ("fewer steps", plain, "series c1")):
         if points:
