@@ -275,6 +275,26 @@ def test_two_stacks_rejections_and_an_infinite_threshold_are_shown() -> None:
     assert [section.get("id") for section in page.root.all("section")] == ALWAYS
 
 
+def test_changes_that_are_zero_or_not_finite_are_shown(data: dict[str, Any]) -> None:
+    changed = json.loads(json.dumps(data))
+    for context in changed["run"]["contexts"].values():
+        for step in context["steps"]:
+            if step["change"]:
+                step["change"], step["indicator"] = [0.0, "nan", *[0.0] * 6], 0.0
+    assert charts.heat_bounds(changed["run"]) == (0.0, 0.0)
+    hints = [rect.text for rect in Page(render(changed)).by_id["indicator"].all("rect")]
+    assert {"blocks.0, step 1: 0", "step 1: nan"} <= set(hints)
+
+
+def test_dynamic_sizes_are_shown_as_arithmetic() -> None:
+    example = OneStream().example(batch=2)
+    data = report_data(bw.transform(OneStream().eval(), num_steps=4, example_args=example, dynamic_shapes="auto"))
+    shapes = [value["shape"] for value in data["model"]["inputs"]]
+    assert [len(shape) for shape in shapes] == [3, 1]
+    assert isinstance(shapes[0][0], str)
+    assert f"float32[{shapes[0][0]}, " in Page(render(data)).by_id["settings"].text
+
+
 def test_blocks_named_by_hand_are_shown() -> None:
     cached = bw.transform(OneStream(4).eval(), blocks=["blocks.1", "blocks.2"], num_steps=4, example_args=OneStream().example())
     data = report_data(cached)

@@ -77,14 +77,15 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def finite(values: Sequence[Any]) -> list[float]:
-    """Return those that are numbers above 0."""
-    return [value for value in values if isinstance(value, (int, float)) and math.isfinite(value) and value > 0]
+    """Return those that are numbers; infinite ones and NaN are text already."""
+    return [value for value in values if isinstance(value, float)]
 
 
 def heat_bounds(run: dict[str, Any]) -> tuple[float, float] | None:
-    """Return the smallest and the largest change of a run, between which all heat maps are shaded; None if nothing was measured."""
+    """Return the changes between which all heat maps of a run are shaded, zeros left out; None if nothing was measured."""
     values = finite([v for context in run["contexts"].values() for step in context["steps"] for v in step["change"] or ()])
-    return (min(values), max(values)) if values else None
+    above = [value for value in values if value > 0] or [0.0]
+    return (min(above), max(above)) if values else None
 
 
 def heat_level(value: float, bounds: tuple[float, float]) -> int:
@@ -112,7 +113,8 @@ def heat_map(name: str, context: dict[str, Any], blocks: Sequence[str], bounds: 
                 hint = f"{block}, step {step['step']}: {number_text(value)}"
                 drawing.rect(x, y, _CELL - 2, cell - 2, f"heat s{heat_level(value, bounds)}", hint, radius=2)
             elif step["computed"]:
-                drawing.rect(x, y, _CELL - 2, cell - 2, "empty", f"step {step['step']}: computed, nothing to compare with", radius=2)
+                hint = f"step {step['step']}: {'computed, nothing to compare with' if value is None else value}"
+                drawing.rect(x, y, _CELL - 2, cell - 2, "empty", hint, radius=2)
     _steps_axis(drawing, len(blocks) * cell + 14, [step["step"] for step in steps])
     drawing.height = len(blocks) * cell + 22
     return drawing
@@ -142,7 +144,7 @@ def curve(run: dict[str, Any], threshold: float | None) -> Drawing | None:
     last = max(step["step"] for context in run["contexts"].values() for step in context["steps"])
     top = max([*values, *([threshold] if threshold is not None and threshold <= 3 * max(values) else [])]) * 1.1
     drawing = Drawing("Mean change per step", "", 480, 200)
-    place = _axes(drawing, (0, last), (0, top), "step", "change")
+    place = _axes(drawing, (0, last), (0, top or 1.0), "step", "change")
     if threshold is not None and 0 < threshold <= top:
         drawing.line([place(0, threshold), place(last, threshold)], "threshold")
         x, y = place(last, threshold)
