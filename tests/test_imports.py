@@ -44,12 +44,12 @@ MAY_IMPORT = {
 RUNNERS = "bundle/runners"
 """Runs graphs with torch's own tensors, so it may import `ir`."""
 LIBRARIES = {
+    "jinja2": ("html_report",),
     "onnx": ("exporters/onnx",),
     "onnx_ir": ("exporters/onnx", "exporters/tensorrt"),
     "onnxscript": ("exporters/onnx",),
     "onnxruntime": ("exporters/onnx", RUNNERS),
     "tensorrt": ("exporters/tensorrt", RUNNERS),
-    "jinja2": ("html_report",),
 }
 """Which folders import an optional library."""
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
