@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bwcache_compile.bundle.manifest import Manifest
     from bwcache_compile.bundle.session import Session
     from bwcache_compile.calibration import CalibrationPlan, calibrate
+    from bwcache_compile.html_report import write_report
     from bwcache_compile.ir.graph_text import graph_diff
     from bwcache_compile.ir.plan import BlockSearch, CachePlan
     from bwcache_compile.pipelines import CapturedCall, capture_call, disable, enable
@@ -57,6 +58,7 @@ _HOMES = {
     "StepEvent": "step_events",
     "load": "bundle.load",
     "transform": "api",
+    "write_report": "html_report",
 }
 
 __all__ = [
@@ -90,6 +92,7 @@ __all__ = [
     "graph_diff",
     "load",
     "transform",
+    "write_report",
 ]
 
 

@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "calibration": BASE | {"ir", "runtime"},
     "bundle": BASE,
     "exporters": BASE | {"ir", "bundle"},
+    "html_report": BASE | {"ir", "passes", "runtime", "calibration"},
     "api": BASE | {"ir", "capture", "passes", "runtime", "bundle", "exporters", "calibration"},
     "pipelines": BASE | {"ir", "passes", "runtime", "calibration", "api"},
     "cli": BASE | {"ir", "runtime", "bundle", "exporters", "calibration"},
@@ -49,6 +50,7 @@ MAY_IMPORT = {
 RUNNERS = "bundle/runners"
 """Runs graphs with torch's own tensors, so it may import `ir`."""
 LIBRARIES = {
+    "jinja2": ("html_report",),
     "onnx": ("exporters/onnx",),
     "onnx_ir": ("exporters/onnx", "exporters/tensorrt"),
     "onnxscript": ("exporters/onnx",),
