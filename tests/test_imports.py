@@ -18,6 +18,7 @@ ROOT = Path(bwcache_compile.__file__).parent
 BASE = {
     "errors",
     "graph_io",
+    "new_folder",
     "report",
     "size_expressions",
     "stepping",
@@ -39,15 +40,18 @@ MAY_IMPORT = {
     "bundle": BASE,
     "exporters": BASE | {"ir", "bundle"},
     "api": BASE | {"ir", "capture", "passes", "runtime", "bundle", "exporters", "calibration"},
+    "testing": BASE | {"ir", "capture", "passes", "runtime", "bundle", "api"},
 }
 RUNNERS = "bundle/runners"
 """Runs graphs with torch's own tensors, so it may import `ir`."""
 LIBRARIES = {
     "onnx": ("exporters/onnx",),
-    "onnx_ir": ("exporters/onnx", "exporters/tensorrt"),
+    "onnx_ir": ("exporters/onnx", "exporters/tensorrt", "testing/onnx_graphs"),
     "onnxscript": ("exporters/onnx",),
     "onnxruntime": ("exporters/onnx", RUNNERS),
     "tensorrt": ("exporters/tensorrt", RUNNERS),
+    "expecttest": ("testing/graphs",),
+    "pytest": ("testing/fixtures",),
 }
 """Which folders import an optional library."""
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -15,6 +15,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.graphs import PlainGraph, under_autocast
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out, policy_input
+from bwcache_compile.ir.compare import relative_error
 from bwcache_compile.ir.examples import input_at, is_maskable
 from bwcache_compile.ir.layout import in_order, slot_order
 from bwcache_compile.ir.policy_tensors import policy_parameters
@@ -163,17 +164,6 @@ def _takes_padding(program: ModelProgram, config: CacheConfig) -> bool:
     return True
 
 
-def _error(actual: Any, expected: Any, least: float = 1e-30) -> float:
-    """Return the largest difference, relative to the largest value expected, which counts as no smaller than `least`."""
-    got, want = (v.detach().cpu() if isinstance(v, Tensor) else torch.from_numpy(v.copy()) for v in (actual, expected))
-    if (got.shape, got.dtype) != (want.shape, want.dtype) or not torch.equal(got.isnan(), want.isnan()):
-        return float("inf")
-    got, want = torch.nan_to_num(got.double()), torch.nan_to_num(want.double())
-    if not want.numel():
-        return 0.0
-    return float((got - want).abs().max() / want.abs().max().clamp(min=least)) if not torch.equal(got, want) else 0.0
-
-
 def _forced(config: CacheConfig, threshold: float) -> CacheConfig:
     """Return settings under which both branches are taken, where the policy reads a threshold; else these."""
     at_threshold = POLICIES[config.policy].at_threshold
@@ -198,7 +188,7 @@ class _Compared:
     worst: float = 0.0
 
     def _compare(self, what: str, actual: Any, expected: Tensor, least: float = 1e-30) -> None:
-        error = _error(actual, self.to_session(expected), least)
+        error = relative_error(actual, self.to_session(expected), least)
         self.worst = max(self.worst, error)
         if not error <= self.tolerance:
             raise ExportError(
