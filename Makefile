@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test zoo pass check lint lines
+.PHONY: demo test zoo pass check lint lines site
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check bwcache_compile tests examples benchmarks
 	$(BIN)/ruff check bwcache_compile tests examples benchmarks
 	$(BIN)/mypy
+
+# the documentation, to site/; warnings and broken links are errors
+site: $(STAMP)
+	$(BIN)/zensical build --strict
 
 lines:
 	@cat $$(git ls-files 'bwcache_compile/*.py' 'bwcache_compile/**/*.py' | sort -u) | grep -cv '^[[:space:]]*$$' | sed 's/$$/ lines in the package, blank ones left out/'

@@ -49,7 +49,7 @@ def cached(dtype: torch.dtype) -> bw.CachedModel:
     return bw.transform(Attending().eval().to(dtype), CONFIG, example_args=tuple(example), dynamic_shapes="auto")
 
 
-@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("opset", [pytest.param(20, marks=pytest.mark.slow), 23])
 def test_float16_runs_on_a_cpu(opset: int, tmp_path: Path) -> None:
     model = cached(torch.float16)
     report = bw.export(model, tmp_path / "bundle", guarded=True, opset=opset).self_check

@@ -226,7 +226,7 @@ def compute_with(
     return returned[:users] + returned[users + len(names) :], dict(zip(names, kept, strict=True))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(models(), st.sampled_from(["output", "taylor"]), st.integers(1, 3), st.sampled_from([0.03, 0.06, math.inf]))
 def test_any_model_any_policy(model: Tiny, reusing: str, interval: int, threshold: float) -> None:
     program = guarded(model, (*CACHE_PIPELINE, insert_cond), reuse=reusing)

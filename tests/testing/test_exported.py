@@ -1,6 +1,6 @@
 """assert_cached: ours have a cache, a plain export has none, whoever wrote it.
 
-That an export of diffusers' FirstBlockCache has none is in docs/testing.md, whose blocks are run by test_docs.py.
+That an export of diffusers' FirstBlockCache has none is in docs/testing.md, whose blocks are run by tests/test_docs.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -20,6 +20,6 @@ ALWAYS = {
 """One class for each kind of structure, with what it stands for."""
 
 
-def selected(names: Iterable[str]) -> list[Any]:
-    """Return the classes as pytest parameters; those outside `ALWAYS` are marked `zoo`."""
-    return [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.zoo) for name in names]
+def selected(names: Iterable[str], always: Container[str] = ALWAYS) -> list[Any]:
+    """Return the classes as pytest parameters; those outside `always` are marked `zoo`."""
+    return [pytest.param(name, marks=() if name in always else pytest.mark.zoo) for name in names]
