@@ -196,6 +196,7 @@ def export(
     signature: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     guarded: bool = False,
     opset: int = 20,
+    repro: str | Path | None = None,
 ) -> Manifest:
     """Write a cached model as a bundle: graphs with the cache as inputs and outputs, one weight file, and a manifest.
 
@@ -212,12 +213,15 @@ def export(
         signature: `(args, kwargs)` of a call, where the model holds several programs or none yet.
         guarded: Add one graph that decides by itself, with an `If`. ONNX only.
         opset: ONNX operator set, for that format. 20 has attention in parts, 23 as one operator.
+        repro: A new or empty folder. If the export is refused because numbers differ, the first operator that differs is written there
+            with its inputs, torch's result, and a script that compares. ONNX only.
 
     Returns:
         The manifest: what the bundle is, with the report of the check in `self_check`.
 
     Raises:
-        ExportError: There is no single program, it cannot be exported, or what was written differs from torch.
+        ExportError: There is no single program, it cannot be exported, or what was written differs from torch. Of an ONNX graph the
+            message then lists the operators that differ first, with their modules.
         ConfigError: `format` or `opset` is not supported, or `cached` or `signature` is something else.
     """
     given, cached = cached, getattr(cached, "_orig_mod", cached)  # what torch.compile returned of it
@@ -227,8 +231,13 @@ def export(
         raise ConfigError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
     if guarded and format != "onnx":
         raise ConfigError(f'guarded=True requires format="onnx", got {format!r}.')
+    if repro is not None and format != "onnx":
+        raise ConfigError(f'repro requires format="onnx", got {format!r}.')
+    place = None if repro is None else Path(repro).resolve()
+    if place is not None and place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise ConfigError(f"repro must be a new or empty folder, and {place} is neither.")
     program, config = _one_program(cached, signature), cached.cache_config
     with torch.autocast(program.planned().device.type, enabled=False):  # what is around this call is no part of the program
         if format != "onnx":
             return export_torch(program, config, directory, cached.call_parameters, compiled=format == "aoti")
-        return export_onnx(program, config, directory, cached.call_parameters, guarded=guarded, opset=opset)
+        return export_onnx(program, config, directory, cached.call_parameters, guarded=guarded, opset=opset, repro=place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import GraphDiff
+from bwcache_compile.ir.pass_files import write_pass_files
 from bwcache_compile.ir.plan import CachePlan
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.torch_compat import pytree
@@ -260,3 +262,17 @@ class CachedModel(ModelWrapper, ContextMethods):
     def graph_diff(self) -> dict[str, GraphDiff]:
         """Return what each pass changed, by its name, and what all did together, under "whole"."""
         return self._programs.explain(self.cache_config)
+
+    def dump_passes(self, directory: str | Path) -> tuple[Path, ...]:
+        """Write the graph before and after each pass, and their difference, as text: `01_canonicalize.before.txt` and so on.
+
+        The passes run again on what was captured. A folder that holds an earlier dump is replaced.
+
+        Returns:
+            The files, in the order of the passes.
+
+        Raises:
+            ExportError: The folder holds something else, or cannot be written to. It is as it was.
+            StateError: Nothing is captured yet.
+        """
+        return write_pass_files(self.graph_diff(), directory)
