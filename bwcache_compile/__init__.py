@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from bwcache_compile.bundle.manifest import Manifest
     from bwcache_compile.bundle.session import Session
     from bwcache_compile.calibration import CalibrationPlan, calibrate
+    from bwcache_compile.html_report import write_report
     from bwcache_compile.ir.graph_text import graph_diff
     from bwcache_compile.ir.plan import BlockSearch, CachePlan
+    from bwcache_compile.pipelines import CapturedCall, capture_call, disable, enable
     from bwcache_compile.report import Report
     from bwcache_compile.runtime import CachedModel, CacheState, GuardedState
+    from bwcache_compile.step_events import StepEvent
 
 __version__ = "0.1.0"
 
@@ -40,16 +43,22 @@ _HOMES = {
     "CalibrationPlan": "calibration",
     "CacheState": "runtime",
     "CachedModel": "runtime",
+    "CapturedCall": "pipelines",
     "GuardedState": "runtime",
     "calibrate": "calibration",
+    "capture_call": "pipelines",
+    "disable": "pipelines",
+    "enable": "pipelines",
     "export": "api",
     "find_blocks": "api",
     "graph_diff": "ir.graph_text",
     "Manifest": "bundle.manifest",
     "Report": "report",
     "Session": "bundle.session",
+    "StepEvent": "step_events",
     "load": "bundle.load",
     "transform": "api",
+    "write_report": "html_report",
 }
 
 __all__ = [
@@ -62,6 +71,7 @@ __all__ = [
     "CachedModel",
     "CalibrationPlan",
     "CaptureError",
+    "CapturedCall",
     "ConfigError",
     "ExportError",
     "GuardedState",
@@ -71,13 +81,18 @@ __all__ = [
     "Report",
     "Session",
     "StateError",
+    "StepEvent",
     "UnsupportedGraphError",
     "calibrate",
+    "capture_call",
+    "disable",
+    "enable",
     "export",
     "find_blocks",
     "graph_diff",
     "load",
     "transform",
+    "write_report",
 ]
 
 

@@ -102,6 +102,10 @@ def transform(
         raise ConfigError(f"transform expects a torch.nn.Module, got {type(model).__name__}.")
     if hasattr(model, "_orig_mod"):
         raise ConfigError("this model is already compiled. Call transform on the original model, then torch.compile on the result.")
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise ConfigError(
+            "this model was compiled in place by its compile(). Call transform on a model that was not, then compile the result."
+        )
     refuse_hooks(model)
     config = CacheConfig.of(config, **settings) if config is not None or settings else CacheConfig.recommended()
     if guard not in get_args(Guard):
@@ -125,7 +129,8 @@ def find_blocks(
     """Return the repeated blocks of a model and every candidate that was turned down, with the reason.
 
     Args:
-        model: In evaluation mode; or a program that `torch.export.export` made, which needs no examples.
+        model: In evaluation mode; or a program that `torch.export.export` made, or what `transform` returned and has captured, which
+            need no examples.
         blocks: Look at these instead of searching; see `transform`.
         example_args: Positional arguments to capture with.
         example_kwargs: Keyword arguments to capture with.
@@ -137,6 +142,8 @@ def find_blocks(
     names = _names(blocks)
     if isinstance(model, ExportedProgram):
         program = flat_program(model, "the exported program")
+    elif isinstance(model, CachedModel) and model.cached_programs and not (example_args or example_kwargs):
+        program = model.program.fresh()
     else:
         program = capture(model, example_args, example_kwargs or {})
     return passes.find_blocks(passes.run_pipeline(program, passes.TIDY_PIPELINE), names)
@@ -189,6 +196,7 @@ def export(
     signature: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     guarded: bool = False,
     opset: int = 20,
+    repro: str | Path | None = None,
 ) -> Manifest:
     """Write a cached model as a bundle: graphs with the cache as inputs and outputs, one weight file, and a manifest.
 
@@ -205,12 +213,15 @@ def export(
         signature: `(args, kwargs)` of a call, where the model holds several programs or none yet.
         guarded: Add one graph that decides by itself, with an `If`. ONNX only.
         opset: ONNX operator set, for that format. 20 has attention in parts, 23 as one operator.
+        repro: A new or empty folder. If the export is refused because numbers differ, the first operator that differs is written there
+            with its inputs, torch's result, and a script that compares. ONNX only.
 
     Returns:
         The manifest: what the bundle is, with the report of the check in `self_check`.
 
     Raises:
-        ExportError: There is no single program, it cannot be exported, or what was written differs from torch.
+        ExportError: There is no single program, it cannot be exported, or what was written differs from torch. Of an ONNX graph the
+            message then lists the operators that differ first, with their modules.
         ConfigError: `format` or `opset` is not supported, or `cached` or `signature` is something else.
     """
     given, cached = cached, getattr(cached, "_orig_mod", cached)  # what torch.compile returned of it
@@ -220,8 +231,13 @@ def export(
         raise ConfigError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
     if guarded and format != "onnx":
         raise ConfigError(f'guarded=True requires format="onnx", got {format!r}.')
+    if repro is not None and format != "onnx":
+        raise ConfigError(f'repro requires format="onnx", got {format!r}.')
+    place = None if repro is None else Path(repro).resolve()
+    if place is not None and place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise ConfigError(f"repro must be a new or empty folder, and {place} is neither.")
     program, config = _one_program(cached, signature), cached.cache_config
     with torch.autocast(program.planned().device.type, enabled=False):  # what is around this call is no part of the program
         if format != "onnx":
             return export_torch(program, config, directory, cached.call_parameters, compiled=format == "aoti")
-        return export_onnx(program, config, directory, cached.call_parameters, guarded=guarded, opset=opset)
+        return export_onnx(program, config, directory, cached.call_parameters, guarded=guarded, opset=opset, repro=place)

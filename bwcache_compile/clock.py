@@ -79,12 +79,12 @@ _SAME_TIME = 1e-2
 """Relative difference of times that are taken for equal: one in bfloat16 is off by 4e-3."""
 
 
-def check_time(step: int, expected: Sequence[float], inputs: Iterable[TimeInput]) -> None:
+def check_time(step: int, expected: Sequence[float | None], inputs: Iterable[TimeInput]) -> None:
     """Refuse a step at another time than the one that weights were calibrated for.
 
     Args:
         step: Index of the step.
-        expected: The time at each step.
+        expected: The time at each step; None where another model ran.
         inputs: Inputs that may be the time; one of them must be the expected one.
 
     Raises:
@@ -92,6 +92,12 @@ def check_time(step: int, expected: Sequence[float], inputs: Iterable[TimeInput]
     """
     found = [values for values in (tuple(value.read()) for value in inputs if value.rank < 2) if values]
     want = expected[step]
+    if want is None:
+        own = [at for at, time in enumerate(expected) if time is not None]
+        raise StateError(
+            f"the weights were calibrated for a model that runs at steps {own[0]} to {own[-1]} of {len(expected)}, but it was called at"
+            f" step {step}. Calibrate with this boundary between the models, or set weights=None and timesteps=None."
+        )
     if found and not any(abs(max(values) - want) <= _SAME_TIME * max(abs(want), abs(max(values))) for values in found):
         raise StateError(
             f"the weights were calibrated for time {want:g} at step {step}, but this run has {max(found[0]):g}. Calibrate with this"

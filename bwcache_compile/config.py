@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from bwcache_compile.config_checks import Decide, Weights, as_mask, as_weights, check, python_number
+from bwcache_compile.atomic_write import write_atomically
+from bwcache_compile.config_checks import Decide, Weights, as_mask, as_numbers, as_weights, check, check_steps, python_number
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.graph_settings import Cut, Granularity, GraphSettings
 from bwcache_compile.policies import POLICIES, REUSES
@@ -40,8 +40,8 @@ class CacheConfig:
         tail: The last `floor(tail * k)` steps are computed, where `k` is the step that triggered. Higher protects
             more of the end of the run.
         policy: "schedule" measures the indicator and follows the paper; "adaptive" reuses for as long as the change that is to be
-            expected stays below the threshold, at most `reuse_interval` steps in a row; "static" follows `steps_mask`; or one that
-            was registered.
+            expected stays below the threshold, at most `reuse_interval` steps in a row; "static" follows `steps_mask`; "guarded" does
+            too, within `indicator_bounds`; or one that was registered.
         reuse: What a reused step returns: "output" holds the cached outputs; "residual" adds what the blocks last
             added to their input; "linear" sums the outputs of the last `anchors` computed steps; "taylor" is that for two, which
             extrapolates; or one that was registered.
@@ -53,7 +53,8 @@ class CacheConfig:
         weights: One row for each step of `steps_mask`: how much of each anchor a reused step takes, the last computed step first.
             A row sums to 1; those of computed steps are not used. None, for a step or for all, leaves it to `order` and
             `damping`. `calibrate` finds them.
-        timesteps: The time at each step that `weights` were made for; a run at other times is refused. None checks nothing.
+        timesteps: The time at each step that `weights` were made for; a run at other times is refused. None checks nothing. At the
+            steps of a generation at which another model runs, the entry is None.
         calibrated_for: The model that `weights` were made for, as `calibrate` names it; another one is refused. None checks nothing.
         cut: What is kept and summed: what the "blocks" return, or the model's "output". With "output" a reused step runs nothing
             of the model, and an anchor is as small as the model's output.
@@ -64,7 +65,9 @@ class CacheConfig:
             Needs `guard="graph"` and `reuse="residual"`, and keeps one residual per block.
         warmup_steps: Steps at the start that are always computed, whatever the indicator says.
         num_steps: Denoising steps of one generation (`S`), per context.
-        steps_mask: For "static": one entry per step, 1 reuses and 0 computes. Its length is the number of steps.
+        steps_mask: For "static" and "guarded": one entry per step, 1 reuses and 0 computes. Its length is the number of steps.
+        indicator_bounds: For "guarded": the largest indicator that a computed step may have, one for each step of `steps_mask`. Where
+            it is larger, the next step is computed too. None, for a step or for all, is no bound.
         compute_first: Blocks at the start of the stack that are computed at every step.
         compute_last: Blocks at the end of the stack that are computed at every step.
         indicator_blocks: How many blocks are measured, spread evenly and ending with the last; "all" measures each.
@@ -90,7 +93,7 @@ class CacheConfig:
     order: int = 1
     damping: float = 1.0
     weights: Weights | None = None
-    timesteps: tuple[float, ...] | None = None
+    timesteps: tuple[float | None, ...] | None = None
     calibrated_for: str | None = None
     cut: Cut = "blocks"
     indicator: str = "l1"
@@ -98,6 +101,7 @@ class CacheConfig:
     warmup_steps: int = 0
     num_steps: int | None = None
     steps_mask: tuple[int, ...] | None = None
+    indicator_bounds: tuple[float | None, ...] | None = None
     compute_first: int = 0
     compute_last: int = 0
     indicator_blocks: int | Literal["all"] = "all"
@@ -113,8 +117,9 @@ class CacheConfig:
             object.__setattr__(self, "steps_mask", as_mask(self.steps_mask))
         if self.weights is not None:
             object.__setattr__(self, "weights", as_weights(self.weights))
-        if self.timesteps is not None:
-            object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
+        for name in ("timesteps", "indicator_bounds"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_numbers(name, getattr(self, name)))
         check(self)
 
     @classmethod
@@ -207,8 +212,7 @@ class CacheConfig:
         Raises:
             ConfigError: Both say it, and differ for a mask.
         """
-        if said and self.steps_mask is not None and said != len(self.steps_mask):
-            raise ConfigError(f"steps_mask has {len(self.steps_mask)} entries but num_inference_steps is {said}; they must be equal.")
+        check_steps(self, "num_inference_steps", said)
         return said or self.steps
 
     def resolved_interval(self, num_steps: int) -> int:
@@ -223,20 +227,29 @@ class CacheConfig:
         exact = Fraction(str(self.tail))
         return exact.numerator, exact.denominator
 
-    def policy_values(self, num_steps: int | None) -> dict[str, Values]:
-        """Return the values of `graph_settings.parameters` by name, in their order.
+    def policy_values(self, num_steps: int | None, names: Iterable[str] | None = None) -> dict[str, Values]:
+        """Return the values of `graph_settings.parameters` by name.
+
+        Args:
+            num_steps: Steps of a generation, if they are known.
+            names: Which ones, in this order, such as `GraphIO.parameters`; all in their order if not given. What decides is made
+                only where one of its values is asked for, and so is what is summed.
 
         Raises:
             ConfigError: The policy needs the number of steps and it is not known.
         """
-        way = self.graph_settings.way
-        return {**POLICIES[self.policy].values(self, num_steps), **(way.values(self) if way.values else {})}
+        settings, policy = self.graph_settings, POLICIES[self.policy]
+        wanted = [parameter.name for parameter in settings.parameters] if names is None else list(names)
+        made: dict[str, Values] = {}
+        if any(parameter.name in wanted for parameter in policy.parameters):
+            made |= policy.values(self, num_steps)
+        if settings.way.values is not None and any(parameter.name in wanted for parameter in settings.way.parameters):
+            made |= settings.way.values(self)
+        return {name: made[name] for name in wanted}
 
     def save(self, path: str | Path) -> None:
         """Write the settings as JSON, whole or not at all."""
-        temporary = Path(path).with_name(Path(path).name + ".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CacheConfig:

@@ -49,6 +49,14 @@ def as_weights(given: Any) -> Weights:
         raise ConfigError(f"weights must hold a row of numbers or None for each step, got {repr(given)[:80]}.") from None
 
 
+def as_numbers(name: str, given: Any) -> tuple[float | None, ...]:
+    """Return an entry for each step, a number or None, as floats; arrays of other libraries too."""
+    try:
+        return tuple(None if entry is None else float(entry) for entry in given)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} must hold a number or None for each step, got {repr(given)[:80]}.") from None
+
+
 def as_mask(given: Any) -> tuple[int, ...]:
     """Return a mask's entries as ints, numpy's and flags too; nothing is rounded."""
     try:
@@ -62,6 +70,28 @@ def as_mask(given: Any) -> tuple[int, ...]:
     return mask
 
 
+def check_steps(config: CacheConfig, name: str, steps: int | None) -> None:
+    """Check that a number of steps is that of the mask, if there is one.
+
+    Args:
+        config: The settings.
+        name: Who says the number.
+        steps: The number; None where it is not known.
+
+    Raises:
+        ConfigError: It is another one.
+    """
+    if not steps or config.steps_mask is None or steps == len(config.steps_mask):
+        return
+    known = len(config.steps_mask)
+    advice = ""
+    if config.calibrated_for is not None:
+        advice = (
+            f"\n  The mask was calibrated for {known} steps. Generate with {known}, or calibrate again with a generate that makes {steps}."
+        )
+    raise ConfigError(f"steps_mask has {known} entries but {name} is {steps}; they must be equal.{advice}")
+
+
 def check(config: CacheConfig) -> None:
     """Check every value of a configuration, whose numbers, mask and weights were converted before.
 
@@ -73,6 +103,7 @@ def check(config: CacheConfig) -> None:
     _check_anchors(config)
     _check_numbers(config)
     _check_mask(config)
+    _check_bounds(config)
     _check_weights(config)
     _check_calibrated(config)
 
@@ -180,8 +211,20 @@ def _check_mask(config: CacheConfig) -> None:
         raise ConfigError(f"policy={config.policy!r} needs steps_mask: one entry per step, 1 reuses and 0 computes.")
     if set(mask) - {0, 1} or mask[0] != 0:
         raise ConfigError(f"steps_mask is {mask}; entries are 0 or 1 and the first must be 0: nothing is cached yet.")
-    if config.num_steps is not None and len(mask) != config.num_steps:
-        raise ConfigError(f"steps_mask has {len(mask)} entries but num_steps is {config.num_steps}; they must be equal.")
+    check_steps(config, "num_steps", config.num_steps)
+
+
+def _check_bounds(config: CacheConfig) -> None:
+    """Check the bounds where the policy reads some; there are none elsewhere."""
+    bounds = config.indicator_bounds
+    if bounds is None:
+        return
+    if config.policy != "guarded":
+        raise ConfigError("indicator_bounds is only read by policy='guarded'; remove it or choose that policy.")
+    if len(bounds) != len(config.steps_mask or ()):
+        raise ConfigError(f"indicator_bounds has {len(bounds)} entries; it holds a number or None for each step of steps_mask.")
+    if bad := [bound for bound in bounds if bound is not None and not bound >= 0]:
+        raise ConfigError(f"indicator_bounds holds {bad[0]!r}; a bound must be >= 0.")
 
 
 def _check_weights(config: CacheConfig) -> None:

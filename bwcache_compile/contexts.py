@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import itertools
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
+from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import StateError
+from bwcache_compile.policies import POLICIES
 from bwcache_compile.report import ContextReport, RawStep, step_records
-from bwcache_compile.stepping import Advance, StepInfo, Tracker
+from bwcache_compile.step_events import Listeners
+from bwcache_compile.stepping import Advance, RunStep, StepInfo, Tracker
+
+LOGGER = logging.getLogger(__name__)
 
 UNNAMED_PREFIX = "call_"
 """How the contexts of a step's calls begin that the caller does not name, with `CacheConfig.calls_per_step`."""
 
 MAX_CONTEXTS = 64
 """Contexts kept at a time; the one that was called longest ago is dropped first."""
+
+_MOST_CALLS = 16
+"""Calls without a context name at one step of a run that is followed."""
 
 
 class Context:
@@ -46,9 +55,11 @@ class Context:
         self.events: list[str] = []
         self.state_bytes = 0
 
-    def report(self) -> ContextReport:
-        """Return the current generation as a value."""
-        return ContextReport(self.name, step_records(self.records), tuple(self.events), self.state_bytes, self.began)
+    def report(self, config: CacheConfig) -> ContextReport:
+        """Return the current generation as a value, with what the policy of these settings says of it."""
+        steps, explain = step_records(self.records), POLICIES[config.policy].explain
+        events = (*self.events, *(explain(config, steps) if explain else ()))
+        return ContextReport(self.name, steps, events, self.state_bytes, self.began)
 
 
 class Scope:
@@ -74,13 +85,21 @@ AnyContext = TypeVar("AnyContext", bound=Context)
 
 
 class ContextTable(Generic[AnyContext]):
-    """Contexts by name. Threads may run different ones side by side."""
+    """Contexts by name. Threads may run different ones side by side.
+
+    Attributes:
+        follow: Says at each call which run and step of the caller's loop it belongs to; None leaves it to `cache_context` and the time.
+        listeners: What is called after each step.
+    """
 
     def __init__(self, make: Callable[[StepInfo, int], AnyContext]) -> None:
         """Start without a context; `make` makes one for a call, with an ordinal."""
         self._make = make
         self._lock = threading.RLock()
         self._scope: ContextVar[Scope | None] = ContextVar("bwcache_scope", default=None)
+        self.follow: Callable[[], RunStep | None] | None = None
+        self._run: object = None
+        self.listeners = Listeners()
         self.clear()
 
     def clear(self) -> None:
@@ -121,15 +140,52 @@ class ContextTable(Generic[AnyContext]):
         return Scope(self._scope, info, unused)
 
     def info(self, calls_per_step: int) -> StepInfo:
-        """Return what the caller said about a call; unnamed calls of one step take turns by the number that succeeded."""
+        """Return what the caller said about a call; unnamed calls of one step take turns by the number that succeeded.
+
+        Where a loop is followed, a new run drops every context, and unnamed calls at a step that the loop counts are numbered from 0.
+
+        Raises:
+            StateError: The loop that is followed does not go on.
+        """
         scope = self._scope.get()
+        now = self.follow() if self.follow is not None else None
+        if now is not None:
+            self._enter_run(now.run)
         if scope is not None:
-            scope.called = True
-            return scope.info
-        if calls_per_step == 1:
-            return StepInfo(named=False)
+            scope.called, said = True, scope.info
+        elif now is not None and now.counts_steps:
+            said = StepInfo(self._call_of_step(now.step))
+        elif calls_per_step == 1:
+            said = StepInfo(named=False)
+        else:
+            with self._lock:
+                said = StepInfo(f"{UNNAMED_PREFIX}{self._unnamed % calls_per_step}")
+        if now is None:
+            return said
+        return dataclasses.replace(said, step_index=now.step if said.step_index is None else said.step_index, num_steps=now.num_steps)
+
+    def _enter_run(self, run: object) -> None:
+        """Drop every context if another run of the followed loop begins."""
         with self._lock:
-            return StepInfo(f"{UNNAMED_PREFIX}{self._unnamed % calls_per_step}")
+            if run is not self._run:
+                self.clear()
+                self._run = run
+
+    def _call_of_step(self, step: int | None) -> str:
+        """Return the context of an unnamed call: the first that has not had this step, or in the first step, was not called yet.
+
+        Raises:
+            StateError: There are too many.
+        """
+        for name in (f"{UNNAMED_PREFIX}{i}" for i in range(_MOST_CALLS)):
+            context = self.get(name)
+            if context is None or not context.tracker.started or (step is not None and context.tracker.next_step <= step):
+                return name
+        raise StateError(
+            f"the model was called {_MOST_CALLS} times at step {step or 0} of a pipeline's run: the scheduler of the pipeline that it was"
+            " enabled for does not go on. If the model is called by another loop, transform it by itself: call disable(pipe), then"
+            " transform(pipe.transformer)."
+        )
 
     def enter(self, info: StepInfo) -> AnyContext:
         """Lock the context of a call and return it.
@@ -157,9 +213,9 @@ class ContextTable(Generic[AnyContext]):
         groups = {context.group for context in self._contexts.values()}
         self._latest = {group: tracker for group, tracker in self._latest.items() if group in groups}
 
-    def reports(self) -> dict[str, ContextReport]:
-        """Return the current generation of each context that was called, by name."""
-        return {context.name: context.report() for context in self.values() if context.tracker.started}
+    def reports(self, config: CacheConfig) -> dict[str, ContextReport]:
+        """Return the current generation of each context that was called, by name, with what the policy of these settings says of it."""
+        return {context.name: context.report(config) for context in self.values() if context.tracker.started}
 
     def latest(self, group: str) -> Tracker | None:
         """Return the tracker of the context that was called last in the newest run of a group."""
@@ -168,6 +224,10 @@ class ContextTable(Generic[AnyContext]):
 
     def succeed(self, context: AnyContext, advance: Advance, record: RawStep, events: Sequence[str]) -> None:
         """Note a call that has succeeded; a new generation drops the records of the last one."""
+        if advance.began:
+            LOGGER.debug("context %r: a new generation began at step %d (%s)", context.name, advance.step, advance.began)
+        for event in events:
+            LOGGER.info("context %r: %s", context.name, event)
         with self._lock:
             if advance.began:
                 context.began, context.records, context.events = advance.began, [], []
@@ -178,49 +238,3 @@ class ContextTable(Generic[AnyContext]):
             if newest is None or newest.run <= advance.tracker.run:
                 self._latest[context.group] = advance.tracker
             self._unnamed += self._scope.get() is None
-
-
-class ContextMethods:
-    """The methods about contexts that a cached model and a session share; each keeps its own `_contexts` and defines `configure`."""
-
-    _contexts: ContextTable[Any]
-
-    def cache_context(
-        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, group: str = "", **details: Any
-    ) -> contextlib.AbstractContextManager[None]:
-        """Name the stream of calls that the block belongs to, and the step where the caller knows it.
-
-        Args:
-            name: Contexts of different names share nothing, and neither do those of different groups.
-            step_index: Index of the denoising step; one that goes back begins a new generation.
-            num_inference_steps: Steps of this generation, if the settings do not say.
-            group: One for each video that is made at the same time. With `CacheConfig(decide="joint")` the contexts of a
-                group decide together. Reports list a context of a group as `group/name`.
-            **details: What else a pipeline knows (sigma, timestep); not needed.
-        """
-        return self._contexts.scope(StepInfo(name, step_index, num_inference_steps, group=group), self._unused)
-
-    def _unused(self, info: StepInfo) -> None:
-        """Called at the end of such a block if no call came in it."""
-
-    def reset(self, num_steps: int | None = None) -> None:
-        """Begin a new generation in every context; `num_steps` replaces the configured number from here on.
-
-        Raises:
-            ConfigError: `num_steps` does not fit the settings.
-        """
-        if num_steps is not None:
-            self.configure(num_steps=num_steps)
-        self._contexts.clear()
-
-    def configure(self, **changes: Any) -> None:
-        """Change settings."""
-        raise NotImplementedError
-
-    def drop_context(self, name: str, *, group: str = "") -> None:
-        """Free the cache of one context, such as that of a request that was broken off; its next call begins a new generation.
-
-        Raises:
-            StateError: There is no such context, or another thread is in it.
-        """
-        self._contexts.drop(StepInfo(name, group=group).key)

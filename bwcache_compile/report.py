@@ -27,6 +27,16 @@ class RawStep:
     fresh: bool
     change: Tensor | Any | None
 
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        """Whether each region computed; a single one unless blocks are guarded on their own. Waits for the device if the graph decided."""
+        return (self.computed,) if isinstance(self.computed, bool) else tuple(self.computed.tolist())
+
+
+def mean_change(change: Any, flags: tuple[bool, ...]) -> float:
+    """Return the mean change over the measured blocks; with a guard per block over those that computed."""
+    return float((change[list(flags)] if len(flags) > 1 else change).mean())
+
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
@@ -55,9 +65,17 @@ class StepRecord:
         """
         if self.change is None or self.gap is None:
             return None
-        if self.blocks_computed:
-            return float(self.change[list(self.blocks_computed)].mean())
-        return float(self.change.mean())
+        return mean_change(self.change, self.blocks_computed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the step as plain data; `change` is left out where there was nothing to compare with."""
+        change = None if self.change is None or self.gap is None else [float(value) for value in self.change.reshape(-1).tolist()]
+        return {**vars(self), "indicator": self.indicator, "change": change, "blocks_computed": list(self.blocks_computed)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the step as plain data; `change` is left out where there was nothing to compare with."""
+        change = None if self.change is None or self.gap is None else [float(value) for value in self.change.reshape(-1).tolist()]
+        return {**vars(self), "indicator": self.indicator, "change": change, "blocks_computed": list(self.blocks_computed)}
 
 
 def step_records(steps: Sequence[RawStep]) -> tuple[StepRecord, ...]:
@@ -65,7 +83,7 @@ def step_records(steps: Sequence[RawStep]) -> tuple[StepRecord, ...]:
     records: list[StepRecord] = []
     last: int | None = None
     for raw in steps:
-        flags = (raw.computed,) if isinstance(raw.computed, bool) else tuple(raw.computed.tolist())
+        flags = raw.flags
         computed = any(flags)
         gap = None if raw.fresh or last is None or not computed else raw.step - last
         records.append(StepRecord(raw.step, computed, gap, raw.change if computed else None, flags if len(flags) > 1 else ()))
@@ -100,6 +118,17 @@ class ContextReport:
     def reused(self) -> int:
         """Number of reused steps."""
         return len(self.steps) - self.computed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the generation as plain data."""
+        return {
+            "computed": self.computed,
+            "reused": self.reused,
+            "began": self.began,
+            "state_bytes": self.state_bytes,
+            "events": list(self.events),
+            "steps": [record.to_dict() for record in self.steps],
+        }
 
     @property
     def reused_by_block(self) -> tuple[int, ...]:
@@ -138,6 +167,11 @@ class Report:
     def warnings(self) -> tuple[str, ...]:
         """Everything that happened to a cache besides computing and reusing."""
         return tuple(f"{context.name}: {event}" for context in self.contexts.values() for event in context.events)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every context's generation as plain data: what `json.dumps` takes, where numbers are finite."""
+        contexts = {name: context.to_dict() for name, context in self.contexts.items()}
+        return {"contexts": contexts, "blocks": list(self.blocks), "captures": self.captures, "warnings": list(self.warnings)}
 
     def __str__(self) -> str:
         """Print one line per context, its computed steps marked, then the warnings."""

@@ -41,6 +41,23 @@ class StepInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunStep:
+    """What a loop that calls the model knows of itself.
+
+    Attributes:
+        run: Identifies its run; another object means another run.
+        num_steps: Steps of the run.
+        counts_steps: Whether it counts its steps, so that calls at one count belong to one step.
+        step: Index of the step; None before the first step has ended, and where steps are not counted.
+    """
+
+    run: object
+    num_steps: int | None
+    counts_steps: bool = False
+    step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Cursor:
     """Where a context is in its generation.
 

@@ -31,7 +31,7 @@ GOLDEN: list[tuple[dict[str, Any], str]] = [
     ({"indicator_tokens": 0}, 'indicator_tokens is 0; it must be an int >= 1 or "all".'),
     ({"indicator_blocks": "some"}, "indicator_blocks is 'some'; it must be an int >= 1 or \"all\"."),
     ({"calls_per_step": 0}, "calls_per_step is 0; it must be an int >= 1."),
-    ({"policy": "magic"}, "policy is 'magic'; choose one of 'schedule', 'adaptive', 'static'."),
+    ({"policy": "magic"}, "policy is 'magic'; choose one of 'schedule', 'adaptive', 'static', 'guarded'."),
     ({"reuse": "blend"}, "reuse is 'blend'; choose one of 'output', 'residual', 'taylor', 'linear'."),
     ({"policy": "static"}, "policy='static' needs steps_mask: one entry per step, 1 reuses and 0 computes."),
     ({"policy": "static", "steps_mask": (0, 0.5)}, "steps_mask must hold a 0 or a 1 for each step, got (0, 0.5)."),
@@ -45,7 +45,18 @@ GOLDEN: list[tuple[dict[str, Any], str]] = [
         {"policy": "static", "steps_mask": (0, 1, 1), "num_steps": 4},
         "steps_mask has 3 entries but num_steps is 4; they must be equal.",
     ),
-    ({"steps_mask": (0, 1)}, "steps_mask is only read by policy='static'; remove it or choose that policy."),
+    ({"policy": "guarded"}, "policy='guarded' needs steps_mask: one entry per step, 1 reuses and 0 computes."),
+    ({"indicator_bounds": (0.1,)}, "indicator_bounds is only read by policy='guarded'; remove it or choose that policy."),
+    (
+        {"policy": "guarded", "steps_mask": (0, 1), "indicator_bounds": (0.1,)},
+        "indicator_bounds has 1 entries; it holds a number or None for each step of steps_mask.",
+    ),
+    ({"policy": "guarded", "steps_mask": (0, 1), "indicator_bounds": (None, -0.1)}, "indicator_bounds holds -0.1; a bound must be >= 0."),
+    (
+        {"policy": "guarded", "steps_mask": (0, 1), "indicator_bounds": 0.5},
+        "indicator_bounds must hold a number or None for each step, got 0.5.",
+    ),
+    ({"steps_mask": (0, 1)}, "steps_mask is only read by policy='static' or 'guarded'; remove it or choose that policy."),
 ]
 
 
@@ -97,6 +108,7 @@ def test_settings_come_as_a_value_a_dictionary_or_one_by_one() -> None:
         bw.CacheConfig(reuse_interval=1),
         bw.CacheConfig(reuse_fraction=1.0),
         bw.CacheConfig(policy="static", steps_mask=(0, 1, 0)),
+        bw.CacheConfig(policy="guarded", steps_mask=(0, 1, 0), indicator_bounds=(None, 0.5, np.float32(0.25))),
         bw.CacheConfig(threshold=float("inf")),
     ],
 )
@@ -141,8 +153,8 @@ def test_paper_settings_measure_everything() -> None:
 
 MASK = bw.CacheConfig(policy="static", steps_mask=(0, 1, 0))
 MAY_CHANGE = """
-  Can be changed: calibrated_for, calls_per_step, damping, decide, num_steps, order, reuse_fraction, reuse_interval, steps_mask,\
- tail, threshold, timesteps, warmup_steps, weights."""
+  Can be changed: calibrated_for, calls_per_step, damping, decide, indicator_bounds, num_steps, order, reuse_fraction, reuse_interval,\
+ steps_mask, tail, threshold, timesteps, warmup_steps, weights."""
 
 
 @pytest.mark.parametrize(
@@ -189,3 +201,20 @@ def test_the_guard_must_fit_the_settings() -> None:
         bw.CacheConfig(decide="joint").check_guard("graph")
     with pytest.raises(bw.ConfigError, match="granularity='block' requires guard='graph'"):
         bw.CacheConfig(granularity="block", reuse="residual").check_guard("host")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    bw.CacheConfig(threshold=0.5).save(path)
+
+    def full(*names: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", full)
+        with pytest.raises(OSError, match="no space left"):
+            bw.CacheConfig(threshold=0.7).save(path)
+    assert bw.CacheConfig.load(path).threshold == 0.5
+    assert list(tmp_path.iterdir()) == [path]
+    bw.CacheConfig(threshold=0.7).save(path)
+    assert bw.CacheConfig.load(path).threshold == 0.7

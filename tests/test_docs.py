@@ -1,6 +1,7 @@
 """The pages of the documentation: every Python block runs, and every link leads somewhere.
 
 A comment `<!-- run ... -->` holds code that runs and is not shown; `<!-- not run: why -->` before a block leaves it out.
+A block that a block of text follows fails with that text, numbers aside.
 """
 
 from __future__ import annotations
@@ -18,19 +19,31 @@ import bwcache_compile as bw
 ROOT = Path(bw.__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
 BLOCK = re.compile(
-    r"<!-- run\n(?P<hidden>.*?)-->|(?P<left_out><!-- not run: [^\n]+ -->\n+)?^```python\n(?P<shown>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"<!-- run\n(?P<hidden>.*?)-->|(?P<left_out><!-- not run: [^\n]+ -->\n+)?^```python\n(?P<shown>.*?)^```$"
+    r"(?:\n+^```text\n(?P<fails>.*?)^```$)?",
+    re.DOTALL | re.MULTILINE,
 )
 RUN_PAGES = """
-import os, sys, tempfile, traceback
+import os, re, sys, tempfile, traceback
 sys.path.insert(0, os.getcwd())
 failed = False
+
+def fails(code, message, names):
+    said = "it does not fail"
+    try:
+        exec(compile(code, "a block that fails", "exec"), names)
+    except AssertionError as error:
+        said = str(error)
+    found, shown = (re.sub(r"\\d\\.\\d+(e-\\d+)?", "#", text.strip()) for text in (said, message))
+    assert found == shown, said
+
 for page in sys.stdin.read().split("\\0"):
     name, _, code = page.partition("\\n")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         sys.modules.pop("tests.docs_pipeline", None)  # each page has a pipeline of its own
         try:
-            exec(compile(code, name, "exec"), {"__name__": name})
+            exec(compile(code, name, "exec"), {"__name__": name, "fails": fails})
         except BaseException:
             print(name, traceback.format_exc(), file=sys.stderr)
             failed = True
@@ -44,7 +57,8 @@ def code_of(page: Path) -> str:
     for block in BLOCK.finditer(text):
         if not block["left_out"]:
             group = "shown" if block["hidden"] is None else "hidden"
-            code += "\n" * (text.count("\n", 0, block.start(group)) - code.count("\n")) + block[group]
+            code += "\n" * (text.count("\n", 0, block.start(group)) - code.count("\n"))
+            code += block[group] if block["fails"] is None else f"fails({block[group]!r}, {block['fails']!r}, globals())\n"
     return code
 
 

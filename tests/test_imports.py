@@ -16,13 +16,17 @@ import bwcache_compile
 NAME = "bwcache_compile"
 ROOT = Path(bwcache_compile.__file__).parent
 BASE = {
+    "atomic_write",
     "errors",
     "graph_io",
+    "new_folder",
     "report",
     "size_expressions",
     "stepping",
     "clock",
     "contexts",
+    "context_methods",
+    "step_events",
     "policies",
     "graph_settings",
     "config_checks",
@@ -38,16 +42,26 @@ MAY_IMPORT = {
     "calibration": BASE | {"ir", "runtime"},
     "bundle": BASE,
     "exporters": BASE | {"ir", "bundle"},
+    "html_report": BASE | {"ir", "passes", "runtime", "calibration"},
     "api": BASE | {"ir", "capture", "passes", "runtime", "bundle", "exporters", "calibration"},
+    "pipelines": BASE | {"ir", "passes", "runtime", "calibration", "api"},
+    "cli": BASE | {"ir", "runtime", "bundle", "exporters", "calibration"},
+    "__main__": {"cli"},
+    "testing": BASE | {"ir", "capture", "passes", "runtime", "bundle", "api"},
 }
 RUNNERS = "bundle/runners"
 """Runs graphs with torch's own tensors, so it may import `ir`."""
 LIBRARIES = {
+    "jinja2": ("html_report",),
     "onnx": ("exporters/onnx",),
-    "onnx_ir": ("exporters/onnx", "exporters/tensorrt"),
+    "onnx_ir": ("exporters/onnx", "exporters/tensorrt", "testing/onnx_graphs"),
     "onnxscript": ("exporters/onnx",),
     "onnxruntime": ("exporters/onnx", RUNNERS),
     "tensorrt": ("exporters/tensorrt", RUNNERS),
+    "typer": ("cli",),
+    "rich": ("cli",),
+    "expecttest": ("testing/graphs",),
+    "pytest": ("testing/fixtures",),
 }
 """Which folders import an optional library."""
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -142,9 +156,20 @@ def test_the_rule_sees_a_wrong_import(owner: str, source: str, reason: str) -> N
 
 
 def test_importing_needs_no_optional_library() -> None:
-    code = f"import sys, {NAME}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    code = f"import sys, {NAME}.testing; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert done.stdout.strip() == "[]"
+
+
+def test_help_imports_neither_torch_nor_what_only_a_command_needs() -> None:
+    code = (
+        "import sys; from bwcache_compile.cli import main; sys.argv = ['bwcache', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, sorted({'torch', 'numpy', 'onnxruntime', 'diffusers', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert "inspect" in done.stdout
 
 
 def test_bundles_are_read_without_torch() -> None:

@@ -160,7 +160,7 @@ def test_a_bundle_needs_what_it_was_made_with(model: OneStream, tmp_path: Path) 
     cached = bw.transform(model, bw.CacheConfig(**CONFIG), example_args=model.example())
     bw.export(cached, tmp_path / "bundle")
     del POLICIES["toy"]
-    with pytest.raises(bw.BundleError, match=r"policy is 'toy'; choose one of 'schedule', 'adaptive', 'static'"):
+    with pytest.raises(bw.BundleError, match=r"policy is 'toy'; choose one of 'schedule', 'adaptive', 'static', 'guarded'"):
         bw.load(tmp_path / "bundle")
     register_policy("toy", TOY_POLICY)
     bw.load(tmp_path / "bundle")
@@ -205,7 +205,7 @@ reuse 'other': `reuse` has an unknown argument 'output'; allowed are source, kep
 indicator 'other' must be a function of two lists of tensors, the features and their references.
 indicator is 'other'; choose one of 'l1', 'toy'.
 reuse 'other': `parameters` and `values` must be given together.
-steps_mask is only read by policy='static'; remove it or choose that policy.
+steps_mask is only read by policy='static' or 'guarded'; remove it or choose that policy.
 reuse='toy_half': `<lambda>` must return f32[1, 6, 8], got f16[1, 6, 8].
 policy='toy_wide': `decide` must return i64[1], i64[1], got i64[1], i64[2].""",
     )

@@ -12,10 +12,12 @@ from bwcache_compile.bundle.manifest import Manifest
 from bwcache_compile.bundle.settings import policy_inputs
 from bwcache_compile.clock import HALF, TimeInput, check_time, may_be_time
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import Context, ContextMethods, ContextTable
+from bwcache_compile.context_methods import ContextMethods
+from bwcache_compile.contexts import Context, ContextTable
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, cache_in, cache_out
 from bwcache_compile.report import RawStep, Report
+from bwcache_compile.step_events import step_event
 from bwcache_compile.stepping import Cursor, StepInfo
 
 
@@ -59,9 +61,9 @@ class Session(ContextMethods):
         self.cache_config: CacheConfig = bundle.manifest.config
         self.guarded, self._runner = guarded, runner
         self._contexts = ContextTable(SessionContext)
-        settings = {item.name for item in policy_inputs(self.cache_config)}
-        self._takes_settings = {kind: not settings.isdisjoint(graph.inputs) for kind, graph in self.manifest.graphs.items()}
-        self._last_settings: tuple[CacheConfig | None, int | None, dict[str, Any]] = None, None, {}
+        settings = policy_inputs(self.cache_config)
+        self._taken = {kind: [item for item in settings if item.name in graph.inputs] for kind, graph in self.manifest.graphs.items()}
+        self._last_settings: dict[str, tuple[CacheConfig, int | None, dict[str, Any]]] = {}
 
     def __repr__(self) -> str:
         """Say which bundle runs in which runtime, with which settings."""
@@ -109,7 +111,7 @@ class Session(ContextMethods):
 
     def _step(self, call: Call) -> dict[str, Any]:
         info = self._contexts.info(self.cache_config.calls_per_step)
-        context = self._contexts.enter(info)
+        context, told = self._contexts.enter(info), None
         try:
             num_steps = self.cache_config.steps_of(info.num_steps)
             times = self._times(call) if info.step_index is None else {}
@@ -128,11 +130,15 @@ class Session(ContextMethods):
                 context.spare = state.slots if self._runner.takes_buffers else {}
             context.state, context.state_bytes = following, sum(map(self._runner.bytes, following.slots.values()))
             self._contexts.succeed(context, advance, record, events)
+            if self._contexts.listeners:
+                told = step_event(context.name, num_steps, advance, state.cursor, record, events, in_graph=False)
             if num_steps is not None and record.step == num_steps - 1:
                 context.state, context.spare = None, {}
-            return outputs
         finally:
             context.lock.release()
+        if told is not None:
+            self._contexts.listeners.tell(told)
+        return outputs
 
     def _times(self, call: Call) -> Mapping[Hashable, TimeInput]:
         """Return the inputs of a call that may be the time, by name."""
@@ -158,13 +164,15 @@ class Session(ContextMethods):
             context.spare = {name: runner.full(name, shape, dtype, 0) for name, dtype, shape, _ in slots}
         return SessionState(made, Cursor(step))
 
-    def _parameters(self, num_steps: int | None) -> dict[str, Any]:
-        """Return what the graphs take of the settings; the values of the last settings are kept."""
-        config, (last_config, last_steps, made) = self.cache_config, self._last_settings
-        if config is not last_config or num_steps != last_steps:
-            values, wanted = config.policy_values(num_steps).values(), policy_inputs(config)
-            made = {item.name: self._runner.vector(value, item.dtype) for item, value in zip(wanted, values, strict=True)}
-            self._last_settings = config, num_steps, made
+    def _parameters(self, num_steps: int | None, kind: str) -> dict[str, Any]:
+        """Return what a graph takes of the settings; the values of the last settings are kept."""
+        config, last = self.cache_config, self._last_settings.get(kind)
+        if last is not None and config is last[0] and num_steps == last[1]:
+            return last[2]
+        taken = self._taken[kind]
+        values = config.policy_values(num_steps, [item.parameter for item in taken])
+        made = {item.name: self._runner.vector(values[item.parameter], item.dtype) for item in taken}
+        self._last_settings[kind] = config, num_steps, made
         return made
 
     def _run(
@@ -175,8 +183,7 @@ class Session(ContextMethods):
         kind = "guarded" if self.guarded else "reuse" if cursor.reuses else "compute"
         inputs = {**call.values, **{cache_in(name): value for name, value in state.slots.items()}}
         inputs[STEP] = runner.vector([cursor.step], "int64")
-        if self._takes_settings[kind]:
-            inputs |= self._parameters(num_steps)
+        inputs |= self._parameters(num_steps, kind)
         returned = runner.run(kind, inputs, {cache_out(name): value for name, value in context.spare.items()})
         change = runner.host(returned[INDICATOR]) if INDICATOR in returned else None
         slots = state.slots
@@ -205,4 +212,4 @@ class Session(ContextMethods):
 
     def report(self) -> Report:
         """Return what each context did in its current generation."""
-        return Report(self._contexts.reports(), self.manifest.measured)
+        return Report(self._contexts.reports(self.cache_config), self.manifest.measured)

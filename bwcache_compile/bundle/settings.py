@@ -10,8 +10,9 @@ from bwcache_compile.graph_io import policy_input
 
 @dataclasses.dataclass(frozen=True)
 class PolicyInput:
-    """One of the settings that graphs take: its name in the graphs, its dtype and its shape."""
+    """One of the settings that graphs take: the parameter's name, its name in the graphs, its dtype and its shape."""
 
+    parameter: str
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -20,4 +21,4 @@ class PolicyInput:
 def policy_inputs(config: CacheConfig) -> list[PolicyInput]:
     """Return what the graphs take of the settings, in order."""
     settings = config.graph_settings
-    return [PolicyInput(policy_input(p.name), p.dtype, settings.shape(p)) for p in settings.parameters]
+    return [PolicyInput(p.name, policy_input(p.name), p.dtype, settings.shape(p)) for p in settings.parameters]

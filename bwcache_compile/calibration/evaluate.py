@@ -51,6 +51,8 @@ class Evaluator:
         cut: The model.
         full: The generation in which every step was computed.
         schedule: Step and context of each of its calls.
+        step_indices: Index of each step among those of all models of the generation, as far as the caller's contexts say.
+        num_steps: Steps of all models.
         output_bytes: Bytes of the outputs of one step.
         spent: Calls of the model that were computed so far.
     """
@@ -70,6 +72,10 @@ class Evaluator:
         self.full: list[RecordedStep] = run.recorder.steps
         self.schedule, self.output_bytes = run.recorder.schedule, run.recorder.output_bytes
         self._moving_input = run.recorder.moving_input
+        given = [step.index for step in self.full if step.index is not None]
+        told = len(given) == len(self.full) and given == sorted(set(given))
+        self.step_indices = tuple(given) if told else tuple(range(self.steps))
+        self.num_steps = max(self.step_indices[-1] + 1, (run.recorder.num_steps or 0) if told else 0)
 
     @property
     def steps(self) -> int:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from bwcache_compile.atomic_write import write_atomically
 from bwcache_compile.calibration.masks import mask_text
+from bwcache_compile.calibration.rules import RULES
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import UNNAMED_PREFIX
 from bwcache_compile.errors import ConfigError, warn
 
 FORMAT = "bwcache-calibration"
-VERSION = 1
+VERSION = 2
+LARGE_NORM = 8.0
+"""Norm of the weights above which a plan warns. On the bundled model, fits at 10 to 20 of 50 steps stay at or below 7.3."""
+MARGIN = 1.35
+"""How far the indicator of a guarded plan may be beyond what calibration saw, as a factor.
+
+On the bundled model under Euler it is at most 1.12 on other prompts, 1.4 with twice the guidance, where the weights still serve, and 2.7
+with three times, where they do not.
+"""
+Value = TypeVar("Value")
 _BUDGET_SLACK = 0.02
 
 
@@ -29,6 +40,8 @@ class PlanEntry:
         psnr: PSNR in dB on the calibration prompt, against the generation in which every step is computed.
         rule: How the weights were found: "fitted", or a fixed rule ("hold", "linear", "damped").
         fewer_steps_psnr: PSNR of the plain model with as many steps as this entry computes; None where it was not measured.
+        indicators: For each step, the mean of the contexts' indicators on the calibration prompt; None at steps that measure nothing,
+            and for all where the plan was not calibrated to be guarded.
     """
 
     mask: tuple[bool, ...]
@@ -36,6 +49,7 @@ class PlanEntry:
     psnr: float
     rule: str = "fitted"
     fewer_steps_psnr: float | None = None
+    indicators: tuple[float | None, ...] | None = None
 
     @property
     def computed(self) -> int:
@@ -53,6 +67,11 @@ class PlanEntry:
         return len(self.mask) / self.computed
 
     @property
+    def amplification(self) -> tuple[float, int]:
+        """The largest norm of a reused step's weights, by which noise in the anchors is amplified, and the step."""
+        return max((math.hypot(*row), step) for step, row in enumerate(self.weights))
+
+    @property
     def fewer_steps_wins(self) -> bool:
         """Whether the plain model with as many steps is closer to the full generation, as far as it was measured."""
         return self.fewer_steps_psnr is not None and self.fewer_steps_psnr > self.psnr
@@ -64,7 +83,9 @@ class Provenance:
 
     Attributes:
         model: Its class, dtype and a fingerprint of its weights, see `model_identity`.
-        timesteps: The time at each step; empty where none was found.
+        timesteps: The time at each step of this model; empty where none was found.
+        step_indices: Index of each of these steps among those of the generation, of which other models may run some.
+        num_steps: Steps of the generation.
         contexts: Names of the streams of calls.
         calls: Step and context of each call of a generation.
         cut: Where the anchors are taken.
@@ -77,6 +98,8 @@ class Provenance:
 
     model: str
     timesteps: tuple[float, ...]
+    step_indices: tuple[int, ...]
+    num_steps: int
     contexts: tuple[str, ...]
     calls: tuple[tuple[int, str], ...]
     cut: str
@@ -85,6 +108,11 @@ class Provenance:
     prompts: int
     cost: float
     versions: dict[str, str]
+
+    def placed(self, values: Sequence[Value], elsewhere: Value) -> list[Value]:
+        """Return the values of this model's steps at their places among all steps, and `elsewhere` where another model runs."""
+        own = dict(zip(self.step_indices, values, strict=True))
+        return [own.get(step, elsewhere) for step in range(self.num_steps)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +129,7 @@ class CalibrationPlan:
 
     @property
     def steps(self) -> int:
-        """Steps of a generation."""
+        """Steps of this model in a generation."""
         return len(self.entries[0].mask)
 
     @property
@@ -113,8 +141,11 @@ class CalibrationPlan:
         """Lay the frontier out as a table."""
         made = self.provenance
         size = f" ({made.anchor_bytes / 2**20:.2f} MiB)" if made.anchor_bytes else ""
+        steps = f"{self.steps} steps"
+        if self.steps < made.num_steps:
+            steps += f" ({made.step_indices[0]} to {made.step_indices[-1]} of {made.num_steps})"
         lines = [
-            f"calibration of {made.model.partition(',')[0]} for {self.steps} steps, {self.anchors} anchors at the {made.cut}{size},"
+            f"calibration of {made.model.partition(',')[0]} for {steps}, {self.anchors} anchors at the {made.cut}{size},"
             f" {made.prompts} prompt{'s' * (made.prompts > 1)}; {made.sampler}",
             f"{'computed':>9} {'speed-up':>9} {'PSNR':>9} {'fewer steps':>12}  weights  steps (# computed, . reused)",
         ]
@@ -123,29 +154,63 @@ class CalibrationPlan:
             advice = f"  advice: run {entry.computed} plain steps instead" if entry.fewer_steps_wins else ""
             numbers = f"{entry.computed:9} {entry.speedup:8.2f}x {entry.psnr:6.1f} dB {fewer:>12}"
             lines.append(f"{numbers}  {entry.rule:7}  {mask_text(entry.mask)}{advice}")
+        for entry in self.entries:
+            norm, step = entry.amplification
+            if norm > LARGE_NORM:
+                lines.append(
+                    f"warning: with {entry.computed} computed steps the weights of step {step} have norm {norm:.1f}: noise in the anchors,"
+                    " such as rounding to half precision, is amplified as much. Calibrate with fewer anchors, or compute more steps."
+                )
         return "\n".join(lines)
 
-    def at(self, budget: float | None = None, *, psnr: float | None = None, speedup: float | None = None) -> CacheConfig:
+    def at(
+        self, budget: float | None = None, *, psnr: float | None = None, speedup: float | None = None, guarded: bool = False
+    ) -> CacheConfig:
         """Return the settings for a target, for `cached.configure` or `transform`.
 
         A run at other times, or of another model, is refused by them. See `entry` for the targets.
 
+        Args:
+            budget: Share of computed steps.
+            psnr: Least PSNR.
+            speedup: Least speed-up.
+            guarded: Whether a step is computed that the plan reuses, where the computed step before it has changed by more than
+                `MARGIN` times what it did on the calibration prompt. The contexts of a step decide together then.
+
         Raises:
-            ConfigError: Not exactly one target is given.
+            ConfigError: Not exactly one target is given, or the plan was not calibrated to be guarded.
         """
-        entry, made = self.entry(budget, psnr=psnr, speedup=speedup), self.provenance
+        return self.settings(self.entry(budget, psnr=psnr, speedup=speedup), guarded)
+
+    def settings(self, entry: PlanEntry, guarded: bool = False) -> CacheConfig:
+        """Return the settings of an entry; see `at`."""
+        made = self.provenance
+        guard: dict[str, Any] = {}
         unnamed = sum(name.startswith(UNNAMED_PREFIX) for name in made.contexts)
-        return CacheConfig(
-            policy="static",
-            steps_mask=tuple(int(not computed) for computed in entry.mask),
-            reuse="linear",
-            anchors=self.anchors,
-            cut="output" if made.cut == "output" else "blocks",
-            weights=tuple(None if computed else row for computed, row in zip(entry.mask, entry.weights, strict=True)),
-            timesteps=made.timesteps or None,
-            calibrated_for=made.model,
-            calls_per_step=max(1, unnamed),
-        )
+        if guarded:
+            if entry.indicators is None:
+                raise ConfigError(
+                    "this plan does not know what the indicator shows at its steps, so it cannot be guarded. Calibrate with guarded=True."
+                )
+            bounds = [None if value is None else MARGIN * value for value in entry.indicators]
+            joint = len(made.contexts) > 1
+            order, damping = RULES["damped"]  # after a step that was added the weights have no row
+            guard = {"policy": "guarded", "indicator_bounds": tuple(made.placed(bounds, None)), "order": order, "damping": damping}
+            guard["decide"] = "joint" if joint else "separate"
+        settings: dict[str, Any] = {
+            "policy": "static",
+            "steps_mask": tuple(made.placed([int(not computed) for computed in entry.mask], 0)),
+            "reuse": "linear",
+            "anchors": self.anchors,
+            "cut": "output" if made.cut == "output" else "blocks",
+            "weights": tuple(
+                made.placed([None if computed else row for computed, row in zip(entry.mask, entry.weights, strict=True)], None)
+            ),
+            "timesteps": tuple(made.placed(made.timesteps, None)) if made.timesteps else None,
+            "calibrated_for": made.model,
+            "calls_per_step": max(1, unnamed),
+        }
+        return CacheConfig(**{**settings, **guard})
 
     def entry(self, budget: float | None = None, *, psnr: float | None = None, speedup: float | None = None) -> PlanEntry:
         """Return the entry for a target; warn and return the nearest one where the target cannot be met.
@@ -163,7 +228,7 @@ class CalibrationPlan:
             raise ConfigError(f"exactly one target is needed of budget, psnr and speedup, got {', '.join(targets) or 'none'}.")
         if budget is not None:
             entry = min(self.entries, key=lambda e: abs(e.budget - budget))
-            met = abs(entry.budget - budget) <= _BUDGET_SLACK
+            met = abs(entry.budget - budget) <= max(_BUDGET_SLACK, 0.5 / self.steps)
         elif psnr is not None:
             good = [e for e in self.entries if e.psnr >= psnr]
             entry = min(good, key=lambda e: e.computed) if good else max(self.entries, key=lambda e: e.psnr)
@@ -182,16 +247,7 @@ class CalibrationPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
-        path = Path(path)
-        text = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=1)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text + "\n")
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=1) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> CalibrationPlan:
@@ -214,16 +270,17 @@ def _check_header(read: Any, path: str | Path) -> None:
     if not isinstance(read, dict) or read.get("format") != FORMAT:
         raise ConfigError(f"{path} is not a calibration plan.")
     if read["version"] != VERSION:
-        raise ConfigError(f"{path} has version {read['version']} of calibration plans, but this release reads {VERSION}.")
+        raise ConfigError(f"{path} has version {read['version']} of calibration plans, but this release reads {VERSION}. Calibrate again.")
 
 
 def _entry(read: dict[str, Any]) -> PlanEntry:
     weights = tuple(tuple(map(float, row)) for row in read["weights"])
     if len(weights) != len(read["mask"]) or len({len(row) for row in weights}) != 1:
         raise TypeError("the weights do not fit the mask")
-    return PlanEntry(**{**read, "mask": tuple(map(bool, read["mask"])), "weights": weights})
+    indicators = None if read["indicators"] is None else tuple(read["indicators"])
+    return PlanEntry(**{**read, "mask": tuple(map(bool, read["mask"])), "weights": weights, "indicators": indicators})
 
 
 def _provenance(read: dict[str, Any]) -> Provenance:
-    lists = {"timesteps": tuple(read["timesteps"]), "contexts": tuple(read["contexts"])}
+    lists = {name: tuple(read[name]) for name in ("timesteps", "step_indices", "contexts")}
     return Provenance(**{**read, **lists, "calls": tuple((int(step), str(name)) for step, name in read["calls"])})

@@ -13,6 +13,7 @@ from torch import nn
 
 import bwcache_compile
 from bwcache_compile.calibration import masks
+from bwcache_compile.calibration.bounds import with_indicators
 from bwcache_compile.calibration.cut_model import CutModel, OutputCut
 from bwcache_compile.calibration.evaluate import Candidate, Evaluator, Generate, fixed_rule
 from bwcache_compile.calibration.graph_cut import GraphCut
@@ -52,6 +53,7 @@ def calibrate(
     effort: Effort = "quick",
     progress: bool = True,
     fewer_steps: Callable[[Any, int], Any] | None = None,
+    guarded: bool = False,
 ) -> CalibrationPlan:
     """Find, for each budget, which steps to compute and how to combine the last computed steps at the others.
 
@@ -72,6 +74,8 @@ def calibrate(
         progress: Whether to show a progress bar (where tqdm is installed) and say what is recorded.
         fewer_steps: Makes the same video with the plain model and another number of steps, `(model, steps) -> result`, to compare
             with; not counted in `effort`.
+        guarded: Whether to run each entry once more, within `effort`, and record the indicator for `plan.at(..., guarded=True)`.
+            The model must be what `transform` returned.
 
     Returns:
         The plan: an entry for each budget, and what it was made for.
@@ -85,17 +89,36 @@ def calibrate(
         raise ConfigError("budgets is empty. Pass shares of computed steps, such as (0.4, 0.3, 0.2).")
     for budget in budgets:
         masks.computed_count(budget, 2)
-    target = _cut_model(model, anchors, cut)
+    target, to_guard = _cut_model(model, anchors, cut), _cached(model) if guarded else None
     with Progress(progress, LIMITS[effort]) as bar:
         evaluator = Evaluator(target, generate, bar.advance)
         bar.expect(evaluator.calls)
         if evaluator.steps < _LEAST_STEPS:
             raise ConfigError(f"generate made {evaluator.steps} steps, and fewer than {_LEAST_STEPS} leave nothing to calibrate.")
+        if evaluator.step_indices[0] and not _timesteps(evaluator.full):
+            raise ConfigError(
+                f"generate runs this model from step {evaluator.step_indices[0]} on, after another one, and none of its inputs is the time,"
+                " which tells the steps of both apart. Give no step_index in cache_context, so that each model counts its own steps."
+            )
         sampler = _sampler_map(evaluator)
         counts = sorted({masks.computed_count(budget, evaluator.steps) for budget in budgets}, reverse=True)
-        found = Search(evaluator, sampler, LIMITS[effort]).run(counts)
+        last = sum(counts) / evaluator.steps if guarded else 0.0
+        found = Search(evaluator, sampler, LIMITS[effort] - last).run(counts)
     entries = [_entry(found[count], evaluator, fewer_steps) for count in counts]
-    return CalibrationPlan(tuple(entries), _provenance(target, evaluator, sampler))
+    plan = CalibrationPlan(tuple(entries), _provenance(target, evaluator, sampler, last))
+    return plan if to_guard is None else with_indicators(plan, to_guard, generate)
+
+
+def _cached(model: nn.Module | CutModel) -> CachedModel:
+    """Return the transformed model, whose graphs measure the indicator.
+
+    Raises:
+        ConfigError: It is not transformed.
+    """
+    cached = getattr(model, "_orig_mod", model)
+    if not isinstance(cached, CachedModel):
+        raise ConfigError("guarded=True measures the indicator in the graphs of a transformed model. Pass what transform returned.")
+    return cached
 
 
 def _cut_model(model: nn.Module | CutModel, anchors: int, cut: Cut) -> CutModel:
@@ -161,7 +184,8 @@ def _timesteps(steps: Sequence[RecordedStep]) -> tuple[float, ...]:
     return ()
 
 
-def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None) -> Provenance:
+def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None, last: float) -> Provenance:
+    """Say what a plan was made for; `last` is what is still to be spent, in full generations."""
     if sampler is None:
         words = "latents not found"
     elif sampler.explained:
@@ -174,12 +198,14 @@ def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None)
     return Provenance(
         model=model_identity(cut.module),
         timesteps=_timesteps(evaluator.full),
+        step_indices=evaluator.step_indices,
+        num_steps=evaluator.num_steps,
         contexts=context_names(evaluator.full),
         calls=tuple(evaluator.schedule),
         cut="blocks" if cut.reads_inputs else "output",
         anchor_bytes=0 if cut.reads_inputs else cut.anchors * evaluator.output_bytes,
         sampler=words,
         prompts=1,
-        cost=round(evaluator.cost, 3),
+        cost=round(evaluator.cost + last, 3),
         versions=versions,
     )

@@ -30,12 +30,14 @@ class RecordedStep:
         moving: Recorded elements of the latents; None where they were not found.
         outputs: Recorded elements of each piece of each context's output, in the order of the calls.
         calls: Arguments of each context's call, kept for cuts whose reused steps read them.
+        index: Its index among the steps of all models of the generation, where the caller's context says so.
     """
 
     times: dict[Path, tuple[float, ...]]
     moving: Tensor | None = None
     outputs: dict[str, tuple[Tensor, ...]] = dataclasses.field(default_factory=dict)
     calls: dict[str, Call] = dataclasses.field(default_factory=dict)
+    index: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -107,6 +109,7 @@ class Recorder:
         if given[0] > self.step if given else not self.steps or self._is_new_step(name, times, args, kwargs):
             self._settle(args, kwargs)
             self._advance(times, args, kwargs)
+            self.steps[-1].index = info.step_index
         seen = sum(key.partition("#")[0] == name or (not name and key.startswith(UNNAMED_PREFIX)) for key in self._keys())
         key = given[1] if given else (f"{name}#{seen}" if seen else name) if name else f"{UNNAMED_PREFIX}{seen}"
         self.schedule.append((self.step, key))

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from bwcache_compile.policies.reuse import linear
+
 RULES: dict[str, tuple[int, float]] = {"hold": (0, 1.0), "linear": (1, 1.0), "damped": (2, 0.4)}
-"""Order of the polynomial of each rule, and the share of its highest term."""
-
-
-def lagrange(anchors: Sequence[int], step: int) -> list[float]:
-    """Return the weights of the polynomial through the anchors at a step."""
-    weights = []
-    for i, anchor in enumerate(anchors):
-        weight = 1.0
-        for j, other in enumerate(anchors):
-            if i != j:
-                weight *= (step - other) / (anchor - other)
-        weights.append(weight)
-    return weights
+"""Order and damping of each rule, as in `CacheConfig`."""
 
 
 def rule_weights(rule: str, anchors: Sequence[int], step: int, count: int) -> Tensor:
-    """Return a rule's weights, zero-padded to `count`.
+    """Return a rule's weights along the step index, as the graphs find them, float64[count].
 
     Args:
         rule: A key of `RULES`.
@@ -32,15 +23,10 @@ def rule_weights(rule: str, anchors: Sequence[int], step: int, count: int) -> Te
         step: The reused step.
         count: Anchors that a state keeps.
     """
-    order, share = RULES[rule]
-    order = min(order, len(anchors) - 1, count - 1)
-    weights = torch.zeros(count, dtype=torch.float64)
-    weights[: order + 1] = torch.tensor(lagrange(anchors[: order + 1], step), dtype=torch.float64)
-    if share != 1.0 and order == RULES[rule][0]:
-        lower = torch.zeros(count, dtype=torch.float64)
-        lower[:order] = torch.tensor(lagrange(anchors[:order], step), dtype=torch.float64)
-        weights = share * weights + (1 - share) * lower
-    return weights
+    order, damping = RULES[rule]
+    kept = torch.tensor([*anchors[:count], *[math.nan] * (count - len(anchors))], dtype=torch.float64)
+    now = torch.tensor([step, step], dtype=torch.float64)
+    return linear.rule_weights(now, kept.reshape(-1, 1).expand(-1, 2), torch.tensor([order]), torch.tensor([damping], dtype=torch.float64))
 
 
 def rule_table(rule: str, mask: Sequence[bool], count: int) -> list[list[float]]:

@@ -15,6 +15,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import BundleError, ExportError
 from bwcache_compile.exporters.graphs import PlainGraph, under_autocast
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, cache_in, cache_out, policy_input
+from bwcache_compile.ir.compare import relative_error
 from bwcache_compile.ir.examples import input_at, is_maskable
 from bwcache_compile.ir.layout import in_order, slot_order
 from bwcache_compile.ir.policy_tensors import policy_parameters
@@ -29,6 +30,8 @@ _TOLERANCES = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _TOLERANCE = 1e-4
 _STEPS = 6
 _CONTEXT = "check"
+Explain = Callable[[str, Mapping[str, Any]], str]
+"""From the kind of a graph and its inputs by name, to lines about where it first differs from torch."""
 
 
 def tolerance_of(program: ModelProgram) -> float:
@@ -86,7 +89,7 @@ def check_structure(plain: Mapping[str, PlainGraph], written: Mapping[str, Writt
 
 @dataclasses.dataclass
 class TorchRun:
-    """A generation of the transformed program in torch, from the graphs themselves."""
+    """A generation of the transformed program in torch, from the graphs themselves. `last` is what ran last, on which inputs by name."""
 
     program: ModelProgram
     config: CacheConfig
@@ -99,6 +102,7 @@ class TorchRun:
         self.slots = {slot.name: slot.fresh(self.sizes, plan.device) for slot in plan.slots}
         self.cursor = Cursor()
         self.parameters = [policy_input(parameter.name) for parameter in plan.settings.parameters]
+        self.last: tuple[str, dict[str, Any]] = "", {}
 
     def step(self, step: int, flat: list[Any]) -> tuple[list[Any], bool, Tensor | None]:
         """Run one step; return the outputs, whether it computed, and the indicator."""
@@ -109,6 +113,7 @@ class TorchRun:
         values = dict(zip(io.users, flat, strict=True)) | {cache_in(name): value for name, value in self.slots.items()}
         values |= dict(zip(self.parameters, policy_parameters(self.config, self.num_steps, device), strict=True))
         values[STEP] = torch.tensor([step], device=device)
+        self.last = io.kind, values
         returned = io.unpack(getattr(program, io.kind)(*io.pack(values)))
         if computes:
             self.slots = {name: returned[cache_out(name)] for name in self.slots}
@@ -163,17 +168,6 @@ def _takes_padding(program: ModelProgram, config: CacheConfig) -> bool:
     return True
 
 
-def _error(actual: Any, expected: Any, least: float = 1e-30) -> float:
-    """Return the largest difference, relative to the largest value expected, which counts as no smaller than `least`."""
-    got, want = (v.detach().cpu() if isinstance(v, Tensor) else torch.from_numpy(v.copy()) for v in (actual, expected))
-    if (got.shape, got.dtype) != (want.shape, want.dtype) or not torch.equal(got.isnan(), want.isnan()):
-        return float("inf")
-    got, want = torch.nan_to_num(got.double()), torch.nan_to_num(want.double())
-    if not want.numel():
-        return 0.0
-    return float((got - want).abs().max() / want.abs().max().clamp(min=least)) if not torch.equal(got, want) else 0.0
-
-
 def _forced(config: CacheConfig, threshold: float) -> CacheConfig:
     """Return settings under which both branches are taken, where the policy reads a threshold; else these."""
     at_threshold = POLICIES[config.policy].at_threshold
@@ -196,14 +190,15 @@ class _Compared:
     tolerance: float
     to_session: Callable[[Tensor], Any]
     worst: float = 0.0
+    explain: Explain | None = None
 
-    def _compare(self, what: str, actual: Any, expected: Tensor, least: float = 1e-30) -> None:
-        error = _error(actual, self.to_session(expected), least)
+    def _compare(self, torch_run: TorchRun, what: str, actual: Any, expected: Tensor, least: float = 1e-30) -> None:
+        error = relative_error(actual, self.to_session(expected), least)
         self.worst = max(self.worst, error)
         if not error <= self.tolerance:
             raise ExportError(
                 f"{what} of the exported graphs differs from torch by {error:.3g}, relative to its largest value; the tolerance"
-                f" is {self.tolerance:g}."
+                f" is {self.tolerance:g}.{self.explain(*torch_run.last) if self.explain else ''}"
             )
 
     def run(
@@ -233,7 +228,7 @@ class _Compared:
                 raise ExportError(f"step {step}: {error}") from error
             tensors = [value for value in expected if isinstance(value, Tensor)]
             for item, tensor in zip(self.manifest.outputs.items, tensors, strict=True):
-                self._compare(f"step {step}: the output {item.name}", returned[item.name], tensor)
+                self._compare(torch_run, f"step {step}: the output {item.name}", returned[item.name], tensor)
             record = session.report().contexts[_CONTEXT].steps[-1]
             if record.computed != computed:
                 verb = {True: "computes", False: "reuses"}
@@ -241,12 +236,12 @@ class _Compared:
             if computed and change is not None:
                 assert record.change is not None
                 # a small difference of large features, as a part of them: what is rounded off them is large beside it
-                self._compare(f"step {step}: the indicator", record.change, change, least=1.0)
+                self._compare(torch_run, f"step {step}: the indicator", record.change, change, least=1.0)
                 indicators += [float(change.mean())] if step else []
             ended = config.steps is not None and step == config.steps - 1  # the cache is freed then
             for name, value in ({} if ended else session.state(_CONTEXT)).items():
                 if name in torch_run.slots:
-                    self._compare(f"step {step}: the slot {name}", value, torch_run.slots[name])
+                    self._compare(torch_run, f"step {step}: the slot {name}", value, torch_run.slots[name])
             decisions.append(computed)
         return decisions, indicators
 
@@ -258,6 +253,7 @@ def check_runs(
     sessions: Mapping[str, Callable[[], Session]],
     tolerance: float,
     to_session: Callable[[Tensor], Any],
+    explain: Explain | None = None,
 ) -> dict[str, Any]:
     """Run the written files beside torch over several steps, both branches taken: equal decisions, outputs and slots.
 
@@ -268,11 +264,12 @@ def check_runs(
         sessions: Opens the files; by the name that the report gives them.
         tolerance: Largest error, relative to the largest value of a tensor; 0 asks for the same bits.
         to_session: Turns one of torch's tensors into what the sessions take.
+        explain: Says where the graph of a kind first differs on these inputs, for the message; for the first of the sessions.
 
     Raises:
         ExportError: A file does not open, or they differ; the message names the step and the output or slot.
     """
-    compared = _Compared(program, manifest, tolerance, to_session)
+    compared = _Compared(program, manifest, tolerance, to_session, explain=explain)
     steps = _STEPS if config.steps_mask is None else _checked_steps(config.steps_mask)
     pattern, elsewhere, padding = "", other_sizes(program, manifest.conditions), _takes_padding(program, config)
     for opened in sessions.values():
@@ -292,6 +289,7 @@ def check_runs(
         if padding:
             compared.run(session, _forced(config, float("inf")), min(steps, 4), padded=True)
         pattern = "".join("#" if computed else "." for computed in decisions)
+        compared.explain = None  # the others hold the same operators
         del session  # before the next is opened: each holds all the weights
     sizes = [program.signature.captured_sizes, *([elsewhere] if elsewhere else [])]
     report = {"runs": list(sessions), "sizes": sizes, "steps": pattern, "tolerance": tolerance, "largest_error": compared.worst}

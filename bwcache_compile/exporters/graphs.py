@@ -71,14 +71,19 @@ def _in_one_mode(module: GraphModule, mode: FakeTensorMode) -> None:
                 node.meta["val"] = pytree.tree_map_only(Tensor, described, node.meta["val"])
 
 
+def module_path(node: Node) -> str:
+    """Return the path of the module that an operator was called in; empty outside of all."""
+    calls = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(calls[-1][0]) if calls else ""
+
+
 def _marked(module: GraphModule) -> None:
     """Record on each operator where it came from, in the one field of `meta` that decompositions preserve."""
     for inner in module.modules():
         for node in inner.graph.nodes if isinstance(inner, GraphModule) else ():
             if node.op == "call_function":
-                calls = list((node.meta.get("nn_module_stack") or {}).values())
-                origin = str(calls[-1][0]) if calls else ""
-                node.meta["custom"] = {"bwcache_node": node.name, "bwcache_module": origin, REGION_MARK: bool(node.meta.get(REGION_MARK))}
+                marked = bool(node.meta.get(REGION_MARK))
+                node.meta["custom"] = {"bwcache_node": node.name, "bwcache_module": module_path(node), REGION_MARK: marked}
 
 
 def _own(module: GraphModule) -> GraphModule:

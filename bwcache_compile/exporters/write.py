@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from bwcache_compile.bundle.files import FORMAT, MANIFEST, VERSION, file_hash
 from bwcache_compile.bundle.manifest import FileEntry, Manifest
 from bwcache_compile.bundle.manifest_text import write_text
 from bwcache_compile.errors import ExportError
+from bwcache_compile.new_folder import new_folder
 
 
 def _written(manifest: Manifest, files: dict[str, FileEntry]) -> str:
@@ -122,19 +122,5 @@ def new_bundle(directory: str | Path) -> Iterator[Path]:
     with _named_failures(directory):
         target = Path(directory).resolve()  # a link stays one
         _refuse_others(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        folder, replaced = place / "new", place / "old"
-        try:
-            folder.mkdir()
+        with new_folder(target) as folder:
             yield folder
-            try:
-                if target.exists():
-                    os.rename(target, replaced)
-                os.rename(folder, target)
-            except BaseException:
-                if replaced.exists() and not target.exists():
-                    os.rename(replaced, target)
-                raise
-        finally:
-            shutil.rmtree(place)

@@ -41,6 +41,28 @@ def _close(want: Tensor, got: Tensor) -> bool:
     return torch.allclose(got.double(), want.double(), rtol=0, atol=tolerance * float(want.abs().max()), equal_nan=True)
 
 
+def as_tensor(value: Any) -> Tensor:
+    """Return a tensor, a numpy array or a number as a tensor on the host."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    return torch.from_numpy(value.copy()) if hasattr(value, "__array__") else torch.tensor(value)
+
+
+def relative_error(actual: Any, expected: Any, least: float = 1e-30) -> float:
+    """Return the largest difference, relative to the largest value expected, which counts as no smaller than `least`.
+
+    It is 0 for the same values, where NaN equals NaN, and infinite for another shape, another dtype or another place of NaN.
+    """
+    got, want = as_tensor(actual), as_tensor(expected)
+    if (got.shape, got.dtype) != (want.shape, want.dtype) or not torch.equal(got.isnan(), want.isnan()):
+        return float("inf")
+    wide = torch.complex128 if want.is_complex() else torch.float64
+    got, want = torch.nan_to_num(got.to(wide)), torch.nan_to_num(want.to(wide))
+    if torch.equal(got, want):
+        return 0.0
+    return float((got - want).abs().max() / want.abs().max().clamp(min=least))
+
+
 def difference(expected: list[Any], actual: list[Any], close: bool = False) -> str | None:
     """Say how two flat outputs differ, bit for bit unless `close` allows for rounding; NaN equals NaN."""
     if len(expected) != len(actual):

@@ -140,6 +140,8 @@ class GraphDiff:
         shared_parameters: Parameters that both graphs read, by identity.
         copied_parameters: Parameters of the new graph that the old one does not hold.
         blocks_guarded: Blocks that a reused step skips, where the new graph is a cached one.
+        before: The whole graph as it was, printed.
+        after: The whole graph as it is, printed.
     """
 
     text: str
@@ -148,6 +150,8 @@ class GraphDiff:
     shared_parameters: int
     copied_parameters: int
     blocks_guarded: int = 0
+    before: str = dataclasses.field(default="", repr=False)
+    after: str = dataclasses.field(default="", repr=False)
 
     def __str__(self) -> str:
         """Print the text and a line of counts."""
@@ -170,4 +174,6 @@ def graph_diff(before: GraphModule | GraphSnapshot, after: GraphModule | GraphSn
         shared_parameters=shared,
         copied_parameters=len(new.parameters) - shared,
         blocks_guarded=blocks,
+        before=old.text,
+        after=new.text,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ class Block:
     live_outs: tuple[str, ...]
     feature: str = ""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the block as plain data; its operators are counted, not listed."""
+        return {**vars(self), "nodes": len(self.nodes), "live_outs": list(self.live_outs)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Rejection:
@@ -55,12 +60,27 @@ class BlockSearch:
     token_range: tuple[Size, Size] | None = None
     chosen: bool = False
 
+    @property
+    def stacks(self) -> dict[str, tuple[Block, ...]]:
+        """The blocks of each stack, by the stack's name, in the order of their first blocks."""
+        names = dict.fromkeys(block.stack for block in self.blocks)
+        return {name: tuple(block for block in self.blocks if block.stack == name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return blocks, stacks and rejections as plain data."""
+        stacks = [
+            {"name": name, "count": len(blocks), "module_type": blocks[0].module_type, "first": blocks[0].name, "last": blocks[-1].name}
+            for name, blocks in self.stacks.items()
+        ]
+        rejections = [{"stack": r.stack, "count": r.count, "reason": r.reason} for r in self.rejections]
+        return {"blocks": [block.to_dict() for block in self.blocks], "stacks": stacks, "rejections": rejections}
+
     def __str__(self) -> str:
         """List the stacks with their counts, then the rejections."""
-        lines = []
-        for stack in dict.fromkeys(block.stack for block in self.blocks):
-            members = [block for block in self.blocks if block.stack == stack]
-            lines.append(f"{members[0].name} .. {members[-1].name}: {len(members)} x {members[0].module_type or 'modules'}")
+        lines = [
+            f"{members[0].name} .. {members[-1].name}: {len(members)} x {members[0].module_type or 'modules'}"
+            for members in self.stacks.values()
+        ]
         lines += [f"not cached: {r.stack} ({r.count} modules): {r.reason}" for r in self.rejections]
         return "\n".join(lines)
 
@@ -87,6 +107,11 @@ class CacheSlot:
     def bytes(self) -> int:
         """Size of the slot's tensor at the captured sizes."""
         return torch.Size(self.example).numel() * self.dtype.itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return name, role, shape, dtype and bytes as plain data; a dynamic size is text."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"name": self.name, "role": self.role, "shape": list(self.shape), "dtype": dtype, "bytes": self.bytes}
 
     def fresh(self, sizes: Mapping[str, int], device: torch.device) -> Tensor:
         """Return the slot of a context that has computed nothing, where the program's symbols have these values."""
@@ -196,6 +221,32 @@ class CachePlan:
     def transient_bytes(self) -> int:
         """Bytes of one context's state at its peak: while a computed step replaces every slot, old and new both live."""
         return 2 * self.state_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is cached and what it takes as plain data; of each region, its operators are counted."""
+        regions = [
+            {
+                "tag": region.tag,
+                "nodes": len(region.nodes),
+                "live_ins": list(region.inputs),
+                "live_outs": list(region.outputs),
+                "measured": [probe.block for probe in region.measured],
+                "slots": [slot.to_dict() for slot in region.slots],
+            }
+            for region in self.regions
+        ]
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            "blocks": [block.name for block in self.blocks],
+            "regions": regions,
+            "time_input": self.time_input,
+            "hidden_bytes": self.hidden_bytes,
+            "state_bytes": self.state_bytes,
+            "transient_bytes": self.transient_bytes,
+            "hidden_states": self.hidden_states,
+            "work": self.work.to_dict(),
+            "notes": list(self.notes),
+        }
 
     def __str__(self) -> str:
         """Say what is skipped and what it costs, before the first step."""

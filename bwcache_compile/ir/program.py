@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_out, user_names
 from bwcache_compile.ir.call_signature import Signature
 from bwcache_compile.ir.plan import CachePlan
-from bwcache_compile.ir.sizes import has_no_size
+from bwcache_compile.ir.sizes import has_no_size, shape_of
 from bwcache_compile.ir.tree_paths import leaf_paths, output_name
 from bwcache_compile.policies import POLICIES
 
@@ -114,6 +114,16 @@ class ModelProgram:
             written=() if kind == "reuse" else slots,
             measures=measures,
         )
+
+    def value(self, name: str) -> dict[str, Any]:
+        """Return name, shape and dtype of a value of the captured graph as plain data; null where a pass made the value.
+
+        A dynamic size is text.
+        """
+        values = [node.meta.get("val") for node in self.captured.graph.nodes if node.name == name]
+        if not values or not isinstance(values[0], Tensor):
+            return {"name": name, "shape": None, "dtype": None}
+        return {"name": name, "shape": list(shape_of(values[0])), "dtype": str(values[0].dtype).removeprefix("torch.")}
 
     def planned(self) -> CachePlan:
         """Return the plan of a program that is past planning."""

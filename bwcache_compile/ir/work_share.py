@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 WARN_ABOVE = 0.2
 """Share of the work outside the blocks on a reused step from which on a capture warns."""
@@ -61,6 +62,10 @@ class WorkShare:
     def stacks(self) -> tuple[Uncached, ...]:
         """The stacks that are not cached."""
         return tuple(part for part in self.parts if part.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the shares as plain data."""
+        return dataclasses.asdict(self)
 
     def warning(self, model: str) -> str | None:
         """Return a warning where the blocks that were found are too small a part of the model."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from bwcache_compile.errors import ConfigError
@@ -67,6 +67,7 @@ class Policy:
             an export runs them to reach computed and reused steps; without it the settings themselves are run.
         no_reuse: Why a generation reused nothing, from the settings and the computed step with the smallest indicator; None
             where that was asked for.
+        explain: What a report says of a generation besides its steps, from the settings and the steps.
     """
 
     decide: Callable[..., Any]
@@ -75,6 +76,7 @@ class Policy:
     slots: tuple[SmallSlot, ...] = ()
     at_threshold: Callable[[CacheConfig, float, int], CacheConfig] | None = None
     no_reuse: Callable[[CacheConfig, StepRecord | None], str | None] | None = None
+    explain: Callable[[CacheConfig, Sequence[StepRecord]], tuple[str, ...]] | None = None
 
     @property
     def measures(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.policies.adaptive import ADAPTIVE
 from bwcache_compile.policies.definitions import Policy, Reuse, check_indicator, check_policy, check_reuse
+from bwcache_compile.policies.guarded import GUARDED
 from bwcache_compile.policies.l1 import relative_change
 from bwcache_compile.policies.reuse.linear import linear
 from bwcache_compile.policies.schedule import SCHEDULE
@@ -19,6 +20,7 @@ POLICIES: dict[str, Policy] = {
     "schedule": SCHEDULE,
     "adaptive": ADAPTIVE,
     "static": STATIC,
+    "guarded": GUARDED,
 }
 INDICATORS: dict[str, Callable[..., Any]] = {
     "l1": relative_change,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import ContextMethods, ContextTable
+from bwcache_compile.context_methods import ContextMethods
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import GraphDiff
+from bwcache_compile.ir.pass_files import write_pass_files
 from bwcache_compile.ir.plan import CachePlan
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.torch_compat import pytree
@@ -145,9 +148,12 @@ class CachedModel(ModelWrapper, ContextMethods):
                 # the graph is the only frame that an outer torch.compile compiles
                 graph = call.match.runnable.graph(call.kind)
                 returned = call.first if call.first is not None else call_directly(graph, call.operands)
-            return stepper.finish(call, returned)
+            outputs = stepper.finish(call, returned)
         finally:
             stepper.end(call)
+        if call.told is not None:
+            stepper.tell(call.told)
+        return outputs
 
     # -- the functional form -------------------------------------------------------------------------------------
 
@@ -251,8 +257,22 @@ class CachedModel(ModelWrapper, ContextMethods):
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""
         blocks = tuple(m.block for m in self.plan.measured) if len(self._programs) else ()
-        return Report(self._contexts.reports(), blocks, self._programs.captured)
+        return Report(self._contexts.reports(self.cache_config), blocks, self._programs.captured)
 
     def graph_diff(self) -> dict[str, GraphDiff]:
         """Return what each pass changed, by its name, and what all did together, under "whole"."""
         return self._programs.explain(self.cache_config)
+
+    def dump_passes(self, directory: str | Path) -> tuple[Path, ...]:
+        """Write the graph before and after each pass, and their difference, as text: `01_canonicalize.before.txt` and so on.
+
+        The passes run again on what was captured. A folder that holds an earlier dump is replaced.
+
+        Returns:
+            The files, in the order of the passes.
+
+        Raises:
+            ExportError: The folder holds something else, or cannot be written to. It is as it was.
+            StateError: Nothing is captured yet.
+        """
+        return write_pass_files(self.graph_diff(), directory)

@@ -118,7 +118,7 @@ def warn_without_reuse(context: ModelContext, config: CacheConfig) -> None:
     explain = POLICIES[config.policy].no_reuse
     if explain is None:
         return
-    report = context.report()
+    report = context.report(config)
     if report.reused or any(report.reused_by_block):
         return
     if len(report.steps) < 3:  # such as an expert that runs the last steps only: too few steps for any threshold

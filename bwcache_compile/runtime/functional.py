@@ -57,15 +57,16 @@ def functional_step(
                 " the graph."
             )
         _check_inputs(programs.only, flat)
-        return _guarded_step(programs.only, flat, state, parameters)
+        return _guarded_step(programs.only, flat, state, programs.only.taken("guarded", parameters))
     match = programs.match(args, kwargs, config)
     _check_state(match, state)
-    if parameters is None:
-        parameters = match.runnable.parameters(config, config.steps)
+    runnable = match.runnable
+    kind = "guarded" if isinstance(state, GuardedState) else runnable.kind(state)
+    own = runnable.parameters(config, config.steps, kind) if parameters is None else runnable.taken(kind, parameters)
     with programs.gate.running():
         if isinstance(state, GuardedState):
-            return _guarded_step(match.runnable, flat, state, parameters)
-        return _host_step(match.runnable, flat, state, parameters)
+            return _guarded_step(runnable, flat, state, own)
+        return _host_step(runnable, kind, flat, state, own)
 
 
 def _check_state(match: ProgramMatch, state: CacheState | GuardedState) -> None:
@@ -95,10 +96,12 @@ def _check_inputs(runnable: RunnableProgram, flat: Sequence[Any]) -> None:
             )
 
 
-def _host_step(runnable: RunnableProgram, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> tuple[Any, CacheState]:
-    """Run the graph that the state asks for."""
+def _host_step(
+    runnable: RunnableProgram, kind: str, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]
+) -> tuple[Any, CacheState]:
+    """Run the graph that the state asks for, on those of the settings that it takes."""
     with torch.no_grad():
-        returned = call_directly(runnable.graph(runnable.kind(state)), runnable.operands(flat, state, parameters))
+        returned = call_directly(runnable.graph(kind), runnable.operands(flat, state, parameters))
     outputs, following, _ = runnable.split(returned, state)
     return outputs, following
 

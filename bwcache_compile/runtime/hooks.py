@@ -12,6 +12,13 @@ HOOK_REGISTRY = "_diffusers_hook"
 """Attribute in which diffusers keeps the hooks of a module; a pipeline leaves it behind after a run, even without hooks."""
 
 
+def hook_kinds(module: nn.Module) -> list[str]:
+    """Return the classes of the hooks that accelerate and diffusers put on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    registry = getattr(module, HOOK_REGISTRY, None)
+    return [type(h).__name__ for h in (hook, *(getattr(registry, "hooks", None) or {}).values()) if h is not None]
+
+
 def refuse_hooks(model: nn.Module) -> None:
     """Refuse a model that offloads its weights, or whose modules have hooks of other libraries.
 
@@ -26,11 +33,7 @@ def refuse_hooks(model: nn.Module) -> None:
                 " graph would keep copies of it. Place the whole model on one device first."
             )
     for name, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)
-        registry = getattr(module, HOOK_REGISTRY, None)
-        hooks = [hook, *(getattr(registry, "hooks", None) or {}).values()]
-        kinds = [type(h).__name__ for h in hooks if h is not None]
-        if kinds:
+        if kinds := hook_kinds(module):
             raise ConfigError(
                 f"{f'module {name}' if name else 'the top module'} of {kind} has a hook on its forward ({', '.join(kinds)})."
                 " Offloading, casting and other caches use such hooks; a captured graph would skip them or keep copies of the"

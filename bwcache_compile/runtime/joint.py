@@ -81,7 +81,7 @@ def _decide(members: list[ModelContext], config: CacheConfig, num_steps: int | N
     changes = [_change(member) for member in members]
     with torch.no_grad():
         change = torch.cat([c.to(step.device) for c in changes if c is not None])
-        kept, left = runnable.decide(change, kept, step, *runnable.parameters(config, num_steps))
+        kept, left = runnable.decide(change, kept, step, *runnable.parameters(config, num_steps, "compute"))
     for member in members:
         assert member.state is not None
         assert member.match is not None

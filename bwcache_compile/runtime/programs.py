@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -21,6 +23,8 @@ from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.signature import CallKey, call_key, generation_kind, leaves_of
 from bwcache_compile.runtime.trial import Request, Toolchain
 from bwcache_compile.runtime.watch import ModelWatch
+
+LOGGER = logging.getLogger(__name__)
 
 MAX_PROGRAMS = 8
 """Signatures kept at a time; the least recently used goes first."""
@@ -151,6 +155,7 @@ class ProgramCache:
             self._kept.clear()
             self._maker.fixed.clear()
             self._structure = self.watch.structure
+            LOGGER.info("%s changed (%s): its programs were dropped", type(self._model).__name__, self.watch.changed)
 
     def _find(self, request: Request) -> tuple[RunnableProgram, list[Any] | None] | None:
         """Return a kept program that serves a call; one with dynamic sizes is checked once at each size that it serves.
@@ -188,19 +193,21 @@ class ProgramCache:
         return self._find(request) or self._capture(request)
 
     def _capture(self, request: Request) -> tuple[RunnableProgram, list[Any] | None]:
+        began, name = time.perf_counter(), type(self._model).__name__
         runnable, first = self._maker.make(request, self._kept)
+        LOGGER.info("captured %s in %.1f s: %d blocks are cached", name, time.perf_counter() - began, len(runnable.plan.blocks))
         for other in [other for other in self._kept if differ_in_sizes(other, request.key)]:
             if runnable.symbols(other) is not None and runnable.key.values in ((), other.values):
                 del self._kept[other]
         self._kept[runnable.key] = runnable
         self.captured += 1
-        small = runnable.program.planned().work.warning(type(self._model).__name__)
+        small = runnable.program.planned().work.warning(name)
         if small is not None:
             warn(small)
         if self.captured == 3 * MAX_PROGRAMS:
             changed = f" (last: {self.watch.changed})" if self.watch.changed else ""
             warn(
-                f"{self.captured} programs of {type(self._model).__name__} have been captured, and each capture takes seconds. Something"
+                f"{self.captured} programs of {name} have been captured, and each capture takes seconds. Something"
                 f" changes between calls: an input (a Python number that could be a tensor?), or the model's modules{changed}."
             )
         return runnable, first

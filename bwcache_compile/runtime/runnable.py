@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_in, cache_out, policy_input
+from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_in, cache_out
 from bwcache_compile.ir.compare import same
 from bwcache_compile.ir.policy_tensors import policy_parameters
 from bwcache_compile.ir.program import OURS, ModelProgram
@@ -98,9 +98,9 @@ class RunnableProgram:
         self.addresses = frozenset(address for address in map(address_of, held) if address)
         self._steps: dict[int, Tensor] = {}
         self._settings: dict[Hashable, tuple[Tensor, ...]] = {}
-        self._last_settings: tuple[CacheConfig | None, int | None, tuple[Tensor, ...]] = None, None, ()
+        self._last_settings: dict[str, tuple[CacheConfig, int | None, tuple[Tensor, ...]]] = {}
         self.io = {kind: program.io(kind) for kind in kinds}
-        self._parameters = [policy_input(parameter.name) for parameter in self.plan.settings.parameters]
+        self._parameters = [parameter.name for parameter in self.plan.settings.parameters]
         self._cache_in = [cache_in(slot.name) for slot in self.slots]
         self._cache_out = [cache_out(slot.name) for slot in self.slots]
         self._orders = {kind: self._order(io) for kind, io in self.io.items()}
@@ -150,24 +150,40 @@ class RunnableProgram:
             tensor = self._steps[step] = torch.tensor([step], dtype=torch.int64, device=self.plan.device)
         return tensor
 
-    def parameters(self, config: CacheConfig, num_steps: int | None) -> tuple[Tensor, ...]:
-        """Return what the graphs take of the settings; those of the last settings are kept."""
-        last_config, last_steps, tensors = self._last_settings
-        if config is last_config and num_steps == last_steps:  # a table of weights takes longer to compare than a step's wrapper takes
-            return tensors
-        key = (config, num_steps)
+    def parameters(self, config: CacheConfig, num_steps: int | None, kind: str = "") -> tuple[Tensor, ...]:
+        """Return what a graph takes of the settings, or with no kind what all graphs take; those of the last settings are kept.
+
+        Raises:
+            ConfigError: The policy decides in that graph, needs the number of steps, and it is not known.
+        """
+        names = self.io[kind].parameters if kind else None
+        if names == ():
+            return ()
+        last = self._last_settings.get(kind)
+        if (
+            last is not None and config is last[0] and num_steps == last[1]
+        ):  # comparing a table of weights takes longer than a step's wrapper
+            return last[2]
+        key = (config, num_steps, kind)
         found = self._settings.get(key)
         if found is None:
             _make_room(self._settings, _MOST_SETTINGS)
-            found = self._settings[key] = policy_parameters(config, num_steps, self.plan.device)
-        self._last_settings = config, num_steps, found
+            found = self._settings[key] = policy_parameters(config, num_steps, self.plan.device, names)
+        self._last_settings[kind] = config, num_steps, found
         return found
 
+    def taken(self, kind: str, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return those that a graph takes of what all graphs take."""
+        return tuple(parameters[self._parameters.index(name)] for name in self.io[kind].parameters)
+
     def decide(self, change: Tensor, kept: Sequence[Tensor], step: Tensor, *parameters: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Run the graph's own policy apart from the graph: what it keeps afterwards, and how many steps reuse."""
+        """Run the graph's own policy apart from the graph: what it keeps afterwards, and how many steps reuse.
+
+        `parameters` are those of the graph of a computed step.
+        """
         policy = POLICIES[self.plan.settings.policy]
         named = {"change": change, "step": step, **dict(zip((slot.name for slot in policy.slots), kept, strict=True))}
-        named |= {parameter.name: value for parameter, value in zip(self.plan.settings.parameters, parameters, strict=True)}
+        named |= {name: value for name, value in zip(self.io["compute"].parameters, parameters, strict=True)}
         operands = [named[name] for name in takes(policy.decide)]
         returned = self.program.compute.get_submodule(f"{OURS}policy")(*operands)
         *after, left = returned if policy.slots else (returned,)
@@ -178,7 +194,7 @@ class RunnableProgram:
         return "guarded" if self.guarded else "reuse" if state.reuses_next else "compute"
 
     def operands(self, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> list[Any]:
-        """Return the inputs of the graph that runs next; `parameters` are all of the settings', or none for a graph that takes none."""
+        """Return the inputs of the graph that runs next; `parameters` are those that it takes."""
         kind, sizes = self.kind(state), self.program.signature.sizes
         slots: Sequence[Tensor] = state.slots
         if sizes is not None:
@@ -188,16 +204,16 @@ class RunnableProgram:
         return [values[i] for i in self._orders[kind]]
 
     def _order(self, io: GraphIO) -> list[int]:
-        """Return, for each input of a graph, its position among the user's inputs, all slots, the step and all parameters."""
-        names = [*io.users, *self._cache_in, STEP, *self._parameters]
+        """Return, for each input of a graph, its position among the user's inputs, all slots, the step and its parameters."""
+        names = [*io.users, *self._cache_in, STEP, *io.policy_inputs]
         return [names.index(name) for name in io.inputs]
 
     def named(
         self, io: GraphIO, flat: Sequence[Any], slots: Sequence[Tensor], parameters: Sequence[Tensor], step: Tensor
     ) -> dict[str, Any]:
-        """Return what a graph takes, and every slot, by name."""
+        """Return what a graph takes, and every slot, by name; `parameters` are those that it takes."""
         values = dict(zip(io.users, flat, strict=True)) | dict(zip(self._cache_in, slots, strict=True))
-        return {**values, **dict(zip(self._parameters, parameters, strict=True)), STEP: step}
+        return {**values, **dict(zip(io.policy_inputs, parameters, strict=True)), STEP: step}
 
     def results(self, io: GraphIO, returned: Mapping[str, Any]) -> Any:
         """Put the model's own outputs together."""
@@ -234,7 +250,11 @@ class RunnableProgram:
 
 @left_out
 def run_all(runnable: RunnableProgram, flat: Sequence[Any], fresh: CacheState, parameters: tuple[Tensor, ...]) -> None:
-    """Run every graph on a fresh state and drop what it returns; an outer torch.compile compiles them here."""
+    """Run every graph on a fresh state and drop what it returns; an outer torch.compile compiles them here.
+
+    `parameters` are what all graphs take of the settings.
+    """
     with torch.no_grad():
         for state in (fresh, dataclasses.replace(fresh, cursor=Cursor(step=1, computed_at=0, reuse_until=1))):
-            runnable.graph(runnable.kind(state))(*runnable.operands(flat, state, parameters))
+            kind = runnable.kind(state)
+            runnable.graph(kind)(*runnable.operands(flat, state, runnable.taken(kind, parameters)))

@@ -19,6 +19,7 @@ from bwcache_compile.runtime.numbers import NumberInputs
 from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
 from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState
+from bwcache_compile.step_events import StepEvent, step_event
 from bwcache_compile.stepping import Advance, StepInfo
 
 
@@ -38,6 +39,7 @@ class StepCall:
         kind: Names the graph.
         operands: Its inputs.
         first: What the graph returned already, where it was just checked on this call.
+        told: What callbacks are told of it, once it has succeeded; None where there are none.
     """
 
     context: ModelContext
@@ -51,6 +53,7 @@ class StepCall:
     kind: str
     operands: list[Any]
     first: list[Any] | None
+    told: StepEvent | None = None
 
 
 class Stepper:
@@ -109,8 +112,7 @@ class Stepper:
         kind = runnable.kind(state)
         if config.timesteps is not None and kind != "reuse":
             check_time(state.step, config.timesteps, time_inputs(flat).values())
-        parameters = runnable.parameters(config, num_steps) if runnable.io[kind].parameters else ()
-        operands = runnable.operands(flat, state, parameters)
+        operands = runnable.operands(flat, state, runnable.parameters(config, num_steps, kind))
         if state.step != 0 or state.cursor.computed_at >= 0:
             first = None
         return StepCall(context, config, advance, match, state, events, renumbered, num_steps, kind, operands, first)
@@ -160,7 +162,11 @@ class Stepper:
         context.key, context.version, context.renumbered = call.match.key, call.match.version, call.renumbered
         if state.slots is not before.slots:
             context.state_bytes = state.bytes
-        self._contexts.succeed(context, call.advance, RawStep(before.step, runnable.computes(before), fresh, change), call.events)
+        record = RawStep(before.step, runnable.computes(before), fresh, change)
+        self._contexts.succeed(context, call.advance, record, call.events)
+        if self._contexts.listeners:
+            steps, guarded = call.num_steps, runnable.guarded
+            call.told = step_event(context.name, steps, call.advance, before.cursor, record, call.events, guarded)
         if call.num_steps is not None and before.step == call.num_steps - 1:
             context.release()
             warn_without_reuse(context, call.config)
@@ -171,3 +177,8 @@ class Stepper:
         """Let other calls in, whether or not this one succeeded."""
         self._programs.gate.leave()
         call.context.lock.release()
+
+    @hidden
+    def tell(self, event: StepEvent) -> None:
+        """Call the callbacks that are told of each step."""
+        self._contexts.listeners.tell(event)

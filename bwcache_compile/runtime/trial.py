@@ -47,12 +47,13 @@ class Request:
     def first_step(self, runnable: RunnableProgram) -> list[Any]:
         """Run a program on this call, on a fresh state at step 0, and return all that its graph returns."""
         state = runnable.fresh(runnable.symbols(self.key) or {})
+        kind = runnable.kind(state)
         try:
-            parameters = runnable.parameters(self.config, self.num_steps)
+            parameters = runnable.parameters(self.config, self.num_steps, kind)
         except ConfigError:  # the number of steps is not known yet; outputs do not depend on it
-            parameters = runnable.parameters(self.config, 2)
+            parameters = runnable.parameters(self.config, 2, kind)
         with torch.no_grad():
-            return list(runnable.eager[runnable.kind(state)](*runnable.operands(self.reference.inputs(), state, parameters)))
+            return list(runnable.eager[kind](*runnable.operands(self.reference.inputs(), state, parameters)))
 
 
 class Trial:

@@ -48,6 +48,7 @@ class ModelWrapper(nn.Module):
         values["_parameters"], values["_buffers"], values["_modules"] = original._parameters, original._buffers, original._modules
         values["training"] = original.training
         values["_original"] = original  # bypasses `__setattr__`: as a submodule it would prefix every name in the state dict
+        values["__module__"] = type(original).__module__  # which pipelines write down beside the name of the class
         values["_is_torch_compile"] = False  # torch.compile marks what it is given; on the original it would pass for a change
         values["_sealed"] = False
 

@@ -65,6 +65,7 @@ def test_rules() -> None:
     quadratic = torch.tensor([3.0, -3.0, 1.0], dtype=torch.float64)
     line = torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
     assert torch.allclose(rule_weights("damped", [2, 1, 0], 3, 3), 0.4 * quadratic + 0.6 * line)
+    assert torch.allclose(rule_weights("damped", [2, 1], 3, 3), 0.4 * line + torch.tensor([0.6, 0, 0], dtype=torch.float64))
     table = rule_table("linear", (True, False, True, False), 2)
     assert table == [[0, 0], [1, 0], [0, 0], [1.5, -0.5]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import bwcache_compile as bw
 from bwcache_compile.calibration import PlanEntry, Provenance
+from bwcache_compile.calibration.plan import MARGIN
 from bwcache_compile.calibration.rules import rule_table
 from bwcache_compile.runtime.fingerprint import model_identity
 from tests.calibration.helpers import Denoiser
@@ -23,6 +25,8 @@ def plan(model: Denoiser) -> bw.CalibrationPlan:
     made = Provenance(
         model_identity(model),
         (900.0, 600.0, 300.0, 100.0),
+        (0, 1, 2, 3),
+        4,
         ("cond", "uncond"),
         ((0, "cond"), (0, "uncond")),
         "output",
@@ -41,6 +45,17 @@ def test_a_plan_is_printed_as_a_frontier() -> None:
         " computed  speed-up      PSNR  fewer steps  weights  steps (# computed, . reused)\n"
         "        3     1.33x   40.0 dB               linear   #.##\n"
         "        2     2.00x   30.0 dB      31.5 dB  linear   #..#  advice: run 2 plain steps instead"
+    )
+
+
+def test_weights_that_amplify_noise_are_named() -> None:
+    made = plan(Denoiser())
+    large = dataclasses.replace(made.entries[1], weights=((0.0, 0.0), (1.0, 0.0), (7.5, -6.5), (0.0, 0.0)))
+    assert large.amplification == (pytest.approx(9.92, abs=0.01), 2)
+    assert "warning" not in str(made)
+    assert str(dataclasses.replace(made, entries=(made.entries[0], large))).endswith(
+        "\nwarning: with 2 computed steps the weights of step 2 have norm 9.9: noise in the anchors, such as rounding to half precision, is"
+        " amplified as much. Calibrate with fewer anchors, or compute more steps."
     )
 
 
@@ -80,7 +95,7 @@ def test_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("bwcache-calibration", "other", "is not a calibration plan"),
-        ('"version": 1', '"version": 9', "has version 9 of calibration plans, but this release reads 1"),
+        ('"version": 2', '"version": 1', r"has version 1 of calibration plans, but this release reads 2\. Calibrate again\."),
         ('"mask"', '"masks"', "is damaged"),
         ("{", "", "is damaged"),
     ],
@@ -101,6 +116,21 @@ def test_an_entry_as_settings() -> None:
     assert config.weights == (None, (1.0, 0.0), (1.0, 0.0), None)
     assert config.timesteps == (900.0, 600.0, 300.0, 100.0)
     assert config.calibrated_for == model_identity(model)
+
+
+def test_an_entry_of_a_model_that_runs_the_last_steps() -> None:
+    """The settings count the steps of the generation; at the others another model runs."""
+    made = plan(Denoiser())
+    made = dataclasses.replace(made, provenance=dataclasses.replace(made.provenance, step_indices=(3, 4, 5, 6), num_steps=7))
+    assert "of Denoiser for 4 steps (3 to 6 of 7), 2 anchors" in str(made)
+    config = made.at(0.5)
+    assert config.steps_mask == (0, 0, 0, 0, 1, 1, 0)
+    assert config.weights == (None, None, None, None, (1.0, 0.0), (1.0, 0.0), None)
+    assert config.timesteps == (None, None, None, 900.0, 600.0, 300.0, 100.0)
+    assert config.policy_values(None)["anchor_steps"][4] == (3.0, -1.0), "what another model computed is no anchor"
+    measured = dataclasses.replace(made.entries[1], indicators=(None, None, None, 0.5))
+    bounds = dataclasses.replace(made, entries=(measured,)).at(0.5, guarded=True).indicator_bounds
+    assert bounds == (None, None, None, None, None, None, 0.5 * MARGIN)
 
 
 def test_a_model_is_told_by_its_weights() -> None:

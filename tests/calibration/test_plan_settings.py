@@ -97,6 +97,18 @@ def test_refused_where_it_does_not_belong(model: OneStream, plan: bw.Calibration
         bw.transform(other).configure(plan.at(0.5))
 
 
+def test_another_number_of_steps_is_refused_and_says_what_to_do(model: OneStream, plan: bw.CalibrationPlan) -> None:
+    cached = bw.transform(model, plan.at(0.5))
+    advice = (
+        r"must be equal\.\n  The mask was calibrated for 12 steps\. Generate with 12, or calibrate again with a generate that makes 8\.$"
+    )
+    message = rf"^steps_mask has 12 entries but num_inference_steps is 8; they {advice}"
+    with cached.cache_context("cond", num_inference_steps=8), pytest.raises(bw.ConfigError, match=message):
+        cached(*model.example())
+    with pytest.raises(bw.ConfigError, match=rf"^steps_mask has 12 entries but num_steps is 8; they {advice}"):
+        cached.reset(num_steps=8)
+
+
 def test_a_saved_plan_is_read_back(plan: bw.CalibrationPlan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     assert bw.CalibrationPlan.load(tmp_path / "plan.json") == plan

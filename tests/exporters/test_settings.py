@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import bwcache_compile as bw
 from tests.models import OneStream, noise
@@ -40,3 +42,26 @@ def test_a_later_joint_decision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(bw.ExportError, match="decide='joint' cannot be exported"):
         bw.export(cached, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_reused_step_need_not_know_the_number_of_steps(tmp_path: Path) -> None:
+    """It takes the weights of its anchors, and nothing of what decides."""
+    model = OneStream(depth=2).eval()
+    config = bw.CacheConfig(threshold=float("inf"), reuse_interval=2, tail=0.0, reuse="taylor")
+    cached = bw.transform(model, config, example_args=model.example())
+    want = generation(cached)
+    bw.export(cached, tmp_path / "bundle")
+    session = bw.load(tmp_path / "bundle")
+    got = generation(session)
+    assert "".join("#" if record.computed else "." for record in session.report().contexts["cond"].steps) == "##.."
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def generation(model: Any) -> list[Tensor]:
+    """Run four steps, and say how many there are at the first two only, which are computed."""
+    outputs = []
+    for step in range(4):
+        with model.cache_context("cond", num_inference_steps=6 if step < 2 else None):
+            given = noise("x", step, 1, 6, 4), torch.full((1,), 1 - step / 8)
+            outputs.append(torch.as_tensor(model(*(given if isinstance(model, torch.nn.Module) else (t.numpy() for t in given)))))
+    return outputs

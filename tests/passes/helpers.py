@@ -45,6 +45,12 @@ def text(program: ModelProgram, depth: int = 8) -> str:
     return format_graph(program.compute, depth)
 
 
+def around(transform: Callable[[ModelProgram], PassResult], program: ModelProgram, depth: int = 8) -> tuple[str, str]:
+    """Run one pass; return the graph of a computed step as text, before and after it."""
+    before = text(program, depth)
+    return before, text(applied(transform, program), depth)
+
+
 def folded(message: str) -> str:
     """Break a message into lines that fit beside the code."""
     return "\n".join(textwrap.fill(line, 120, break_on_hyphens=False) for line in message.splitlines())

@@ -6,18 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, nn
 
 import bwcache_compile as bw
-from bwcache_compile.ir.graph_text import diff_graphs
 from bwcache_compile.passes import Guard
 from bwcache_compile.passes.arrange_sources import arrange_sources
+from bwcache_compile.testing import assert_graph_diff
 from tests.architectures.parts import Model
 from tests.architectures.shapes import InTurn
 from tests.architectures.stages import Layered, RefinedOnBothSides
 from tests.models import Block, OneStream, TwoStream
-from tests.passes.helpers import applied, planned, text
+from tests.passes.helpers import around, planned, text
 from tests.reference import Oracle
 
 RESIDUAL = bw.CacheConfig(num_steps=4, reuse="residual")
@@ -58,13 +57,13 @@ def test_what_is_added_again_and_again_is_no_stream() -> None:
 
 def test_diff() -> None:
     program = planned(TwoStream(), RESIDUAL)
-    before = text(program)
     assert program.planned().regions[0].sources == {"add_9": "cat"}
-    assert_expected_inline(
-        diff_graphs(before, text(applied(arrange_sources, program)), "arrange_sources"),
+    assert_graph_diff(
+        *around(arrange_sources, program),
         """\
 @@ arrange_sources
 +cat_1: f32[1, 8, 8] = cat([linear_1, linear], 1)""",
+        name="arrange_sources",
     )
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from torch import Tensor
 from torch.nn import functional
 
-from bwcache_compile.ir.graph_text import diff_graphs, op_counts
+from bwcache_compile.ir.graph_text import op_counts
 from bwcache_compile.passes import canonicalize
+from bwcache_compile.testing import assert_graph_diff
 from tests.models import Casting, InPlace, OneStream, Tiny, captured
-from tests.passes.helpers import applied, eager, models, run, same, text
+from tests.passes.helpers import applied, around, eager, models, run, same, text
 
 aten = torch.ops.aten
 
@@ -28,9 +28,8 @@ class Narrowing(OneStream):
 
 def test_diff() -> None:
     program = captured(Casting(depth=1))
-    before = text(program)
-    assert_expected_inline(
-        diff_graphs(before, text(applied(canonicalize, program)), "canonicalize"),
+    assert_graph_diff(
+        *around(canonicalize, program),
         """\
 @@ canonicalize
 -_assert_tensor_metadata_default = _assert_tensor_metadata(linear, dtype=torch.float32, device=cpu, layout=torch.strided)
@@ -43,19 +42,20 @@ def test_diff() -> None:
 -linear_4: f32[1, 6, 4] = linear(dropout, head.weight, head.bias)
 +add: f32[1, 6, 8] = add(linear, linear_3)
 +linear_4: f32[1, 6, 4] = linear(add, head.weight, head.bias)""",
+        name="canonicalize",
     )
 
 
 def test_casts_that_matter_stay() -> None:
     program = captured(Narrowing(depth=1))
-    before = text(program)
-    assert_expected_inline(
-        diff_graphs(before, text(applied(canonicalize, program)), "canonicalize"),
+    assert_graph_diff(
+        *around(canonicalize, program),
         """\
 @@ canonicalize
 -_assert_tensor_metadata_default = _assert_tensor_metadata(x, dtype=torch.float32, device=cpu, layout=torch.strided)
 -_assert_tensor_metadata_default_1 = _assert_tensor_metadata(x, dtype=torch.float32, device=cpu, layout=torch.strided)
 -_assert_tensor_metadata_default_2 = _assert_tensor_metadata(to, dtype=torch.bfloat16, device=cpu, layout=torch.strided)""",
+        name="canonicalize",
     )
     assert op_counts(program.compute)["to"] == 3
 

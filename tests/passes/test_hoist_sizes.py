@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor
 from torch.fx import Node
 
@@ -15,12 +14,13 @@ from bwcache_compile import passes
 from bwcache_compile.capture.capture import capture
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.edit import as_graph
-from bwcache_compile.ir.graph_text import diff_graphs, format_graph
+from bwcache_compile.ir.graph_text import format_graph, snapshot
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes.canonicalize import canonicalize
 from bwcache_compile.passes.hoist_sizes import hoist_sizes
 from bwcache_compile.policies.sampling import sampled_tokens
+from bwcache_compile.testing import assert_graph_diff
 from tests.models import OneStream, noise
 
 
@@ -59,10 +59,11 @@ def is_size(node: Node) -> bool:
 
 def test_diff() -> None:
     program = folded()
-    before = format_graph(program.compute)
+    before = snapshot(program.compute)
     assert hoist_sizes(program).modified
-    assert_expected_inline(
-        diff_graphs(before, format_graph(program.compute), "hoist_sizes"),
+    assert_graph_diff(
+        before,
+        program.compute,
         """\
 @@ hoist_sizes
 -sym_size_int_5: s27 = sym_size(x, 1)
@@ -81,6 +82,7 @@ def test_diff() -> None:
 +reshape_3: f32[s13, s27, 8] = reshape(reshape_2, [sym_size_int_8, sym_size_int, 8])
 -reshape_4: f32[s13*s27, 4] = reshape(linear_6, [mul, -1])
 +reshape_4: f32[s13*s27, 4] = reshape(linear_6, [mul_4, -1])""",
+        name="hoist_sizes",
     )
 
 

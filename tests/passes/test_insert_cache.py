@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.ir.graph_text import diff_graphs, op_counts
+from bwcache_compile.ir.graph_text import op_counts
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes.insert_cache import insert_cache
 from bwcache_compile.passes.split_region import split_region
+from bwcache_compile.testing import assert_graph_diff
 from tests.models import Exposed, Interleaved, Numbered, OneStream, Refined, Tiny, TwoStream
-from tests.passes.helpers import WAYS, applied, fill_buffers, models, planned, ready_for, run, same, text
+from tests.passes.helpers import WAYS, applied, around, fill_buffers, models, planned, ready_for, run, same
 
 
-def diff(model: Tiny, **settings: object) -> str:
-    program = ready_for(insert_cache, model, CacheConfig(**{"num_steps": 4, **settings}))
-    before = text(program)
-    return diff_graphs(before, text(applied(insert_cache, program)), "insert_cache")
+def graphs(model: Tiny, **settings: object) -> tuple[str, str]:
+    return around(insert_cache, ready_for(insert_cache, model, CacheConfig(**{"num_steps": 4, **settings})))
 
 
 def test_output() -> None:
-    assert_expected_inline(
-        diff(OneStream(depth=2)),
+    assert_graph_diff(
+        *graphs(OneStream(depth=2)),
         """\
 @@ insert_cache
 +copy__default: f32[1, 6, 8] = copy_(cache.output_0, region_0)""",
+        name="insert_cache",
     )
 
 
 def test_residual() -> None:
-    assert_expected_inline(
-        diff(OneStream(depth=2), reuse="residual"),
+    assert_graph_diff(
+        *graphs(OneStream(depth=2), reuse="residual"),
         """\
 @@ insert_cache
 +keep_0: f32[1, 6, 8] = call(keep_0, region_0, linear)
@@ -44,12 +43,13 @@ def test_residual() -> None:
 +  sub: f32[1, 6, 8] = sub(arg0_1, arg1_1)
 +  return sub
 +copy__default: f32[1, 6, 8] = copy_(cache.output_0, keep_0)""",
+        name="insert_cache",
     )
 
 
 def test_taylor() -> None:
-    assert_expected_inline(
-        diff(OneStream(depth=2), reuse="taylor"),
+    assert_graph_diff(
+        *graphs(OneStream(depth=2), reuse="taylor"),
         """\
 @@ insert_cache
 +step: i64[1] = input
@@ -68,26 +68,29 @@ def test_taylor() -> None:
 +  cat_1: f32[2, 2] = cat([view_1, slice_2])
 +  return cat_1
 +copy__default_2: f32[2, 2] = copy_(cache.times, keep_shared)""",
+        name="insert_cache",
     )
 
 
 def test_two_outputs_keep_their_order() -> None:
-    assert_expected_inline(
-        diff(TwoStream(), compute_last=2),
+    assert_graph_diff(
+        *graphs(TwoStream(), compute_last=2),
         """\
 @@ insert_cache
 +copy__default: f32[1, 6, 8] = copy_(cache.output_0, region_0)
 +copy__default_1: f32[1, 2, 8] = copy_(cache.output_1, region_1)""",
+        name="insert_cache",
     )
 
 
 def test_what_the_epilogue_changes_is_copied_first() -> None:
-    assert_expected_inline(
-        diff(Numbered(Exposed(depth=2))),
+    assert_graph_diff(
+        *graphs(Numbered(Exposed(depth=2))),
         """\
 @@ insert_cache
 +clone_default: f32[1, 6, 8] = clone(region_0, memory_format=torch.preserve_format)
 +copy__default: f32[1, 6, 8] = copy_(cache.output_0, clone_default)""",
+        name="insert_cache",
     )
 
 

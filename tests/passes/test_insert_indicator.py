@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.ir.graph_text import diff_graphs
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes import run_pipeline
 from bwcache_compile.passes.insert_cache import insert_cache
 from bwcache_compile.passes.insert_indicator import insert_indicator
 from bwcache_compile.passes.split_region import split_region
 from bwcache_compile.policies.sampling import sampled_tokens
+from bwcache_compile.testing import assert_graph_diff
 from tests.models import Exposed, InPlace, Interleaved, OneStream, Tiny, TwoStream
-from tests.passes.helpers import applied, eager, fill_buffers, models, planned, ready_for, run, same, text
+from tests.passes.helpers import applied, around, eager, fill_buffers, models, planned, ready_for, run, same, text
 
 
-def diff(model: Tiny, depth: int, **settings: object) -> str:
-    program = ready_for(insert_indicator, model, CacheConfig(**{"num_steps": 4, **settings}))
-    before = text(program, depth)
-    return diff_graphs(before, text(applied(insert_indicator, program), depth), "insert_indicator")
+def graphs(model: Tiny, depth: int, **settings: object) -> tuple[str, str]:
+    return around(insert_indicator, ready_for(insert_indicator, model, CacheConfig(**{"num_steps": 4, **settings})), depth)
 
 
 def test_diff() -> None:
-    assert_expected_inline(
-        diff(OneStream(depth=2), 8, indicator_tokens=2, indicator_blocks=1),
+    assert_graph_diff(
+        *graphs(OneStream(depth=2), 8, indicator_tokens=2, indicator_blocks=1),
         """\
 @@ insert_indicator
 -region: (f32[1, 6, 8]) = call(region, linear, linear_1)
@@ -52,12 +49,13 @@ def test_diff() -> None:
 +  stack: f32[1] = stack([div])
 +  return stack
 +copy__default_1: f32[3, 8] = copy_(cache.reference_0, feature_0)""",
+        name="insert_indicator",
     )
 
 
 def test_every_token_of_every_block() -> None:
-    assert_expected_inline(
-        diff(OneStream(depth=2), 0, indicator_tokens="all"),
+    assert_graph_diff(
+        *graphs(OneStream(depth=2), 0, indicator_tokens="all"),
         """\
 @@ insert_indicator
 -region: (f32[1, 6, 8]) = call(region, linear, linear_1)
@@ -67,6 +65,7 @@ def test_every_token_of_every_block() -> None:
 +change: f32[2] = call(indicator, feature_0, feature_1, cache.reference_0, cache.reference_1)
 +copy__default_1: f32[1, 6, 8] = copy_(cache.reference_0, feature_0)
 +copy__default_2: f32[1, 6, 8] = copy_(cache.reference_1, feature_1)""",
+        name="insert_indicator",
     )
 
 

@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.ir.graph_text import diff_graphs, op_counts
+from bwcache_compile.ir.graph_text import op_counts
 from bwcache_compile.ir.program import REGION_MARK, ModelProgram
 from bwcache_compile.passes import find_blocks, plan_cache
 from bwcache_compile.passes.split_region import split_region
+from bwcache_compile.testing import assert_graph_diff
 from tests.models import Exposed, Functional, InPlace, Interleaved, OneStream, Refined, Tiny, TwoStream
-from tests.passes.helpers import applied, eager, models, planned, run, same, text
+from tests.passes.helpers import applied, around, eager, models, planned, run, same, text
 
 
 def test_diff() -> None:
     program = planned(OneStream(depth=2), CacheConfig(num_steps=4, compute_first=1))
-    before = text(program)
-    assert_expected_inline(
-        diff_graphs(before, text(applied(split_region, program)), "split_region"),
+    assert_graph_diff(
+        *around(split_region, program),
         """\
 @@ split_region
 -mul_1: f32[1, 6, 8] = mul(add, linear_1)
@@ -42,14 +42,14 @@ def test_diff() -> None:
 +  return add_1
 +region_0: f32[1, 6, 8] = getitem(region, 0)
 +linear_6: f32[1, 6, 4] = linear(region_0, head.weight, head.bias)""",
+        name="split_region",
     )
 
 
 def test_two_outputs() -> None:
     program = planned(TwoStream(double=2, single=0), CacheConfig(num_steps=4, compute_first=1))
-    before = text(program)
-    assert_expected_inline(
-        diff_graphs(before, text(applied(split_region, program), depth=0), "split_region"),
+    assert_graph_diff(
+        *around(split_region, program, 0),
         """\
 @@ split_region
 -mean_2: f32[1, 1, 8] = mean(add_1, [1], True)
@@ -69,6 +69,7 @@ def test_two_outputs() -> None:
 +region_0: f32[1, 6, 8] = getitem(region, 0)
 +region_1: f32[1, 2, 8] = getitem(region, 1)
 +cat: f32[1, 8, 8] = cat([region_1, region_0], 1)""",
+        name="split_region",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,48 @@ def _kandinsky5(model: nn.Module) -> Any:
     return Kandinsky5T2VPipeline(model, None, None, None, None, None, FlowMatchEulerDiscreteScheduler())
 
 
+class _Part(nn.Module):
+    """A model that a pipeline wants to have, and does not call."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+
+def _cosmos(model: nn.Module) -> Any:
+    from diffusers import CosmosTextToWorldPipeline, EDMEulerScheduler
+
+    # it refuses to run without a safety checker, which sees prompts as text alone
+    return CosmosTextToWorldPipeline(None, None, model, None, EDMEulerScheduler(), safety_checker=_Part())
+
+
+def _allegro(model: nn.Module) -> Any:
+    from diffusers import AllegroPipeline, EulerDiscreteScheduler
+
+    return AllegroPipeline(None, None, None, model, EulerDiscreteScheduler())
+
+
+def _easyanimate(model: nn.Module) -> Any:
+    from diffusers import EasyAnimatePipeline, FlowMatchEulerDiscreteScheduler
+
+    vae = _Part()
+    vae.spatial_compression_ratio, vae.temporal_compression_ratio = 8, 4
+    vae.config = types.SimpleNamespace(latent_channels=4)
+    return EasyAnimatePipeline(vae, None, None, model, FlowMatchEulerDiscreteScheduler())
+
+
+def _sana_video(model: nn.Module) -> Any:
+    from diffusers import DPMSolverMultistepScheduler, SanaVideoPipeline
+
+    return SanaVideoPipeline(None, None, None, model, DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True))
+
+
+def _masked(length: int, width: int) -> dict[str, Tensor]:
+    return {
+        **_prompts(length, width),
+        "prompt_attention_mask": torch.ones(1, length),
+        "negative_prompt_attention_mask": torch.ones(1, length),
+    }
+
+
 def _pooled(name: str) -> Tensor:
     return noise(name, 0, 1, 8)
 
@@ -205,5 +248,33 @@ UNNAMED = {
         (64, 96),
         ("call_0", "call_1"),
     ),
+    "cosmos": Case(
+        _cosmos,
+        ZOO["cosmos"].make,
+        lambda w, n: {**_prompts(n, 16), "num_frames": 9, "guidance_scale": 4.0},
+        (64, 96),
+        ("call_0", "call_1"),
+    ),
+    "allegro": Case(
+        _allegro,
+        ZOO["allegro"].make,
+        lambda w, n: {**_masked(n, 16), "negative_prompt": None, "num_frames": 2, "guidance_scale": 4.0},
+        (64, 96),
+        ("default",),
+    ),
+    "easyanimate": Case(
+        _easyanimate,
+        ZOO["easyanimate"].make,
+        lambda w, n: {**_masked(n, 16), "num_frames": 5, "guidance_scale": 4.0},
+        (64, 96),
+        ("default",),
+    ),
+    "sana_video": Case(
+        _sana_video,
+        ZOO["sana_video"].make,
+        lambda w, n: {**_masked(n, 16), "negative_prompt": None, "frames": 5, "guidance_scale": 4.0, "use_resolution_binning": False},
+        (64, 96),
+        ("default",),
+    ),
 }
-"""Pipelines that open no cache context: one calls once a step, with both prompts in a batch, the other twice."""
+"""Pipelines that open no cache context: those with `default` call once a step, with both prompts in a batch, the others twice."""

@@ -120,7 +120,7 @@ def test_a_graph_and_its_function_launch_alike(name: str) -> None:
     inputs = tree_leaves(cached._call_parameters.bind((), call))
     for kind, module in runnable.modules.items():
         state = runnable.fresh({}) if kind == "compute" else runnable.fresh({}).computed(runnable.fresh({}).slots, 1)
-        operands = runnable.operands(inputs, state, runnable.parameters(cached.cache_config, 8))
+        operands = runnable.operands(inputs, state, runnable.parameters(cached.cache_config, 8, kind))
         with Launched() as by_module:
             expected = module(*operands)
         with Launched() as by_function:

@@ -66,9 +66,10 @@ def test_num_steps_comes_from_the_context_too(model: OneStream) -> None:
     assert pattern(cached, "cond") == "##.."
 
 
-def test_a_reused_step_need_not_know_the_number_of_steps(model: OneStream) -> None:
-    """Held outputs take nothing of the settings; the number was known where it was decided."""
-    cached = bw.transform(model, bw.CacheConfig(threshold=float("inf"), reuse_interval=2, tail=0.0))
+@pytest.mark.parametrize("reuse", ["output", "taylor"])
+def test_a_reused_step_need_not_know_the_number_of_steps(model: OneStream, reuse: str) -> None:
+    """It takes nothing of what decides; the number was known where it was decided."""
+    cached = bw.transform(model, bw.CacheConfig(threshold=float("inf"), reuse_interval=2, tail=0.0, reuse=reuse))
     for step in range(4):
         with cached.cache_context("cond", num_inference_steps=6 if step < 2 else None):
             run(cached, *model.example(step=step))

@@ -64,6 +64,11 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
         bw.ConfigError,
         "this model is already compiled. Call transform on the original model, then torch.compile on the result.",
     ),
+    "compiled in place": (
+        lambda m: (m.compile(), bw.transform(m)),
+        bw.ConfigError,
+        "this model was compiled in place by its compile(). Call transform on a model that was not, then compile the result.",
+    ),
     "no module": (
         lambda m: bw.transform(len),  # type: ignore[arg-type]
         bw.ConfigError,
@@ -124,8 +129,8 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
         _shaping_setting,
         bw.ConfigError,
         "the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.\n  "
-        "Can be changed: calibrated_for, calls_per_step, damping, decide, num_steps, order, reuse_fraction, reuse_interval, steps_mask,"
-        " tail, threshold, timesteps, warmup_steps, weights.",
+        "Can be changed: calibrated_for, calls_per_step, damping, decide, indicator_bounds, num_steps, order, reuse_fraction,"
+        " reuse_interval, steps_mask, tail, threshold, timesteps, warmup_steps, weights.",
     ),
 }
 

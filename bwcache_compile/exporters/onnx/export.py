@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bwcache_compile.exporters.check import check_runs, check_structure, toleran
 from bwcache_compile.exporters.describe import declared_shapes, describe
 from bwcache_compile.exporters.graphs import PlainGraph, plain_graph
 from bwcache_compile.exporters.onnx import lower as writer
+from bwcache_compile.exporters.onnx.first_difference import Comparison, explain_difference
 from bwcache_compile.exporters.onnx.stand_in import computes_in_half, stand_in
 from bwcache_compile.exporters.refuse import refuse
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
@@ -42,6 +44,7 @@ def export_onnx(
     *,
     guarded: bool = False,
     opset: int = 20,
+    repro: Path | None = None,
 ) -> Manifest:
     """Write a program as a bundle of ONNX graphs, and check it against torch before it takes its place.
 
@@ -52,6 +55,7 @@ def export_onnx(
         parameters: Names of the parameters of the model's forward, in order.
         guarded: Write `guarded.onnx` too: one graph with an `If`.
         opset: ONNX operator set; from 23 on attention is one operator.
+        repro: Where the first operator goes that differs from torch, if one does.
 
     Returns:
         The manifest.
@@ -85,12 +89,19 @@ def export_onnx(
             graphs[kind] = GraphEntry(file=f"{kind}.onnx", inputs=inputs, outputs=returned)
         manifest = dataclasses.replace(manifest, graphs=graphs)
         half = any(computes_in_half(graph.model) for graph in written.values())
-        report |= _check_onnx(program, config, Bundle(folder, manifest), half)
+        report |= _check_onnx(program, config, Bundle(folder, manifest), half, written, repro)
         write_manifest(folder, dataclasses.replace(manifest, self_check=report), weights.entry)
         return open_bundle(folder, verify_hashes=False).manifest  # they were made a moment ago
 
 
-def _check_onnx(program: ModelProgram, config: CacheConfig, bundle: Bundle, half: bool) -> dict[str, Any]:
+def _check_onnx(
+    program: ModelProgram,
+    config: CacheConfig,
+    bundle: Bundle,
+    half: bool,
+    written: Mapping[str, writer.OnnxGraph],
+    repro: Path | None,
+) -> dict[str, Any]:
     """Check the graphs in ONNX Runtime; bfloat16 graphs run with casts to float32, since the CPU provider lacks bfloat16 kernels."""
     import onnxruntime as ort
 
@@ -114,7 +125,13 @@ def _check_onnx(program: ModelProgram, config: CacheConfig, bundle: Bundle, half
         for name, graph in kinds.items()
         if graph in bundle.manifest.graphs
     }
-    report |= check_runs(program, config, bundle.manifest, sessions, tolerance_of(program), functools.partial(_to_session, widened=half))
+    tolerance, to_session = tolerance_of(program), functools.partial(_to_session, widened=half)
+
+    def explain(kind: str, values: Mapping[str, Any]) -> str:
+        compared = Comparison(program, kind, bundle, written[kind].origins, values, to_session, options, tolerance)
+        return explain_difference(compared, repro)
+
+    report |= check_runs(program, config, bundle.manifest, sessions, tolerance, to_session, explain)
     for path in bundle.folder.glob("stand_in.*"):
         path.unlink()
     return report

@@ -39,12 +39,14 @@ class OnnxGraph:
         kind: `compute`, `reuse` or `guarded`.
         model: The model.
         region: Of each operator that came from the cached region: its name here, and the node it was.
+        origins: The same of every operator, as far as the exporter said it.
         unmarked: How many operators the exporter made without saying from what: folded constants, fused patterns.
     """
 
     kind: str
     model: ir.Model
     region: dict[str, str]
+    origins: dict[str, str]
     unmarked: int
 
     @property
@@ -61,12 +63,16 @@ def _origins(program: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def _find_region(model: ir.Model, origins: dict[str, dict[str, Any]]) -> tuple[dict[str, str], int]:
-    """Find the operators of the region, and put the module that each came from before its name: `blocks.0.attn/MatMul_3`.
+def _name_operators(model: ir.Model, origins: dict[str, dict[str, Any]]) -> tuple[dict[str, str], dict[str, str], int]:
+    """Find out which node each operator was, and put the module that it came from before its name: `blocks.0.attn/MatMul_3`.
+
+    Returns the nodes of the region's operators and those of all, by the operator's name, and how many came from none.
 
     What a fusion made takes the module of what it reads. Names are what a runtime's messages, profiles and viewers show.
     """
-    region, unmarked = {}, 0
+    region: dict[str, str] = {}
+    known: dict[str, str] = {}
+    unmarked = 0
     modules: dict[Any, str] = {}
     for i, node in enumerate(model.graph.all_nodes()):
         printed = str(node.metadata_props.get(_FX_NODE, ""))
@@ -75,9 +81,10 @@ def _find_region(model: ir.Model, origins: dict[str, dict[str, Any]]) -> tuple[d
         nearest = next((modules[value.producer()] for value in node.inputs if value is not None and value.producer() in modules), "")
         modules[node] = nearest if origin is None else origin["bwcache_module"]
         node.name = f"{modules[node]}/{node.name or f'{node.op_type}_{i}'}".removeprefix("/")
-        if origin is not None and origin[REGION_MARK]:
-            region[node.name] = origin["bwcache_node"]
-    return region, unmarked
+        if origin is not None:
+            known[node.name] = origin["bwcache_node"]
+            region |= {node.name: origin["bwcache_node"]} if origin[REGION_MARK] else {}
+    return region, known, unmarked
 
 
 def _masked_select(values: Any, mask: Any) -> Any:
@@ -117,12 +124,12 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: Mapping[str, Sequence[int 
         raise ExportError(f"torch.onnx cannot export the {plain.kind} graph at opset {opset}: {reason}\n  {OTHERWISE}") from error
     rewrites.without_bool_where(model.graph)
     between_casts(model, lambda node: not admits_dtypes(node, opset))
-    region, unmarked = _find_region(model, _origins(program))
+    region, origins, unmarked = _name_operators(model, _origins(program))
     rewrites.strip(model)
     rewrites.rename(model.graph, plain.inputs, plain.outputs)
     rewrites.declare(model, shapes)
     model.graph.name = plain.kind
-    return OnnxGraph(plain.kind, model, region, unmarked)
+    return OnnxGraph(plain.kind, model, region, origins, unmarked)
 
 
 def save(graph: OnnxGraph, path: Path, weights: WeightFile) -> None:
@@ -157,4 +164,4 @@ def guarded_graph(folder: Path, io: GraphIO, measured: int) -> OnnxGraph:
     """Return the guarded graph over the written pair; see `guarded_model`."""
     from bwcache_compile.exporters.onnx.guard import guarded_model
 
-    return OnnxGraph("guarded", guarded_model(folder, io, measured), {}, 0)
+    return OnnxGraph("guarded", guarded_model(folder, io, measured), {}, {}, 0)

@@ -127,19 +127,21 @@ def weighted_sum(anchors: tuple[Tensor, ...], weights: Tensor) -> Tensor:
     return total.to(anchors[0].dtype)
 
 
-def _anchor_steps(mask: tuple[int, ...], anchors: int, step: int) -> tuple[float, ...]:
+def _anchor_steps(computed: list[int], anchors: int, step: int) -> tuple[float, ...]:
     """Return the last computed steps before a step, the latest first."""
-    computed = [float(s) for s in range(step) if not mask[s]][::-1][:anchors]
-    return (*computed, *[-1.0] * (anchors - len(computed)))
+    before = [float(s) for s in computed if s < step][::-1][:anchors]
+    return (*before, *[-1.0] * (anchors - len(before)))
 
 
 def _values(config: CacheConfig) -> dict[str, Values]:
     anchors, mask = config.graph_settings.anchors, config.steps_mask or (0,)
     rows = config.weights or (None,) * len(mask)
     steps = range(len(mask))
+    times = config.timesteps or (0.0,) * len(mask)
+    computed = [step for step in steps if not mask[step] and times[step] is not None]  # at the others another model runs
     return {
         "weights": tuple(row or (1.0, *[0.0] * (anchors - 1)) for row in rows),
-        "anchor_steps": tuple(_anchor_steps(mask, anchors, s) if rows[s] else (_NO_ROW,) * anchors for s in steps),
+        "anchor_steps": tuple(_anchor_steps(computed, anchors, s) if rows[s] else (_NO_ROW,) * anchors for s in steps),
         "order": (config.order,),
         "damping": (float(config.damping),),
     }
