@@ -72,11 +72,6 @@ class StepRecord:
         change = None if self.change is None or self.gap is None else [float(value) for value in self.change.reshape(-1).tolist()]
         return {**vars(self), "indicator": self.indicator, "change": change, "blocks_computed": list(self.blocks_computed)}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the step as plain data; `change` is left out where there was nothing to compare with."""
-        change = None if self.change is None or self.gap is None else [float(value) for value in self.change.reshape(-1).tolist()]
-        return {**vars(self), "indicator": self.indicator, "change": change, "blocks_computed": list(self.blocks_computed)}
-
 
 def step_records(steps: Sequence[RawStep]) -> tuple[StepRecord, ...]:
     """Read what was noted. The only place where a report waits for the device."""

@@ -57,6 +57,7 @@ LIBRARIES = {
     "onnx_ir": ("exporters/onnx", "exporters/tensorrt", "testing/onnx_graphs"),
     "onnxscript": ("exporters/onnx",),
     "onnxruntime": ("exporters/onnx", RUNNERS),
+    "openvino": (RUNNERS,),
     "tensorrt": ("exporters/tensorrt", RUNNERS),
     "typer": ("cli",),
     "rich": ("cli",),

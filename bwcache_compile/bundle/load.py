@@ -105,16 +105,16 @@ def load(
     bundle = open_bundle(directory, verify_hashes=verify_hashes)
     graph_format = bundle.manifest.graph_format
     fitting = _BACKENDS[graph_format]
-    backend = backend or fitting[0]
-    if backend not in fitting:
+    runtime = backend or fitting[0]
+    if runtime not in fitting:
         choices = " or ".join(f'"{name}"' for name in fitting)
         raise ConfigError(f'backend must be {choices} for graphs of format "{graph_format}", or left out, got {backend!r}.')
-    if backend == "openvino":
+    if runtime == "openvino":
         _need("openvino", "openvino")
         if providers is not None or outputs is not None:
             raise ConfigError('providers and outputs require backend="onnxruntime".')
         return openvino_session(bundle, guarded=guarded, device=device, options=options)
-    if backend == "onnxruntime":
+    if runtime == "onnxruntime":
         _need("onnxruntime", "ort")
         if device is not None and providers is not None:
             raise ConfigError("device and providers both say where the graphs run; pass one of them.")

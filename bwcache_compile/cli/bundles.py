@@ -104,7 +104,8 @@ class BundleLoop:
         self.moves: Motion = motion(shapes, [arithmetic(size, known) for size in item.shape], steps)
         calibrated = manifest.config.timesteps
         if calibrated is not None:
-            self.moves = dataclasses.replace(self.moves, times=calibrated[:steps])
+            times = zip(calibrated[:steps], self.moves.times, strict=True)  # another model runs at steps without a time
+            self.moves = dataclasses.replace(self.moves, times=tuple(drawn if time is None else time for time, drawn in times))
         self._mask_is_given = manifest.config.steps_mask is not None
 
     def run(

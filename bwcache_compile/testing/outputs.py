@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bwcache_compile.contexts import ContextMethods
+from bwcache_compile.context_methods import ContextMethods
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.ir.compare import as_tensor, clone_tensors, relative_error
 from bwcache_compile.ir.tree_paths import Path, output_name

@@ -59,8 +59,8 @@ class OpenVINORunner:
         half = [entry.name for entry in entries if entry.dtype == "bfloat16"]
         if half:
             raise ConfigError(
-                f"{half[0]} has dtype bfloat16, which numpy does not support, and backend='openvino' passes numpy arrays. Export the model in"
-                " float32 or float16."
+                f"{half[0]} has dtype bfloat16, which numpy does not support, and backend='openvino' passes numpy arrays. Export the model"
+                " in float32 or float16."
             )
 
     def _check(self, kind: str) -> None:
@@ -76,10 +76,10 @@ class OpenVINORunner:
         for name, port in zip(entry.inputs, graph.inputs, strict=True):
             if name not in known:
                 continue
-            found, shape = _DTYPES.get(port.element_type.get_type_name(), ""), graph_shape(known[name])
+            type_name, shape = port.element_type.get_type_name(), graph_shape(known[name])
             dtype = PAIRS.get(known[name].dtype, known[name].dtype)
-            if found != dtype:
-                raise BundleError(f"{entry.file} has dtype {found} for {name}, but the manifest lists {dtype}.")
+            if _DTYPES.get(type_name) != dtype:
+                raise BundleError(f"{entry.file} has dtype {type_name} for {name}, but the manifest lists {dtype}.")
             dimensions = [size.get_length() if size.is_static else None for size in port.partial_shape]
             fixed = [(a, b) for a, b in zip(dimensions, shape, strict=False) if a is not None and isinstance(b, int)]
             if len(dimensions) != len(shape) or any(a != b for a, b in fixed):
