@@ -23,6 +23,8 @@ BLOCK = re.compile(
     r"(?:\n+^```text\n(?P<fails>.*?)^```$)?",
     re.DOTALL | re.MULTILINE,
 )
+LONG = ("pipelines.md", "testing.md")
+"""Pages that take a minute between them."""
 RUN_PAGES = """
 import os, re, sys, tempfile, traceback
 sys.path.insert(0, os.getcwd())
@@ -62,10 +64,12 @@ def code_of(page: Path) -> str:
     return code
 
 
-def test_every_block_runs() -> None:
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_block_runs(long: bool) -> None:
     """All pages in one process, each in an empty folder: importing the libraries is what takes time."""
-    pages = [f"{page.relative_to(ROOT)}\n{code}" for page in PAGES if page.parent != ROOT and (code := code_of(page)).strip()]
-    assert len(pages) > 5
+    chosen = [page for page in PAGES if page.parent != ROOT and (page.name in LONG) == long]
+    pages = [f"{page.relative_to(ROOT)}\n{code}" for page in chosen if (code := code_of(page)).strip()]
+    assert len(pages) > 1
     done = subprocess.run([sys.executable, "-c", RUN_PAGES], input="\0".join(pages), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
 

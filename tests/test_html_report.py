@@ -104,7 +104,20 @@ def a_plan(steps: int = 8) -> bw.CalibrationPlan:
         PlanEntry(tuple(step < count for step in range(steps)), ((1.5, -0.5),) * steps, psnr, "fitted", plain)
         for count, psnr, plain in rows
     )
-    made = Provenance("OneStream, float32, weights 0", (), ("cond",), (), "blocks", 0, "a linear sampler", 1, 3.5, {"torch": "2.13"})
+    made = Provenance(
+        "OneStream, float32, weights 0",
+        (),
+        tuple(range(steps)),
+        steps,
+        ("cond",),
+        (),
+        "blocks",
+        0,
+        "a linear sampler",
+        1,
+        3.5,
+        {"torch": "2.13"},
+    )
     return bw.CalibrationPlan(entries, made)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.machine.life import DTYPES, run_scripts
 
-SCRIPTS = 12
+SCRIPTS = 8
 
 
 @pytest.mark.filterwarnings("ignore:no step of context:bwcache_compile.CacheWarning")

@@ -110,7 +110,10 @@ CPUExecutionProvider cannot run .../bundle/compute.onnx:
     )
 
 
-@pytest.mark.parametrize(("dtype", "opset"), [(torch.bfloat16, 20), (torch.bfloat16, 23), (torch.float16, 23)])
+@pytest.mark.parametrize(
+    ("dtype", "opset"),
+    [(torch.bfloat16, 20), *(pytest.param(dtype, 23, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16))],
+)
 def test_operators_that_lack_a_dtype_compute_in_float32(dtype: torch.dtype, opset: int, tmp_path: Path) -> None:
     model = bw.transform(Convolving().eval().to(dtype), CONFIG, example_args=tuple(v.to(dtype) for v in OneStream().example()))
     report = bw.export(model, tmp_path / "bundle", guarded=True, opset=opset).self_check

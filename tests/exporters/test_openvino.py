@@ -41,7 +41,7 @@ def test_runs_as_torch_at_another_size(bundle: Any, guarded: bool) -> None:
     assert "." in str(session.report())
 
 
-@pytest.mark.parametrize("reuse", ["residual", "taylor", "linear"])
+@pytest.mark.parametrize("reuse", ["linear", *(pytest.param(reuse, marks=pytest.mark.slow) for reuse in ("residual", "taylor"))])
 def test_every_way_of_reuse(reuse: str, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, reuse=reuse)
     cached = bw.transform(OneStream().eval(), config, example_args=OneStream().example())

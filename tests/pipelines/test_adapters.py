@@ -115,6 +115,7 @@ def test_a_scale_at_the_call_and_an_adapter_that_is_added_to_the_transformer() -
     assert not torch.equal(s.check(attention_kwargs={"scale": 0.45}), weak), "a number that was scaled is watched still"
 
 
+@pytest.mark.zoo
 def test_a_weight_that_is_set_between_two_steps() -> None:
     s = side("wan")
     s.pipe.load_lora_weights(lora(s.model), adapter_name="style")

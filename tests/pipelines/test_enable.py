@@ -348,7 +348,7 @@ def test_branches_decide_together_unless_it_is_said_otherwise(given: Any, settin
 def plan_of(*budgets: int) -> bw.CalibrationPlan:
     """Return a plan for four steps, with entries that compute so many of them."""
     entries = [PlanEntry(tuple(i < n for i in range(4)), ((1.0, 0.0),) * 4, 30.0) for n in budgets]
-    made = Provenance("OneStream, float32, weights 0", (), ("default",), (), "output", 0, "", 1, 4.0, {})
+    made = Provenance("OneStream, float32, weights 0", (), (0, 1, 2, 3), 4, ("default",), (), "output", 0, "", 1, 4.0, {})
     return bw.CalibrationPlan(tuple(entries), made)
 
 
