@@ -39,6 +39,19 @@ FOUND = {
     "memory shared by the blocks": Case(Spec((Stack(residual="scratch"),)), "taylor"),
     "the embedded time edited by each block": Case(Spec((Stack(modulation="decay"),), epilogue="adaln")),
     "an input for each block, and an odd last block": Case(Spec((Stack(), Stack(own=True, odd="last")), streams=2)),
+    "a stream that is viewed where an equal one of other strides stands for it": Case(
+        Spec(
+            (
+                Stack("spacetime", mixer="sdpa", norm="rms", modulation="none", constant="factor", own=True, skip="cat", feed=False),
+                Stack(residual="scratch", norm="rms", modulation="none", odd="last", hints=1, feed=False),
+            ),
+            streams=2,
+            code="attributes",
+            refine_text=2,
+        ),
+        "residual",
+        compute_first=1,
+    ),
     "the caller's tensor edited": Case(Spec((Stack(),), prologue="input")),
 }
 

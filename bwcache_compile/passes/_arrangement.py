@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.sizes import Shape, hint, hint_shape, shape_of
-from bwcache_compile.passes.block_search.streams import LAYOUT, addends, merged_stream, operator_name
+from bwcache_compile.passes.block_search.streams import LAYOUT, addends, layout_operator, merged_stream, operator_name
 
 _ELSEWHERE, _TWICE = -1, -2
 
@@ -77,8 +77,7 @@ class _Numbered:
         if operator_name(node) in ("to", "type_as", "_to_copy"):
             return lookup(node.all_input_nodes[0])
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lookup)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return layout_operator(node)(*args, **kwargs)
 
     def _side(self, side: Node, sides: list[Node]) -> Tensor:
         """Return the numbers of one side of a sum; of `x + f(x)`, those of x."""

@@ -8,6 +8,7 @@ from torch.fx.node import map_arg
 from bwcache_compile.ir.edit import give_role
 from bwcache_compile.ir.plan import Region
 from bwcache_compile.ir.program import ModelProgram, PassResult
+from bwcache_compile.passes.block_search.streams import layout_operator
 
 
 def source_role(region: Region, name: str) -> str:
@@ -27,9 +28,9 @@ def _arrange(program: ModelProgram, region: Region) -> None:
         last = max([*operands.values(), *copies.values()], key=lambda a: order.get(a, order[first] - 1))
         with graph.inserting_before(first) if order.get(last, -1) < order[first] else graph.inserting_after(last):
             copy = graph.node_copy(node, operands.__getitem__)
+        copy.target = layout_operator(node)  # what stands for an operand has its values, and may have other strides
         args, kwargs = map_arg((node.args, node.kwargs), lambda a: operands[a].meta["val"])  # noqa: B023
-        assert callable(node.target)
-        copy.meta = {"val": node.target(*args, **kwargs)}
+        copy.meta = {"val": layout_operator(node)(*args, **kwargs)}
         give_role(copy, source_role(region, name))
         order[copy] = max(order.get(last, -1), order[first] - 1)
         copies[name] = copy

@@ -41,6 +41,12 @@ def operator_name(node: Node) -> str:
     return target._schema.name.removeprefix("aten::") if isinstance(target, OpOverload) else getattr(target, "__name__", "")
 
 
+def layout_operator(node: Node) -> Callable[..., Any]:
+    """Return the operator that does what a node of `LAYOUT` does with an operand of any strides: `reshape` for `view`."""
+    assert callable(node.target)
+    return aten.reshape.default if node.target is aten.view.default else node.target
+
+
 Rows = tuple[int | SymInt, int | SymInt]
 
 
