@@ -20,6 +20,7 @@ BASE = {
     "errors",
     "graph_io",
     "new_folder",
+    "printing",
     "report",
     "size_expressions",
     "stepping",

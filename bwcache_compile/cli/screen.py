@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,20 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bwcache_compile.printing import plain
+
 SLOW = 2.0
 """Seconds after which a command says what it is doing, and between two such lines, where stderr is no terminal."""
 _WIDE = 200
-
-
-def plain(value: Any) -> Any:
-    """Return data as strict JSON has it: tuples as lists, numbers that are not finite as text, keys as text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
 class Screen:
@@ -126,12 +116,3 @@ def shape_text(value: Mapping[str, Any]) -> str:
     if value["shape"] is None:
         return str(value["name"])
     return f"{value['name']} {value['dtype']}[{', '.join(map(str, value['shape']))}]"
-
-
-def bytes_text(count: float) -> str:
-    """Print a number of bytes with a unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

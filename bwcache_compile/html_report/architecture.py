@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bwcache_compile.html_report.drawing import Drawing, shortened
-from bwcache_compile.html_report.formatting import bytes_text, count_text, shape_text, stack_runs
+from bwcache_compile.html_report.formatting import count_text, shape_text, stack_runs
+from bwcache_compile.printing import bytes_text
 
 _WIDTH = 412
 _LEFT, _INNER = 12, 288

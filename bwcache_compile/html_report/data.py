@@ -20,6 +20,7 @@ from bwcache_compile.errors import ConfigError
 from bwcache_compile.html_report.operators import graph_parts
 from bwcache_compile.ir.plan import BlockSearch, CachePlan
 from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.printing import plain
 from bwcache_compile.report import ContextReport
 from bwcache_compile.runtime import CachedModel
 
@@ -28,17 +29,6 @@ Image = bytes | str | Path
 
 _KINDS = ((b"\x89PNG\r\n\x1a\n", 0, "png"), (b"\xff\xd8\xff", 0, "jpeg"), (b"WEBP", 8, "webp"))
 """What such a file holds at which place, and the name of its kind."""
-
-
-def plain(value: Any) -> Any:
-    """Return a value as what JSON has: tuples become lists; infinite numbers and NaN become text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def report_data(

@@ -10,15 +10,6 @@ FOLDED = 24
 """Lines of one run of a diff from which on it is folded."""
 
 
-def bytes_text(count: float) -> str:
-    """Print a number of bytes with a unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
 def count_text(count: int, word: str) -> str:
     """Print a number of things: `1 block`, `3,560 blocks`."""
     return f"{count:,} {word}{'s' * (count != 1)}"

@@ -15,6 +15,7 @@ from bwcache_compile.html_report import charts, formatting
 from bwcache_compile.html_report.architecture import architecture
 from bwcache_compile.html_report.data import Image, report_data
 from bwcache_compile.html_report.drawing import Drawing
+from bwcache_compile.printing import bytes_text
 
 
 def write_report(
@@ -77,7 +78,7 @@ def render(data: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "bytes": formatting.bytes_text,
+        "bytes": bytes_text,
         "count": formatting.count_text,
         "shape": formatting.shape_text,
         "number": formatting.number_text,

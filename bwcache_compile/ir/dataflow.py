@@ -6,7 +6,8 @@ here do. Node sets are bit masks over the order of the graph, so that reachabili
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -15,6 +16,20 @@ from bwcache_compile.ir.torch_compat import OpOverload
 
 # They may return their input itself, and their schema does not say so.
 _SILENT_ALIASES = frozenset({"aten::type_as", "aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"})
+
+T = TypeVar("T", bound=Hashable)
+
+
+def reachable(start: Iterable[T], needs: Callable[[T], Iterable[T]]) -> set[T]:
+    """Return everything that some values need, directly or through others, and these values."""
+    found: set[T] = set()
+    waiting = list(start)
+    while waiting:
+        value = waiting.pop()
+        if value not in found:
+            found.add(value)
+            waiting += needs(value)
+    return found
 
 
 def aliased_arguments(node: Node) -> tuple[list[Node], list[Node]]:
@@ -121,14 +136,7 @@ class DataFlow:
             outputs: Where to begin.
             instead: Nodes that need these values instead of their operands.
         """
-        live: set[Node] = set()
-        stack = list(outputs)
-        while stack:
-            node = stack.pop()
-            if node not in live:
-                live.add(node)
-                stack += (instead or {}).get(node, self._needs[node])
-        return live
+        return reachable(outputs, lambda node: (instead or {}).get(node, self._needs[node]))
 
     def outside_writers(self) -> list[Node]:
         """Return the nodes that change something the caller can see: an input, a parameter or a buffer."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bwcache_compile.ir.dataflow import reachable
 from bwcache_compile.testing.graph_facts import Arm, GraphFacts, Guard, TensorFact
 
 _WORK = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Attention", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"}
@@ -68,14 +69,7 @@ def _captured(graph: Any) -> list[Any]:
 
 def _sources(values: Iterable[Any]) -> set[Any]:
     """Return everything that values depend on, and the values."""
-    seen: set[Any] = set()
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        if value not in seen:
-            seen.add(value)
-            waiting += _operands(value.producer()) if value.producer() is not None else []
-    return seen
+    return reachable(values, lambda value: _operands(value.producer()) if value.producer() is not None else ())
 
 
 def _fact(value: Any) -> TensorFact:

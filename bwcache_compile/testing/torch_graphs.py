@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
-from bwcache_compile.ir.dataflow import writes_escape
+from bwcache_compile.ir.dataflow import reachable, writes_escape
 from bwcache_compile.ir.graph_text import called_graphs, op_counts, op_name
 from bwcache_compile.ir.tracing import tracing
 from bwcache_compile.ir.tree_paths import leaf_paths, output_name
@@ -27,14 +27,7 @@ def _work(module: GraphModule) -> int:
 
 def _sources(nodes: Iterable[Node]) -> set[Node]:
     """Return everything that nodes depend on, and the nodes."""
-    seen: set[Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            waiting += node.all_input_nodes
-    return seen
+    return reachable(nodes, lambda node: node.all_input_nodes)
 
 
 def _fact(name: str, node: Any) -> TensorFact:

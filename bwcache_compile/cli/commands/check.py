@@ -15,8 +15,9 @@ from bwcache_compile.bundle.session import Session
 from bwcache_compile.cli.bundles import BundleLoop, BundleStep, as_array, opened, summary
 from bwcache_compile.cli.named import Named
 from bwcache_compile.cli.outcome import CommandError
-from bwcache_compile.cli.screen import Screen, bytes_text, table
+from bwcache_compile.cli.screen import Screen, table
 from bwcache_compile.policies import POLICIES
+from bwcache_compile.printing import bytes_text
 
 _STEPS = 6
 _TOLERANCE = 1e-4

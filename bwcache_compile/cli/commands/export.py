@@ -9,8 +9,9 @@ import bwcache_compile as bw
 from bwcache_compile.cli.bundles import summary
 from bwcache_compile.cli.models import head, loaded, transformed
 from bwcache_compile.cli.named import Named
-from bwcache_compile.cli.screen import Screen, bytes_text, table
+from bwcache_compile.cli.screen import Screen, table
 from bwcache_compile.ir.compare import Verify
+from bwcache_compile.printing import bytes_text
 
 
 def export_model(

@@ -8,9 +8,10 @@ from typing import Any
 import bwcache_compile as bw
 from bwcache_compile.cli.models import head, loaded, transformed
 from bwcache_compile.cli.named import Named
-from bwcache_compile.cli.screen import Screen, bytes_text, shape_text, table
+from bwcache_compile.cli.screen import Screen, shape_text, table
 from bwcache_compile.cli.source import Source
 from bwcache_compile.ir.compare import Verify
+from bwcache_compile.printing import bytes_text
 
 
 def inspect_model(screen: Screen, named: Named, config: bw.CacheConfig | None, blocks: Sequence[str] | None, verify: Verify) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import bwcache_compile as bw
 from bwcache_compile.cli.bundles import BundleLoop, opened, steps_of
-from bwcache_compile.cli.screen import Screen, bytes_text
+from bwcache_compile.cli.screen import Screen
+from bwcache_compile.printing import bytes_text
 
 
 def run_bundle(
