@@ -23,7 +23,7 @@ BLOCK = re.compile(
     r"(?:\n+^```text\n(?P<fails>.*?)^```$)?",
     re.DOTALL | re.MULTILINE,
 )
-LONG = ("pipelines.md", "testing.md")
+LONG = ("deployment.md", "pipelines.md", "testing.md")
 """Pages that take a minute between them."""
 RUN_PAGES = """
 import os, re, sys, tempfile, traceback

@@ -81,7 +81,7 @@ INPUTS: dict[str, Callable[[int, Size], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=selected(INPUTS))
+@pytest.fixture(scope="module", params=selected(INPUTS, always={"wan"}))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

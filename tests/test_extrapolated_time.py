@@ -66,7 +66,7 @@ def test_steps_count_where_the_input_does_not_move(model: FrameRate, guard: Any)
     assert "extrapolates along fps, or along the step index while fps does not move" in str(cached.plan)
 
 
-@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("pt2", marks=pytest.mark.slow)])
 def test_steps_count_in_a_bundle(model: FrameRate, format: str, tmp_path: Path) -> None:
     cached = bw.transform(model, CONFIG, example_args=model.example())
     bw.export(cached, tmp_path / "bundle", format=format, guarded=format == "onnx")

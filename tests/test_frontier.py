@@ -132,6 +132,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_what_the_report_of_a_cached_model_calls_computed_ran() -> None:
     way = PaperSchedule("output", Indicators([]))
     settings = {"threshold": math.inf, "reuse_interval": 2}

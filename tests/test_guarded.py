@@ -117,7 +117,7 @@ def test_an_indicator_that_is_not_finite_is_beyond_every_bound() -> None:
         assert guarded(mask, torch.full((4,), bound), torch.tensor([change, change]), step).tolist() == [left]
 
 
-@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("pt2", marks=pytest.mark.slow)])
 def test_in_a_bundle(model: OneStream, format: str, tmp_path: Path) -> None:
     cached = bw.transform(model, GUARDED, cut="output", example_args=model.example())
     generation(cached, model)

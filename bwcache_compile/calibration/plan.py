@@ -76,6 +76,11 @@ class PlanEntry:
         """Whether the plain model with as many steps is closer to the full generation, as far as it was measured."""
         return self.fewer_steps_psnr is not None and self.fewer_steps_psnr > self.psnr
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as plain data, with what follows from its mask and its figures."""
+        follows = ("computed", "budget", "speedup", "fewer_steps_wins")
+        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in follows}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
@@ -244,6 +249,15 @@ class CalibrationPlan:
                 f" ({entry.psnr:.1f} dB, {entry.speedup:.2f}x). Calibrate with other budgets, or choose from the plan:\n{self}"
             )
         return entry
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data; its entries say how many steps they compute and whether fewer steps were closer."""
+        return {
+            "steps": self.steps,
+            "anchors": self.anchors,
+            "entries": [entry.to_dict() for entry in self.entries],
+            "provenance": dataclasses.asdict(self.provenance),
+        }
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""

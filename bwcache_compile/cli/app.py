@@ -1,31 +1,12 @@
-"""The commands of `bwcache` and their options. Nothing heavy is imported before a command runs."""
+"""The command line `bwcache`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from bwcache_compile.cli.options import (
-    AllowCode,
-    At,
-    Blocks,
-    ConfigFile,
-    Device,
-    Diffusers,
-    Example,
-    Factory,
-    InputsFile,
-    Json,
-    PlanFile,
-    Sampler,
-    Set,
-    Steps,
-    Traceback,
-    Verify,
-)
-from bwcache_compile.cli.outcome import outcome
+from bwcache_compile.cli import bundle_commands, model_commands
 
 app = typer.Typer(
     name="bwcache",
@@ -53,225 +34,15 @@ def bwcache(
     """Find the repeated blocks of a diffusion transformer, cache them, and see what that does."""
 
 
-@app.command()
-def inspect(
-    model: Factory = None,
-    diffusers: Diffusers = None,
-    config: ConfigFile = None,
-    inputs: InputsFile = None,
-    example: Example = None,
-    set_: Set = None,
-    plan: PlanFile = None,
-    at: At = None,
-    blocks: Blocks = None,
-    verify: Verify = "close",
-    as_json: Json = False,
-    traceback: Traceback = False,
-) -> None:
-    """Show blocks, rejected candidates, region and memory.
-
-    Also live-ins and live-outs, the cache of one context, and the share of the model's work that a reused step skips.
-    """
-    with outcome(as_json, traceback) as screen:
-        from bwcache_compile.cli.commands.inspect import inspect_model
-        from bwcache_compile.cli.named import Named
-        from bwcache_compile.cli.settings import settings
-
-        inspect_model(screen, Named(model, diffusers, config, inputs, example), settings(set_, plan, at), blocks, verify)
-
-
-@app.command()
-def diff(
-    model: Factory = None,
-    diffusers: Diffusers = None,
-    config: ConfigFile = None,
-    inputs: InputsFile = None,
-    example: Example = None,
-    set_: Set = None,
-    plan: PlanFile = None,
-    at: At = None,
-    blocks: Blocks = None,
-    verify: Verify = "close",
-    passes: Annotated[
-        list[str] | None, typer.Option("--pass", metavar="NAME", help="Show this pass; all shows each. Default: all passes together.")
-    ] = None,
-    guard: Annotated[Literal["host", "graph"], typer.Option(help="Who decides: the caller, or the graph.")] = "host",
-    as_json: Json = False,
-    traceback: Traceback = False,
-) -> None:
-    """Show what the passes changed in the graph."""
-    with outcome(as_json, traceback) as screen:
-        from bwcache_compile.cli.commands.diff import diff_model
-        from bwcache_compile.cli.named import Named
-        from bwcache_compile.cli.settings import settings
-
-        named = Named(model, diffusers, config, inputs, example)
-        diff_model(screen, named, settings(set_, plan, at), blocks, verify, passes or (), guard)
-
-
-@app.command()
-def profile(
-    model: Factory = None,
-    diffusers: Diffusers = None,
-    config: ConfigFile = None,
-    inputs: InputsFile = None,
-    example: Example = None,
-    steps: Steps = 20,
-    generate: Sampler = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Measure one token in this many.")] = 1,
-    blocks: Blocks = None,
-    verify: Verify = "close",
-    as_json: Json = False,
-    traceback: Traceback = False,
-) -> None:
-    """Show how much each block changes at each step.
-
-    Every step of a generation is computed; the relative L1 change of each block's output is what the policies look at.
-    """
-    with outcome(as_json, traceback) as screen:
-        from bwcache_compile.cli.commands.profile import profile_model
-        from bwcache_compile.cli.named import Named
-
-        profile_model(screen, Named(model, diffusers, config, inputs, example), steps, generate, tokens, blocks, verify)
-
-
-@app.command()
-def calibrate(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to save the plan.")],
-    model: Factory = None,
-    diffusers: Diffusers = None,
-    config: ConfigFile = None,
-    inputs: InputsFile = None,
-    example: Example = None,
-    steps: Steps = 20,
-    generate: Sampler = None,
-    budget: Annotated[
-        list[float] | None, typer.Option(help="Share of computed steps; may be given several times. [default: 0.4 0.3 0.2]")
-    ] = None,
-    anchors: Annotated[int, typer.Option(min=1, help="Computed steps that a reused step combines.")] = 4,
-    cut: Annotated[Literal["output", "blocks"], typer.Option(help="What is kept: the model's outputs, or those of its blocks.")] = "output",
-    effort: Annotated[Literal["quick", "thorough"], typer.Option(help="At most 4 full generations, or 10.")] = "quick",
-    as_json: Json = False,
-    traceback: Traceback = False,
-) -> None:
-    """Find out which steps to compute, and save a plan.
-
-    Makes one video several times; the plan says how to combine the last computed steps at the others, for each budget.
-    """
-    with outcome(as_json, traceback) as screen:
-        from bwcache_compile.cli.commands.calibrate import calibrate_model
-        from bwcache_compile.cli.named import Named
-
-        named = Named(model, diffusers, config, inputs, example)
-        calibrate_model(screen, named, out, steps, generate, budget or (0.4, 0.3, 0.2), anchors, cut, effort)
-
-
-@app.command()
-def export(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIRECTORY", help="Where to write the bundle.")],
-    model: Factory = None,
-    diffusers: Diffusers = None,
-    config: ConfigFile = None,
-    inputs: InputsFile = None,
-    example: Example = None,
-    set_: Set = None,
-    plan: PlanFile = None,
-    at: At = None,
-    blocks: Blocks = None,
-    verify: Verify = "bitwise",
-    format_: Annotated[Literal["onnx", "pt2", "aoti"], typer.Option("--format", help="What the graphs are written as.")] = "onnx",
-    guarded: Annotated[bool, typer.Option(help="Add one ONNX graph that decides by itself.")] = False,
-    opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 20,
-    dynamic: Annotated[bool, typer.Option(help="Keep every size open that the model lets.")] = False,
-    as_json: Json = False,
-    traceback: Traceback = False,
-) -> None:
-    """Write the cached model as a bundle.
-
-    It is run beside torch while it is written; a failure leaves what was there.
-    """
-    with outcome(as_json, traceback) as screen:
-        from bwcache_compile.cli.commands.export import export_model
-        from bwcache_compile.cli.named import Named
-        from bwcache_compile.cli.settings import settings
-
-        named = Named(model, diffusers, config, inputs, example)
-        export_model(screen, named, out, settings(set_, plan, at), blocks, verify, format_, guarded, opset, dynamic)
-
-
-Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", show_default=False, help="A folder that bwcache export or bw.export wrote.")]
-
-
-@app.command()
-def check(
-    bundle: Bundle,
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="Compare with this model: package.module:factory or file.py:factory.")
-    ] = None,
-    diffusers: Diffusers = None,
-    config: ConfigFile = None,
-    inputs: InputsFile = None,
-    example: Example = None,
-    device: Device = None,
-    allow_code: AllowCode = False,
-    as_json: Json = False,
-    traceback: Traceback = False,
-) -> None:
-    """Check a bundle: files, graphs, and its model.
-
-    Every hash is compared and every graph is run over several steps, computed and reused. With a model, the check of the export is done
-    again: the bundle runs beside it in torch.
-    """
-    with outcome(as_json, traceback) as screen:
-        from bwcache_compile.cli.commands.check import check_bundle
-        from bwcache_compile.cli.named import Named
-
-        named = Named(model, diffusers, config, inputs, example)
-        check_bundle(screen, bundle, named if named != Named() else None, device, allow_code)
-
-
-@app.command()
-def run(
-    bundle: Bundle,
-    steps: Annotated[int | None, typer.Option(min=1, show_default=False, help="Denoising steps. [default: the bundle's, or 10]")] = None,
-    context: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A stream of calls; may be given several times.")] = None,
-    guarded: Annotated[bool, typer.Option(help="Run the graph that decides by itself.")] = False,
-    device: Device = None,
-    allow_code: AllowCode = False,
-    as_json: Json = False,
-    traceback: Traceback = False,
-) -> None:
-    """Run a bundle on drawn inputs, and print its report."""
-    with outcome(as_json, traceback) as screen:
-        from bwcache_compile.cli.commands.run import run_bundle
-
-        run_bundle(screen, bundle, steps, context or ("default",), guarded, device, allow_code)
-
-
-@app.command()
-def bench(
-    model: Factory = None,
-    diffusers: Diffusers = None,
-    config: ConfigFile = None,
-    inputs: InputsFile = None,
-    example: Example = None,
-    set_: Set = None,
-    plan: PlanFile = None,
-    at: At = None,
-    blocks: Blocks = None,
-    verify: Verify = "close",
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 15,
-    compile_: Annotated[bool, typer.Option("--compile", help="Compile both with torch.compile.")] = False,
-    as_json: Json = False,
-    traceback: Traceback = False,
-) -> None:
-    """Time computed and reused steps against the model.
-
-    The plain model, a computed step and a reused step take turns; medians are compared.
-    """
-    with outcome(as_json, traceback) as screen:
-        from bwcache_compile.cli.commands.bench import bench_model
-        from bwcache_compile.cli.named import Named
-        from bwcache_compile.cli.settings import settings
-
-        bench_model(screen, Named(model, diffusers, config, inputs, example), settings(set_, plan, at), blocks, verify, rounds, compile_)
+for _command in (
+    model_commands.inspect,
+    model_commands.diff,
+    model_commands.profile,
+    model_commands.calibrate,
+    model_commands.export,
+    bundle_commands.check,
+    bundle_commands.run,
+    model_commands.bench,
+    model_commands.report,
+):
+    app.command()(_command)

@@ -37,13 +37,25 @@ def settings(pairs: Sequence[str] | None, plan: Path | None, at: float | None) -
         if not equals:
             raise UsageError(f"--set {pair}: expected NAME=VALUE, such as --set threshold=0.1")
         changes[name] = _value(text)
+    read = read_plan(plan)
     try:
-        config = None
-        if plan is not None:
-            read = CalibrationPlan.load(plan)
-            config = read.at(read.entries[0].budget if at is None else at)
+        config = None if read is None else read.at(read.entries[0].budget if at is None else at)
         return CacheConfig.of(config, **changes)
-    except OSError as error:
-        raise UsageError(f"cannot read the plan {plan}: {error.strerror}") from error
     except (ConfigError, TypeError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
+def read_plan(path: Path | None) -> CalibrationPlan | None:
+    """Return the plan of a file; None without one.
+
+    Raises:
+        UsageError: It cannot be read, or is no plan.
+    """
+    if path is None:
+        return None
+    try:
+        return CalibrationPlan.load(path)
+    except OSError as error:
+        raise UsageError(f"cannot read the plan {path}: {error.strerror}") from error
+    except ConfigError as error:
         raise UsageError(" ".join(str(error).split())) from error

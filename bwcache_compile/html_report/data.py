@@ -75,7 +75,7 @@ def report_data(
             "plan": {**planned, "text": str(cache)},
             "passes": [{"name": name, **vars(diff)} for name, diff in model.graph_diff().items()],
             "run": _run(model, cache, config),
-            "frontier": None if plan is None else _frontier(plan),
+            "frontier": None if plan is None else plan.to_dict(),
             "images": [_image(caption, image) for caption, image in (images or {}).items()],
             "seconds": dict(seconds or {}),
             "settings": dataclasses.asdict(config),
@@ -130,13 +130,6 @@ def _work(context: ContextReport, cache: CachePlan) -> float | None:
     if not context.steps or len(cache.regions) > 1:
         return None
     return (context.computed + context.reused * (1 - cache.work.cached)) / len(context.steps)
-
-
-def _frontier(plan: CalibrationPlan) -> dict[str, Any]:
-    entries = [{**dataclasses.asdict(entry), "computed": entry.computed, "speedup": entry.speedup} for entry in plan.entries]
-    for entry, made in zip(entries, plan.entries, strict=True):
-        entry["fewer_steps_wins"] = made.fewer_steps_wins
-    return {"steps": plan.steps, "anchors": plan.anchors, "entries": entries, "provenance": dataclasses.asdict(plan.provenance)}
 
 
 def _image(caption: str, image: Image) -> dict[str, str]:

@@ -48,7 +48,7 @@ class Experts:
         return latents
 
 
-@pytest.fixture(scope="module", params=["pipeline", "loop"])
+@pytest.fixture(scope="module", params=[pytest.param("pipeline", marks=pytest.mark.zoo), "loop"])
 def experts(request: pytest.FixtureRequest) -> Experts:
     return Experts(request.param)
 

@@ -244,6 +244,36 @@ def test_bench_where_no_step_reuses(bwcache: Run, factory: Path) -> None:
     assert done.error == "with these settings no step reuses, so there is none to time"
 
 
+def test_report(bwcache: Run, model: Words) -> None:
+    words = ("--set", "policy=static", "--set", "steps_mask=[0, 0, 1, 0, 1]", "--steps", "5", "--out", "page.html")
+    done = bwcache("report", "--json", *model, *words)
+    assert done.code == 0, done.err
+    contexts = done.document["contexts"]
+    assert [[step["computed"] for step in context["steps"]] for context in contexts.values()] == [[True, True, False, True, False]] * len(
+        contexts
+    )
+    page = Path("page.html").read_text()
+    assert done.document["bytes"] == Path("page.html").stat().st_size
+    assert page.startswith("<!DOCTYPE html>")
+    assert all(block in page for block in done.document["blocks"])
+
+
+def test_report_with_a_plan_and_a_picture(bwcache: Run, factory: Path) -> None:
+    Path("sheet.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert bwcache("calibrate", f"{factory}:both", "--steps", "8", "--budget", "0.5", "--anchors", "2", "--out", "plan.json").code == 0
+    words = ("report", f"{factory}:both", "--plan", "plan.json", "--steps", "8", "--image", "sheet.png", "--out", "page.html")
+    done = bwcache(*words)
+    assert done.code == 0, done.err
+    assert "default: 4 computed, 4 reused  #.#.#..#" in done.out
+    page = Path("page.html").read_text()
+    assert 'alt="sheet"' in page
+    assert "frontier" in page
+    Path("sheet.png").unlink()
+    missing = bwcache(*words)
+    assert (missing.code, missing.error) == (2, "there is no file sheet.png")
+    assert Path("page.html").read_text() == page
+
+
 def test_json_stands_alone_whatever_a_factory_prints(bwcache: Run, factory: Path) -> None:
     done = bwcache("inspect", "--json", f"{factory}:noisy_factory")
     assert len(done.document["blocks"]) == 4

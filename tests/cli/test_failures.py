@@ -243,7 +243,7 @@ def test_a_full_disk(bwcache: Run, factory: Path, mounted: Callable[[str], Path]
     with contextlib.suppress(OSError), (place / "filler").open("wb", buffering=0) as file:
         while file.write(b"x" * 4096):
             pass
-    for words in (("export",), ("calibrate", "--steps", "6", "--budget", "0.5")):
+    for words in (("export",), ("calibrate", "--steps", "6", "--budget", "0.5"), ("report", "--steps", "6")):
         done = bwcache(words[0], f"{factory}:both", *words[1:], "--out", place / "out")
         assert done.code == 1
         assert done.error.startswith(f"cannot write {place / 'out'}: ")
@@ -253,7 +253,7 @@ def test_a_full_disk(bwcache: Run, factory: Path, mounted: Callable[[str], Path]
 
 def test_a_file_system_that_is_read_only(bwcache: Run, factory: Path, mounted: Callable[[str], Path]) -> None:
     place = mounted("ro")
-    for command in ("export", "calibrate"):
+    for command in ("export", "calibrate", "report"):
         done = bwcache(command, f"{factory}:both", "--out", place / "out")
         assert done.code == 1
         assert done.error.startswith(f"cannot write {place / 'out'}: ")

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bwcache_compile as bw
 
 ROOT = Path(bw.__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_example_generates_the_same_video_without_torch(tmp_path: Path) -> None:
     """Eight steps with both branches taken: any change is below the threshold."""
     command = [

@@ -147,7 +147,7 @@ def test_a_stand_in_shows_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("around", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_autocast_around_a_capture_is_written_out(around: bool, tmp_path: Path) -> None:
     """The export does as the capture did, whatever is around it."""
     model, example = Attending().eval(), OneStream().example()

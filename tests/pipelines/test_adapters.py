@@ -102,6 +102,7 @@ def test_each_change_of_several_adapters() -> None:
     assert s.cached.report().captures == 1 + len(changes)
 
 
+@pytest.mark.zoo
 def test_a_scale_at_the_call_and_an_adapter_that_is_added_to_the_transformer() -> None:
     from peft import LoraConfig
 

@@ -135,6 +135,7 @@ def test_methods_that_change_the_model_are_noticed() -> None:
     assert [record.step for record in cached.report().contexts["default"].steps] == [0, 1, 2, 3, 4], "the step goes on"
 
 
+@pytest.mark.zoo
 def test_fused_projections() -> None:
     model = ZOO["flux"].make()
     cached = bw.transform(model, COMPUTE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,10 +66,5 @@ def calibrate_model(
         plan.save(out)
     except OSError as error:
         raise CommandError(f"cannot write {out}: {error.strerror}") from error
-    measured = [
-        {"computed": entry.computed, "budget": entry.budget, "speedup": entry.speedup, **dataclasses.asdict(entry)}
-        for entry in plan.entries
-    ]
-    document = {**head(source), "generation": made.how, "steps": plan.steps, "entries": measured, "plan": str(out)}
-    document["provenance"] = dataclasses.asdict(plan.provenance)
+    document = {**head(source), "generation": made.how, "plan": str(out), **plan.to_dict()}
     screen.show(document, f"{source.title}: {made.how}", str(plan), f"saved {out}; use it with --plan {out} --at BUDGET")
