@@ -50,9 +50,8 @@ def plain_session(path: Path, threads: int, feeds: dict[str, Any]) -> Callable[[
     return lambda: session.run(None, taken)
 
 
-def bundle_session(folder: Path, threads: int, feeds: dict[str, Any], guarded: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Open a bundle; return a call that always computes and one that always reuses, each in a context of its own."""
-    session = bw.load(folder, guarded=guarded, options=options(threads))
+def bundle_session(session: bw.Session, feeds: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return a call of a session that always computes and one that always reuses, each in a context of its own."""
 
     def call(context: str) -> Any:
         with session.cache_context(context):
@@ -78,7 +77,7 @@ def memory(kind: str, place: Path, threads: int) -> None:
     if kind == "plain":
         calls: Sequence[Callable[[], Any]] = (plain_session(place / "plain.onnx", threads, feeds),)
     else:
-        calls = bundle_session(place / "bundle", threads, feeds, guarded=kind == "guarded")
+        calls = bundle_session(bw.load(place / "bundle", guarded=kind == "guarded", options=options(threads)), feeds)
     for call in 3 * tuple(calls):
         call()
     print(json.dumps(resident() - before))
@@ -117,8 +116,8 @@ def measure(layers: int, opset: int, rounds: int, threads: int) -> dict[str, Any
         sizes = write_models(place, layers, opset)
         feeds = dict(np.load(place / "inputs.npz"))
         plain, shell = (plain_session(place / f"{name}.onnx", threads, feeds) for name in ("plain", "shell"))
-        computed, reused = bundle_session(place / "bundle", threads, feeds, guarded=False)
-        guarded_computed, guarded_reused = bundle_session(place / "bundle", threads, feeds, guarded=True)
+        sessions = [bw.load(place / "bundle", guarded=guarded, options=options(threads)) for guarded in (False, True)]
+        (computed, reused), (guarded_computed, guarded_reused) = (bundle_session(session, feeds) for session in sessions)
         slow = take_turns({"plain": plain, "computed": computed, "guarded_computed": guarded_computed}, rounds)
         fast = take_turns({"shell": shell, "reused": reused, "guarded_reused": guarded_reused}, 20 * rounds)
         held = {}

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bwcache_compile.report import Report
     from bwcache_compile.runtime import CachedModel, CacheState, GuardedState
     from bwcache_compile.step_events import StepEvent
+    from bwcache_compile.step_trace import trace_steps
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ _HOMES = {
     "Session": "bundle.session",
     "StepEvent": "step_events",
     "load": "bundle.load",
+    "trace_steps": "step_trace",
     "transform": "api",
     "write_report": "html_report",
 }
@@ -91,6 +93,7 @@ __all__ = [
     "find_blocks",
     "graph_diff",
     "load",
+    "trace_steps",
     "transform",
     "write_report",
 ]

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -39,6 +40,7 @@ class Context:
         tracker: Which step the next call is.
         created: Ordinal of its first call.
         called: Ordinal of its last call that succeeded, among those of all contexts.
+        entered: When its last call began, in seconds of `time.perf_counter`.
         began: Why its generation began.
         records: What each step of its generation did.
         events: What happened besides computing and reusing.
@@ -49,7 +51,7 @@ class Context:
         """Start before the first call."""
         self.name, self.group, self.created = info.key, info.group, created
         self.lock = threading.Lock()
-        self.tracker, self.called = Tracker(), -1
+        self.tracker, self.called, self.entered = Tracker(), -1, 0.0
         self.began = ""
         self.records: list[RawStep] = []
         self.events: list[str] = []
@@ -203,6 +205,7 @@ class ContextTable(Generic[AnyContext]):
             raise StateError(
                 f"context {info.key!r} is in use by another thread. Give each thread its own context: `with cached.cache_context(name):`."
             )
+        context.entered = time.perf_counter()
         return context
 
     def _bound(self) -> None:

@@ -168,6 +168,17 @@ class Report:
         contexts = {name: context.to_dict() for name, context in self.contexts.items()}
         return {"contexts": contexts, "blocks": list(self.blocks), "captures": self.captures, "warnings": list(self.warnings)}
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return a flat dictionary for each step of each context, as `pandas.DataFrame` and `polars.DataFrame` take them.
+
+        `context`, `step`, `computed`, `gap` and `indicator` as in `StepRecord`; None where there is no value.
+        """
+        return [
+            {"context": name, "step": record.step, "computed": record.computed, "gap": record.gap, "indicator": record.indicator}
+            for name, context in self.contexts.items()
+            for record in context.steps
+        ]
+
     def __str__(self) -> str:
         """Print one line per context, its computed steps marked, then the warnings."""
         lines = []

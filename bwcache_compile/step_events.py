@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 
 from bwcache_compile.report import RawStep, mean_change
@@ -20,6 +21,8 @@ class StepEvent:
         computed: False if it reused; with a guard per block, whether any block computed.
         reason: Why it computed or reused.
         indicator: Mean relative change of the measured blocks; None where nothing was measured or there was nothing to compare with.
+        entered: When the call began, in seconds of `time.perf_counter`.
+        seconds: How long the call took on the host. A device may still be computing then. Events are compared without times.
     """
 
     context: str
@@ -28,15 +31,25 @@ class StepEvent:
     computed: bool
     reason: str
     indicator: float | None
+    entered: float = dataclasses.field(compare=False)
+    seconds: float = dataclasses.field(compare=False)
 
 
 def step_event(
-    context: str, num_steps: int | None, advance: Advance, before: Cursor, record: RawStep, events: Sequence[str], in_graph: bool
+    context: str,
+    entered: float,
+    num_steps: int | None,
+    advance: Advance,
+    before: Cursor,
+    record: RawStep,
+    events: Sequence[str],
+    in_graph: bool,
 ) -> StepEvent:
     """Describe a step. Reads the indicator, and with the guard in the graph the decision, from the device.
 
     Args:
         context: Name of the context.
+        entered: When the call began, in seconds of `time.perf_counter`.
         num_steps: Steps of the generation, if known.
         advance: What the call was.
         before: The cursor on which the step ran.
@@ -44,11 +57,13 @@ def step_event(
         events: What happened to the cache.
         in_graph: Whether the guard is in the graph.
     """
+    seconds = time.perf_counter() - entered  # before anything is read from the device
     flags = record.flags
     computed = any(flags)
     measured = computed and not record.fresh and record.change is not None
     indicator = mean_change(record.change, flags) if measured else None
-    return StepEvent(context, record.step, num_steps, computed, _reason(advance, before, events, computed, in_graph), indicator)
+    reason = _reason(advance, before, events, computed, in_graph)
+    return StepEvent(context, record.step, num_steps, computed, reason, indicator, entered, seconds)
 
 
 def _reason(advance: Advance, before: Cursor, events: Sequence[str], computed: bool, in_graph: bool) -> str:

@@ -28,6 +28,7 @@ BASE = {
     "contexts",
     "context_methods",
     "step_events",
+    "step_trace",
     "policies",
     "graph_settings",
     "config_checks",

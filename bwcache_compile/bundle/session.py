@@ -131,7 +131,7 @@ class Session(ContextMethods):
             context.state, context.state_bytes = following, sum(map(self._runner.bytes, following.slots.values()))
             self._contexts.succeed(context, advance, record, events)
             if self._contexts.listeners:
-                told = step_event(context.name, num_steps, advance, state.cursor, record, events, in_graph=False)
+                told = step_event(context.name, context.entered, num_steps, advance, state.cursor, record, events, in_graph=False)
             if num_steps is not None and record.step == num_steps - 1:
                 context.state, context.spare = None, {}
         finally:

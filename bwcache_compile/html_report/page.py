@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from bwcache_compile.atomic_write import write_atomically
 from bwcache_compile.calibration import CalibrationPlan
 from bwcache_compile.html_report import charts, formatting
 from bwcache_compile.html_report.architecture import architecture
@@ -49,15 +48,8 @@ def write_report(
         StateError: Nothing is captured yet, or the model is closed.
     """
     page = render(report_data(cached, plan=plan, images=images, seconds=seconds))
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+    write_atomically(path, page)
+    return Path(path)
 
 
 def render(data: dict[str, Any]) -> str:

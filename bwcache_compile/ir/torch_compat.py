@@ -18,6 +18,7 @@ from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.decorators import skip
 from torch._export.verifier import load_verifier
 from torch._guards import detect_fake_mode
+from torch._logging._internal import trace_structured_artifact
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -51,7 +52,13 @@ __all__ = [
     "pytree",
     "skip",
     "statically_known_true",
+    "trace_artifact",
 ]
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Write a text to the structured trace that `TORCH_TRACE` asks for and `tlparse` reads; `text` is called only if it does."""
+    trace_structured_artifact(name, "string", text)
 
 
 def function_homes() -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from bwcache_compile.errors import StateError, warn
 from bwcache_compile.ir.compare import Reference, Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.ir.torch_compat import trace_artifact
 from bwcache_compile.runtime.gate import CaptureGate
 from bwcache_compile.runtime.maker import ProgramMaker, differ_in_sizes
 from bwcache_compile.runtime.runnable import RunnableProgram
@@ -196,6 +197,8 @@ class ProgramCache:
         began, name = time.perf_counter(), type(self._model).__name__
         runnable, first = self._maker.make(request, self._kept)
         LOGGER.info("captured %s in %.1f s: %d blocks are cached", name, time.perf_counter() - began, len(runnable.plan.blocks))
+        trace_artifact("bwcache_plan", lambda: str(runnable.plan))
+        trace_artifact("bwcache_graph_diff", lambda: str(self._toolchain.explain(runnable.program.fresh(), request.config)["whole"]))
         for other in [other for other in self._kept if differ_in_sizes(other, request.key)]:
             if runnable.symbols(other) is not None and runnable.key.values in ((), other.values):
                 del self._kept[other]

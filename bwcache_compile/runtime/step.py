@@ -166,7 +166,7 @@ class Stepper:
         self._contexts.succeed(context, call.advance, record, call.events)
         if self._contexts.listeners:
             steps, guarded = call.num_steps, runnable.guarded
-            call.told = step_event(context.name, steps, call.advance, before.cursor, record, call.events, guarded)
+            call.told = step_event(context.name, context.entered, steps, call.advance, before.cursor, record, call.events, guarded)
         if call.num_steps is not None and before.step == call.num_steps - 1:
             context.release()
             warn_without_reuse(context, call.config)

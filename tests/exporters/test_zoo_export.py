@@ -1,4 +1,4 @@
-"""Real model classes in ONNX Runtime, the pair and the guarded graph, beside torch over 8 steps.
+"""Real model classes in ONNX Runtime and OpenVINO, the pair and the guarded graph, beside torch over 8 steps.
 
 All classes at both operator sets: `benchmarks/export_zoo.py`, whose results are in `benchmarks/results/export_zoo.json`.
 """
@@ -6,6 +6,7 @@ All classes at both operator sets: `benchmarks/export_zoo.py`, whose results are
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from pathlib import Path
 
@@ -17,14 +18,19 @@ from benchmarks.zoo_runs import STEPS, compare
 from tests.test_dynamic import FIRST, INPUTS, OTHERS
 from tests.zoo import ZOO
 
-LONGER = [pytest.param(name, opset, marks=pytest.mark.zoo) for name, opset in (("hunyuan_video", 20), ("flux", 23), ("cogvideox", 23))]
+LONGER = [
+    pytest.param(name, opset, marks=pytest.mark.zoo)
+    for name, opset in (("latte", 20), ("hunyuan_video", 20), ("flux", 23), ("cogvideox", 23))
+]
 
 
-@pytest.mark.parametrize(("name", "opset"), [("wan", 23), ("latte", 20), *LONGER])
+@pytest.mark.parametrize(("name", "opset"), [("wan", 23), *LONGER])
 def test_a_class_runs_as_in_torch(name: str, opset: int) -> None:
     result = run([opset], name)[f"opset {opset}"]
     assert result["steps"] == "##..#..#"
     assert max(result["errors"].values()) <= 1e-4
+    if importlib.util.find_spec("openvino"):
+        assert max(result["openvino"]["errors"].values()) <= 1e-4
 
 
 @pytest.mark.zoo

@@ -47,6 +47,9 @@ def test_each_step_is_told_with_its_reason(model: OneStream) -> None:
         "step 3 allowed reuse up to step 4",
         "the reuse that step 3 allowed ended at step 4",
     ]
+    ends = [event.entered + event.seconds for event in events]
+    assert all(event.seconds > 0 for event in events)
+    assert all(end <= event.entered for end, event in zip(ends, events[1:], strict=False)), "one call after the other"
     handle.remove()
     handle.remove()
     generation(cached, model, name="cond")
