@@ -67,7 +67,7 @@ def _trace(names: list[str], recorded: list[list[StepEvent]]) -> list[dict[str, 
             begin = (event.entered - start) * _MICROSECONDS
             place = {"cat": "bwcache", "pid": process, "tid": threads[event.context], "ts": begin}
             measured = event.indicator is not None and math.isfinite(event.indicator)
-            shown = {"step": event.step, "num_steps": event.num_steps, "reason": event.reason}
+            shown: dict[str, Any] = {"step": event.step, "num_steps": event.num_steps, "reason": event.reason}
             shown["indicator"] = event.indicator if measured or event.indicator is None else str(event.indicator)
             name = "compute" if event.computed else "reuse"
             made.append({"ph": "X", "name": name, **place, "dur": event.seconds * _MICROSECONDS, "args": shown})

@@ -63,12 +63,13 @@ LIBRARIES = {
     "tensorrt": ("exporters/tensorrt", RUNNERS),
     "typer": ("cli",),
     "rich": ("cli",),
+    "matplotlib": ("cli",),
     "expecttest": ("testing/graphs",),
     "pytest": ("testing/fixtures",),
 }
 """Which folders import an optional library."""
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
-HEAVY = ("diffusers", "transformers", "peft", "accelerate", *LIBRARIES, "matplotlib", "skimage", "PIL", "safetensors")
+HEAVY = ("diffusers", "transformers", "peft", "accelerate", *LIBRARIES, "skimage", "PIL", "safetensors")
 
 
 def where(path: Path) -> str:

@@ -89,6 +89,7 @@ def profile(
     steps: Steps = 20,
     generate: Sampler = None,
     tokens: Annotated[int, typer.Option(min=1, help="Measure one token in this many.")] = 1,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the curves into this file too; needs matplotlib.")] = None,
     blocks: Blocks = None,
     verify: Verify = "close",
     as_json: Json = False,
@@ -102,7 +103,7 @@ def profile(
         from bwcache_compile.cli.commands.profile import profile_model
         from bwcache_compile.cli.named import Named
 
-        profile_model(screen, Named(model, diffusers, config, inputs, example), steps, generate, tokens, blocks, verify)
+        profile_model(screen, Named(model, diffusers, config, inputs, example), steps, generate, tokens, png, blocks, verify)
 
 
 def calibrate(

@@ -132,7 +132,8 @@ def test_profile_with_a_sampler_of_ones_own(bwcache: Run, factory: Path) -> None
     done = bwcache("profile", "--json", f"{factory}:both", "--generate", f"{factory}:sampler")
     assert done.code == 0, done.err
     assert len(done.document["contexts"]["default"]["steps"]) == 6
-    shown = bwcache("profile", f"{factory}:both", "--generate", f"{factory}:sampler")
+    shown = bwcache("profile", f"{factory}:both", "--generate", f"{factory}:sampler", "--png", "curve.png")
+    assert Path("curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "context default: 6 steps" in shown.out
     assert "mixers.3" in shown.out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,7 @@ from bwcache_compile.cli.models import head, loaded, transformed
 from bwcache_compile.cli.named import Named
 from bwcache_compile.cli.outcome import CommandError
 from bwcache_compile.cli.screen import Screen
-
-
-def check_writable(path: Path) -> None:
-    """Check before the work that a file can be written.
-
-    Raises:
-        CommandError: It cannot.
-    """
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise CommandError(f"cannot write {path}: it is a directory")
-    if not folder.is_dir():
-        raise CommandError(f"cannot write {path}: {folder} is no directory")
-    probe = folder / f".{path.name}.{os.getpid()}"
-    try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror}") from error
+from bwcache_compile.cli.written import check_writable
 
 
 def calibrate_model(

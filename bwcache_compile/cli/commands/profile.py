@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import bwcache_compile as bw
@@ -12,7 +14,9 @@ from bwcache_compile.cli.generation import generation
 from bwcache_compile.cli.models import head, loaded, transformed
 from bwcache_compile.cli.named import Named
 from bwcache_compile.cli.outcome import CommandError
+from bwcache_compile.cli.plot import write_plot
 from bwcache_compile.cli.screen import Screen, table
+from bwcache_compile.cli.written import check_writable
 from bwcache_compile.ir.compare import Verify
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
@@ -24,10 +28,17 @@ def profile_model(
     steps: int,
     sampler: str | None,
     tokens: int,
+    png: Path | None,
     blocks: Sequence[str] | None,
     verify: Verify,
 ) -> None:
-    """Compute every step of a generation and show how much each block changes at each step."""
+    """Compute every step of a generation and show how much each block changes at each step.
+
+    Raises:
+        CommandError: Nothing was measured, or the plot cannot be written.
+    """
+    if png is not None:
+        check_writable(png)
     source = loaded(screen, named)
     config = bw.CacheConfig(policy="adaptive", threshold=0, indicator_tokens="all" if tokens == 1 else tokens)
     cached = transformed(screen, source, config, blocks, verify=verify)
@@ -38,6 +49,8 @@ def profile_model(
     measured = {name: context for name, context in report.contexts.items() if any(r.indicator is not None for r in context.steps)}
     if not measured:
         raise CommandError("nothing was measured: the generation has to call the model that it is given at two steps or more")
+    if png is not None:
+        write_plot(png, dataclasses.replace(report, contexts=measured), f"{source.title}: {made.how}")
     document = {**head(source), "generation": made.how, **report.to_dict()}
     parts: list[Any] = [f"{source.title}: relative change of each block's output from step to step; {made.how}"]
     for name, context in measured.items():

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import bwcache_compile as bw
 from bwcache_compile.calibration import CalibrationPlan
-from bwcache_compile.cli.commands.calibrate import check_writable
 from bwcache_compile.cli.generation import generation
 from bwcache_compile.cli.models import head, loaded, transformed
 from bwcache_compile.cli.named import Named
 from bwcache_compile.cli.outcome import CommandError, UsageError
 from bwcache_compile.cli.screen import Screen
+from bwcache_compile.cli.written import check_writable
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.printing import bytes_text
 
