@@ -59,9 +59,7 @@ def report_data(
     if wrong := [name for name, value in (seconds or {}).items() if not math.isfinite(value) or value < 0]:
         raise ConfigError(f"seconds[{wrong[0]!r}] must be a finite number of at least 0, got {(seconds or {})[wrong[0]]}.")
     cache, program, config = model.plan, model.program, model.cache_config
-    tidied = passes.run_pipeline(program.fresh(), passes.TIDY_PIPELINE)
-    # blocks that the user named were not searched for, so nothing was turned down either
-    search = BlockSearch(cache.blocks, (), chosen=True) if cache.work.chosen else passes.find_blocks(tidied)
+    tidied, search = searched(model)
     planned = cache.to_dict()
     for region in planned["regions"]:
         region["live_ins"] = [program.value(name) for name in region["live_ins"]]
@@ -82,6 +80,14 @@ def report_data(
             "versions": _versions(model.original),
         }
     )
+
+
+def searched(model: CachedModel) -> tuple[ModelProgram, BlockSearch]:
+    """Return the captured graph as blocks are searched in it, and what was found."""
+    cache = model.plan
+    tidied = passes.run_pipeline(model.program.fresh(), passes.TIDY_PIPELINE)
+    # blocks that the user named were not searched for, so nothing was turned down either
+    return tidied, BlockSearch(cache.blocks, (), chosen=True) if cache.work.chosen else passes.find_blocks(tidied)
 
 
 def _model(model: nn.Module, inputs: list[dict[str, Any]]) -> dict[str, Any]:
