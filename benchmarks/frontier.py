@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tiny_video_dit"
 
 
 from benchmarks import frontier_cache_dit
+from benchmarks.frontier_open_loop import open_loop
 from benchmarks.frontier_ours import Calibrated
 from benchmarks.frontier_protocol import Protocol, Store
 from benchmarks.frontier_rivals import rivals
@@ -55,7 +56,7 @@ def all_ways(tuning: list[Case]) -> list[Way]:
         ways += [frontier_cache_dit.StepMasks(), frontier_cache_dit.DBCache(False), frontier_cache_dit.DBCache(True)]
     else:
         print("cache-dit is left out: not installed")
-    return [*ways, Calibrated(tuning)]
+    return [*ways, *open_loop(tuning), Calibrated(tuning)]
 
 
 def markdown(rows: Sequence[dict[str, Any]], scores: dict[str, Any]) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import data
 import model as tiny
+import numpy as np
 import pytest
 import torch
 from diffusers import TaylorSeerCacheConfig
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.frontier_open_loop import anchors_of, cheapest_mask, fitted_weights
 from benchmarks.frontier_protocol import Protocol, Row, Store
 from benchmarks.frontier_rivals import MagCache, with_cache
 from benchmarks.frontier_score import attribute_agreement, blend, nearest_drawing, paired_interval
@@ -106,6 +109,37 @@ def test_taylor_combs_count_what_runs() -> None:
     assert running.computed() == taylor_schedule(2, 3, 4, STEPS) == 4
     for comb in combs(Point(14), 100):
         assert 13 <= taylor_schedule(comb["disable_cache_before_step"], comb["cache_interval"], comb["disable_cache_after_step"], 50) <= 14
+
+
+def test_open_loop_choices_are_the_best_of_all() -> None:
+    """Against every mask, and against the normal equations solved apart."""
+    outputs = torch.randn(7, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)
+    gram, times = (outputs @ outputs.T).numpy(), np.linspace(1, 0.1, 7)
+
+    def cost(mask: tuple[int, ...], order: int) -> float:
+        total = 0.0
+        for step, reused in enumerate(mask):
+            computed = [other for other in range(step) if not mask[other]]
+            if reused:
+                last = outputs[computed[-1]]
+                slope = torch.zeros_like(last)
+                if order and len(computed) > 1:
+                    slope = (last - outputs[computed[-2]]) / (times[computed[-1]] - times[computed[-2]])
+                total += float((outputs[step] - last - slope * (times[step] - times[computed[-1]])).square().sum())
+        return total
+
+    masks = [mask for mask in itertools.product((0, 1), repeat=7) if not mask[0] and mask.count(0) == 3]
+    for order in (0, 1):
+        found = cheapest_mask(gram, times, 3, order)
+        assert cost(found, order) == pytest.approx(min(cost(mask, order) for mask in masks), rel=1e-9)
+    mask = (0, 0, 1, 0, 1, 1, 0)
+    for step, row in enumerate(fitted_weights(gram, mask, 0.0)):
+        if row is not None:
+            anchors = anchors_of(mask, step)
+            others = (outputs[anchors[1:]] - outputs[anchors[0]]).T  # weights that sum to 1 leave the first one's to the others
+            best = torch.linalg.lstsq(others, (outputs[step] - outputs[anchors[0]])[:, None]).solution[:, 0].tolist()
+            assert row[: len(anchors)] == pytest.approx([1 - sum(best), *best], rel=1e-6)
+            assert not any(row[len(anchors) :])
 
 
 def test_magcache_masks_are_what_runs() -> None:
