@@ -22,7 +22,8 @@ from bwcache_compile.errors import (
 )
 
 if TYPE_CHECKING:
-    from bwcache_compile.api import export, find_blocks, transform
+    from bwcache_compile.api import find_blocks, transform
+    from bwcache_compile.api_export import export
     from bwcache_compile.bundle.load import load
     from bwcache_compile.bundle.manifest import Manifest
     from bwcache_compile.bundle.session import Session
@@ -50,7 +51,7 @@ _HOMES = {
     "capture_call": "pipelines",
     "disable": "pipelines",
     "enable": "pipelines",
-    "export": "api",
+    "export": "api_export",
     "find_blocks": "api",
     "graph_diff": "ir.graph_text",
     "Manifest": "bundle.manifest",

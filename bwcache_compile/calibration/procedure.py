@@ -22,6 +22,7 @@ from bwcache_compile.calibration.progress import Progress
 from bwcache_compile.calibration.recording import RecordedStep, context_names
 from bwcache_compile.calibration.sampler_map import TOLERANCE, SamplerMap, first_difference, recover_map
 from bwcache_compile.calibration.search import Search
+from bwcache_compile.context_methods import ContextMethods
 from bwcache_compile.errors import ConfigError, warn
 from bwcache_compile.graph_settings import Cut
 from bwcache_compile.policies.reuse.linear import MOST_ANCHORS
@@ -131,6 +132,8 @@ def _cut_model(model: nn.Module | CutModel, anchors: int, cut: Cut) -> CutModel:
         raise ConfigError(f"anchors is {anchors!r}; a calibration combines 2 to {MOST_ANCHORS} computed steps.")
     if not isinstance(model, nn.Module):
         return model
+    if isinstance(model, ContextMethods) and not isinstance(model, CachedModel):
+        raise ConfigError(f"calibrate runs a model without a cache, or one that is captured whole, and {model!r} is captured by region.")
     cached = getattr(model, "_orig_mod", model)
     if cut == "blocks":
         if not isinstance(cached, CachedModel):

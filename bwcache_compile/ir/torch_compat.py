@@ -53,12 +53,18 @@ __all__ = [
     "skip",
     "statically_known_true",
     "trace_artifact",
+    "wrapper_tensor",
 ]
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
     """Write a text to the structured trace that `TORCH_TRACE` asks for and `tlparse` reads; `text` is called only if it does."""
     trace_structured_artifact(name, "string", text)
+
+
+def wrapper_tensor(kind: type[Tensor], like: Tensor) -> Any:
+    """Return an instance of a subclass of `Tensor` that has the shape, strides, dtype and device of a tensor, and no values."""
+    return Tensor._make_wrapper_subclass(kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
 
 
 def function_homes() -> tuple[Any, ...]:

@@ -46,15 +46,17 @@ def fixed_sizes(signature: Signature, key: CallKey, others: Sequence[CallSizes],
     return notes
 
 
-def suspicious(program: ModelProgram, forward: Forward) -> list[str]:
+def suspicious(program: ModelProgram, forward: Forward, unread_first: int = 0) -> list[str]:
     """Describe signs that a captured graph does less than the model: inputs that it does not read, and a cache of the model's own.
 
     Args:
         program: As it was captured.
         forward: What the model's forward changed of the model.
+        unread_first: How many leading inputs are meant to be read by nothing.
     """
     texts, name = [], program.model_name
-    nodes = program.captured.graph.find_nodes(op="placeholder")
+    names = program.signature.inputs[unread_first:]
+    nodes = [node for node in program.captured.graph.find_nodes(op="placeholder") if node.name in names]
     values = [(node, node.meta.get("val")) for node in nodes if not node.users]
     unread = [node.name for node, value in values if isinstance(value, Tensor) and value.is_floating_point()]
     if unread:
