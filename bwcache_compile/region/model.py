@@ -18,6 +18,7 @@ from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify, difference, flat_outputs
 from bwcache_compile.ir.torch_compat import pytree
+from bwcache_compile.ir.work_share import WARN_ABOVE
 from bwcache_compile.region.calls import record
 from bwcache_compile.region.chains import Chain, chains
 from bwcache_compile.region.copies import with_modules, write_back
@@ -29,8 +30,6 @@ from bwcache_compile.runtime.context import ModelContext, time_inputs
 from bwcache_compile.runtime.wrapper import ModelWrapper
 from bwcache_compile.step_events import Handle, StepEvent
 
-_WORTH = 0.8
-"""Share of the work below which a reused step skips so little that it is said."""
 MakeCached = Callable[[nn.Module, CacheConfig], CachedModel]
 """Makes a cached model of a stack."""
 
@@ -179,9 +178,9 @@ class RegionModel(ModelWrapper, ContextMethods):
             if wrong is not None:
                 raise CaptureError(f"{name} over its cached stacks returns something else than by itself: {wrong}.")
             self._stacks, self._share = stacks, sum(chain.work for chain in found) / max(recording.work, 1)
-        if self._share < _WORTH:
+        if 1 - self._share > WARN_ABOVE:
             listed = "".join(f"\n  {reason}" for reason in dict.fromkeys(reasons))
-            warn(f"a reused step of {name} skips {self._share:.0%} of the work alone: its other blocks are in no stack.{listed}")
+            warn(f"a reused step of {name} still runs {1 - self._share:.0%} of the work outside the cached stacks:{listed}")
         return returned
 
     def _still_the_models(self, stacks: Mapping[str, _Held]) -> bool:
