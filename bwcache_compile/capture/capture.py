@@ -189,6 +189,6 @@ def capture(
         + "\n  ".join(failures)
         + "\n  Remove the data-dependent Python at that line (a branch on a tensor's values, .item(), .tolist(), .numpy()),"
         " or try a size that the model was built for. If the outputs differ by a rounding error, the model selects kernels itself"
-        " (with sdpa_kernel, for example), which a graph cannot record: select them around the call instead, or take the graph as it is with"
-        ' verify="close".\n  If the code cannot be changed, transform(model, capture="region") captures its stacks of blocks alone.'
+        " (with sdpa_kernel, for example), which a graph cannot record: select them around the call instead, or take the graph as it is"
+        ' with verify="close".\n  If the code cannot be changed, transform(model, capture="region") captures its stacks of blocks alone.'
     )
