@@ -185,7 +185,7 @@ class ContextTable(Generic[AnyContext]):
                 return name
         raise StateError(
             f"the model was called {_MOST_CALLS} times at step {step or 0} of a pipeline's run: the scheduler of the pipeline that it was"
-            " enabled for does not go on. If the model is called by another loop, transform it by itself: call disable(pipe), then"
+            " enabled for does not advance. If the model is called by another loop, transform it by itself: call disable(pipe), then"
             " transform(pipe.transformer)."
         )
 

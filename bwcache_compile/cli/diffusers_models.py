@@ -125,7 +125,7 @@ def _tensor(name: str, value: Any) -> Any:
             return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
         return torch.ones(shape, dtype=dtype) if dtype == torch.bool else torch.zeros(shape, dtype=dtype)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"--inputs: {name} is no tensor: {first_line(error)}") from error
+        raise UsageError(f"--inputs: {name} is not a tensor: {first_line(error)}") from error
 
 
 def _first(config: Config, names: tuple[str, ...], default: int = 1) -> int:

@@ -128,7 +128,7 @@ def find_callable(named: str) -> Callable[..., Any]:
     """
     place, colon, name = named.rpartition(":")
     if not colon or not place or not name:
-        raise UsageError(f"{named!r} names no factory; write package.module:factory or path/to/file.py:factory")
+        raise UsageError(f"{named!r} is not the name of a factory; write package.module:factory or path/to/file.py:factory")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     module = _module(place)
@@ -140,7 +140,7 @@ def find_callable(named: str) -> Callable[..., Any]:
             raise UsageError(f"{place} has no {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
         found = getattr(found, part)
     if not callable(found):
-        raise UsageError(f"{named} is a {type(found).__name__}, no function")
+        raise UsageError(f"{named} is a {type(found).__name__}, not a function")
     return found
 
 

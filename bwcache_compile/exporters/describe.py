@@ -186,7 +186,7 @@ def check_sizes(program: ModelProgram, conditions: Sequence[str], sizes: Iterabl
             holds = arithmetic(text, known)
         except BundleError as error:
             raise ExportError(
-                f"the size {text!r} of {program.model_name} is no integer arithmetic over the sizes of its inputs.\n"
+                f"the size {text!r} of {program.model_name} is not an integer expression of the sizes of its inputs.\n"
                 "  If values decide it (`u0`), pass them as Python numbers, or cut the output outside;"
                 " else transform with dynamic_shapes=None, which fixes every size."
             ) from error

@@ -37,11 +37,11 @@ def started(*words: object, **options: object) -> subprocess.Popen[str]:
         ((), "exactly one model is needed, got none: package.module:factory, path/to/file.py:factory, --diffusers CLASS --config FILE.json,"
              " or --example tiny_video_dit"),
         (("a:b", "--example", "tiny_video_dit"), "exactly one model is needed, got a factory and --example: "),
-        (("no_colon",), "'no_colon' names no factory; write package.module:factory or path/to/file.py:factory"),
+        (("no_colon",), "'no_colon' is not the name of a factory; write package.module:factory or path/to/file.py:factory"),
         (("nowhere.at_all:make",), "there is no module 'nowhere.at_all' on the Python path or in the current directory"),
         (("nowhere.py:make",), "there is no file nowhere.py"),
         (("denoisers.py:positionl",), "denoisers.py has no 'positionl'; it has positional"),
-        (("denoisers:half",), "denoisers:half is a dtype, no function"),
+        (("denoisers:half",), "denoisers:half is a dtype, not a function"),
         (("denoisers:both", "--config", "x.json"), "--config belongs to --diffusers; a factory has inputs and settings of its own"),
         (("denoisers:both", "--at", "0.4"), "--at belongs to --plan"),
         (("denoisers:both", "--plan", "none.json"), "cannot read the plan none.json: No such file or directory"),
@@ -126,7 +126,7 @@ def test_inputs_that_are_not_derived(bwcache: Run, diffusers_model: Callable[[st
     assert done.code == 2
     assert "no inputs of HunyuanVideoFramepackTransformer3DModel are known for image_embeds, indices_latents; give them" in done.error
     (tmp_path / "inputs.json").write_text('{"image_embeds": {"shape": [1, "x"]}}')
-    assert bwcache("inspect", *words, "--inputs", "inputs.json").error.startswith("--inputs: image_embeds is no tensor: ")
+    assert bwcache("inspect", *words, "--inputs", "inputs.json").error.startswith("--inputs: image_embeds is not a tensor: ")
 
 
 def test_inputs_from_a_file(bwcache: Run, diffusers_model: Callable[[str], list[str]], tmp_path: Path) -> None:
