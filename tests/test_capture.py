@@ -57,8 +57,8 @@ def test_a_capture_that_computes_something_else_is_refused() -> None:
         "the model: output 0 differs by up to 1\n  Remove the data-dependent Python at that line (a branch on a "
         "tensor's values, .item(), .tolist(), .numpy()), or try a size that the model was built for. If the outputs "
         "differ by a rounding error, the model selects kernels itself (with sdpa_kernel, for example), which a "
-        'graph cannot record: select them around the call instead, or take the graph as it is with verify="close".\n  If the code cannot be '
-        'changed, transform(model, capture="region") captures its stacks of blocks alone.'
+        'graph cannot record: select them around the call instead, or take the graph as it is with verify="close".\n'
+        '  If the code cannot be changed, transform(model, capture="region") captures its stacks of blocks alone.'
     )
 
 

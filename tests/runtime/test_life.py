@@ -102,8 +102,8 @@ def test_diffusers_attention_back_end_is_part_of_the_signature(wan: nn.Module) -
         "the model: output 0 differs by up to N\n  Remove the data-dependent Python at that line (a branch on a "
         "tensor's values, .item(), .tolist(), .numpy()), or try a size that the model was built for. If the outputs "
         "differ by a rounding error, the model selects kernels itself (with sdpa_kernel, for example), which a "
-        'graph cannot record: select them around the call instead, or take the graph as it is with verify="close".\n  If the code cannot be '
-        'changed, transform(model, capture="region") captures its stacks of blocks alone.'
+        'graph cannot record: select them around the call instead, or take the graph as it is with verify="close".\n'
+        '  If the code cannot be changed, transform(model, capture="region") captures its stacks of blocks alone.'
     )
     assert torch.equal(sample(cached, 2), sample(wan, 2)), "back to the default, nothing is lost"
     assert cached.report().captures == 1
