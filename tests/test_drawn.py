@@ -65,10 +65,35 @@ def test_what_was_found(name: str) -> None:
     assert outcome.whole
 
 
-def test_residual_of_a_hint_is_refused() -> None:
-    """The first block projects the stream; what is added on the way later is not what the stream continues."""
-    stack = Stack(kind="double", depth=3, odd="first", hints=2, glue="linear")
-    outcome = check(Case(Spec((stack,), streams=3), "residual"))
+HINTS = {
+    "a stream that the first block projects": Case(
+        Spec((Stack(kind="double", depth=3, odd="first", hints=2, glue="linear"),), streams=3), "residual"
+    ),
+    "a stream that is scaled, then laid out anew": Case(
+        Spec(
+            (
+                Stack(norm="autocast", modulation="adaln", constant="roll", hints=1, feed=False),
+                Stack(depth=3, norm="rms", modulation="adaln", constant="factor", odd="last", glue="scale", feed=False),
+                Stack("spacetime", norm="autocast", modulation="adaln", constant="row", odd="first", skip="add", hints=1),
+            ),
+            seed=6027,
+            code="wrapped",
+            batch=2,
+            text_first=False,
+            time="guidance",
+            returns="tuple",
+        ),
+        "residual",
+        trigger=2,
+        compute_last=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_residual_of_a_hint_is_refused(name: str) -> None:
+    """What is added on the way is not what the stream continues."""
+    outcome = check(HINTS[name])
     assert "no input of the blocks is proved to be what" in outcome.fallback
     assert outcome.exact
     assert outcome.whole

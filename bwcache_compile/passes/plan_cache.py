@@ -22,7 +22,7 @@ from bwcache_compile.ir.source_lines import node_line
 from bwcache_compile.passes._arrangement import arrangement
 from bwcache_compile.passes._slots import region_slots
 from bwcache_compile.passes._work import module_of, work_share
-from bwcache_compile.passes.block_search.streams import continued, merged_skip, path_ends
+from bwcache_compile.passes.block_search.streams import continued, leaves_the_stream, merged_skip, path_ends
 from bwcache_compile.policies import POLICIES
 
 _NEAREST = 5
@@ -116,9 +116,14 @@ def _time_input(program: ModelProgram) -> str | None:
 
 def _entered(output: Node, blocks: tuple[Block, ...], nodes: dict[str, Node], inputs: list[Node], flow: DataFlow) -> list[Node]:
     """Return the inputs that the first block on an output's residual path continues; what is added on the way is none."""
-    for block in blocks:
+    every = flow.mask(nodes[name] for block in blocks for name in block.nodes)
+    for place, block in enumerate(blocks):
         streams = [nodes[name] for name in block.live_outs if nodes[name] is output or continued(output, {nodes[name]}, flow)]
         if streams:
+            own = {nodes[name] for name in block.nodes}
+            earlier = flow.mask(nodes[name] for other in blocks[:place] for name in other.nodes)
+            if any(leaves_the_stream(stream, set(inputs), own, earlier, every, flow) for stream in streams):
+                return []
             entered = {i for stream in streams for i in continued(stream, set(inputs), flow)}
             return [i for i in inputs if i in entered]
     return [i for i in inputs if i in continued(output, set(inputs), flow)]

@@ -238,6 +238,40 @@ def continued(node: Node, candidates: Collection[Node], flow: DataFlow | None = 
     return found
 
 
+def _residual_path(node: Node, flow: DataFlow) -> list[Node]:
+    """Return the values that a value continues, itself among them, through residual sums, re-arrangements and merged skips."""
+    seen: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen[current] = None
+            stack += addends(current) or merged_stream(current, flow)
+    return list(seen)
+
+
+def leaves_the_stream(stream: Node, inputs: set[Node], own: set[Node], earlier: int, every: int, flow: DataFlow) -> bool:
+    """Whether a block's residual path goes on with what no block has changed, at a sum whose other side earlier blocks made.
+
+    That side is the stream; where it cannot be followed to an input, what is added to it, such as a hint, is not what it continues.
+
+    Args:
+        stream: What the block returns.
+        inputs: Of the region.
+        own: The nodes of the block.
+        earlier: Mask of the nodes of the blocks before it.
+        every: Mask of the nodes of all blocks.
+        flow: Of the graph.
+    """
+    for value in _residual_path(stream, flow):
+        sides = [] if operator_name(value) in LAYOUT else addends(value)
+        untouched = [side for side in sides if not flow.ancestors[side] & every]
+        followed = [side for side in sides if side not in own and flow.ancestors[side] & earlier]
+        if untouched and any(side not in inputs and not continued(side, inputs, flow) for side in followed):
+            return True
+    return False
+
+
 def path_ends(node: Node, region: Collection[Node], flow: DataFlow) -> list[Node]:
     """Return the nodes of a region where a value's residual path, followed backwards, ends before an input of the region."""
     ends: list[Node] = []
