@@ -171,7 +171,7 @@ def test_a_refusal_names_the_models_own_line_and_the_input_in_each_way() -> None
     model = CopiesAValue().eval()
     with pytest.raises(bw.CaptureError) as caught:
         capture(model, model.example(), {})
-    _, *lines, remedy = str(caught.value).split("\n")
+    _, *lines, remedy, _ = str(caught.value).split("\n")
     assert [line.strip().partition(":")[0] for line in lines if line.startswith("  ") and line[2] != " "] == [
         "non-strict",
         "strict",

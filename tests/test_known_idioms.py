@@ -59,6 +59,7 @@ def asked(lengths: tuple[int, ...], image: bool, step: int = 0) -> tuple[Tensor,
     return x, t, noise("text", 0, len(lengths), 5, 3), mask, pixels
 
 
+@pytest.mark.zoo
 def test_text_and_image_to_video() -> None:
     calls = [(3, 5), (1, 0), (5, 5)]
     model = TextAndImage()

@@ -11,10 +11,11 @@ import torch
 from tests.machine.life import DTYPES, run_scripts
 
 SCRIPTS = 8
+ALWAYS = (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.filterwarnings("ignore:no step of context:bwcache_compile.CacheWarning")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(d, marks=() if d in ALWAYS else pytest.mark.slow) for d in DTYPES], ids=str)
 def test_no_script_has_a_wrong_output(dtype: torch.dtype) -> None:
     tally = run_scripts(dtype, SCRIPTS)
     assert tally.reused > 0.1 * tally.calls, tally

@@ -38,6 +38,7 @@ def indicators(models: list[bw.CachedModel], tokens: torch.Tensor, noise: torch.
     return [[[r.indicator for r in context.steps if r.indicator is not None] for context in group] for group in contexts]
 
 
+@pytest.mark.slow
 def test_the_default_state_is_small(trained: WanTransformer3DModel) -> None:
     example = (tiny.with_coordinates(torch.zeros(1, 3, 8, 32, 32)), torch.ones(1), torch.zeros(1, data.OBJECTS, data.TOKEN_WIDTH))
     plan = bw.transform(trained, bw.CacheConfig(num_steps=STEPS), example_args=example).plan

@@ -32,6 +32,7 @@ TABLE = bw.CacheConfig(
 )
 
 
+@pytest.mark.slow
 def test_a_package_is_torch(tmp_path: Path) -> None:
     """Compiled at one size, run at others; sizes that the compiler ruled out are refused instead of computed wrongly."""
     model = OneStream(depth=2).eval()

@@ -131,6 +131,7 @@ def test_a_graph_that_does_not_open_is_no_export(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_stand_in_shows_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoilt(bundle: Bundle) -> Bundle:
         made = stand_in(bundle)

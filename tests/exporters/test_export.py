@@ -222,7 +222,7 @@ def test_a_process_without_torch(deployed: Exported, kind: str) -> None:
 
 @pytest.mark.parametrize("config", [
     bw.CacheConfig(policy="static", steps_mask=(0, 1, 0, 1, 1)),
-    bw.CacheConfig(num_steps=8, reuse="taylor"),
+    pytest.param(bw.CacheConfig(num_steps=8, reuse="taylor"), marks=pytest.mark.slow),
     bw.CacheConfig(num_steps=8, reuse="residual", indicator_tokens="all"),
 ], ids=["static", "taylor", "residual"])  # fmt: skip
 def test_every_way_of_reuse(config: bw.CacheConfig, tmp_path: Path) -> None:

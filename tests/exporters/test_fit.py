@@ -141,7 +141,8 @@ def turning() -> bw.CachedModel:
     return bw.transform(Turning().eval(), CONFIG, example_args=(*OneStream().example(batch=2), turns), dynamic_shapes="auto")
 
 
-@pytest.mark.parametrize("opset", [pytest.param(20, marks=pytest.mark.slow), 23])
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [20, 23])
 def test_attention_and_complex_inputs(turning: bw.CachedModel, opset: int, tmp_path: Path) -> None:
     """One program, exported at both operator sets, run at another size."""
     manifest = bw.export(turning, tmp_path / "bundle", opset=opset)

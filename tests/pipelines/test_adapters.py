@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import bwcache_compile as bw
 from tests.pipelines.cases import CASES, STEPS, Case
-from tests.zoo.selection import selected
 
 CONFIG = bw.CacheConfig(num_steps=STEPS, threshold=float("inf"), reuse_interval=1, tail=0.0)
 LENGTH = 6
@@ -64,7 +63,8 @@ def side(name: str) -> Side:
     return Side(case, model, pipe, cached)
 
 
-@pytest.mark.parametrize("name", selected((n for n in CASES if n != "latte"), always={"wan"}))  # its pipeline has no loader
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", [n for n in CASES if n != "latte"])  # its pipeline has no loader
 def test_adapters_come_and_go(name: str) -> None:
     s = side(name)
     plain = s.run()
