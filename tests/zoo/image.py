@@ -108,7 +108,7 @@ IMAGE = {
         },
         lambda s: {
             "hidden_states": noise("x", s, 1, 3, 8),
-            "timestep": time(s),
+            "timestep": time(s) / 1000,  # its pipeline gives an angle of sigma, in (0, 1)
             "encoder_hidden_states": noise("text", 0, 1, 5, 4),
             "global_hidden_states": noise("global", 0, 1, 1, 8),
             "rotary_embedding": rotary(9, 4),
