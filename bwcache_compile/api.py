@@ -104,7 +104,8 @@ def transform(
         raise ConfigError("this model is already compiled. Call transform on the original model, then torch.compile on the result.")
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise ConfigError(
-            "this model was compiled in place by its compile(). Call transform on a model that was not, then compile the result."
+            "this model was compiled in place with model.compile(). Call transform on the model before it is compiled, then compile the"
+            " result."
         )
     refuse_hooks(model)
     config = CacheConfig.of(config, **settings) if config is not None or settings else CacheConfig.recommended()
@@ -113,9 +114,13 @@ def transform(
     config.check_guard(guard)
     if verify not in get_args(Verify):
         raise ConfigError(f"verify must be one of {', '.join(map(repr, get_args(Verify)))}, got {verify!r}.")
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
+        raise ConfigError(f'dynamic_shapes must be "auto", None or what torch.export.export takes, got {dynamic_shapes!r}.')
+    if not isinstance(example_args, (tuple, list, type(None))):
+        raise ConfigError(f"example_args must be a tuple, such as (latents, timestep), got {type(example_args).__name__}.")
     cached = CachedModel(model, config, _toolchain(blocks, guard), dynamic_shapes, verify)
     if example_args is not None or example_kwargs is not None:
-        cached.prepare(example_args or (), example_kwargs or {})
+        cached.prepare(tuple(example_args or ()), example_kwargs or {})
     return cached
 
 
@@ -161,7 +166,10 @@ def _one_program(cached: CachedModel, signature: tuple[tuple[Any, ...], dict[str
             case (tuple() | list() as args, dict() as kwargs):
                 cached.prepare(tuple(args), kwargs)
             case _:
-                raise ConfigError("signature must be a pair (args, kwargs) of a tuple and a dict.")
+                shown = ", ".join(type(part).__name__ for part in signature) if isinstance(signature, tuple) else type(signature).__name__
+                raise ConfigError(
+                    f"signature must be a pair (args, kwargs) of a tuple and a dict, such as ((latents, timestep), {{}}), got ({shown})."
+                )
         program = cached.program
     else:
         held = cached.cached_programs
@@ -235,7 +243,7 @@ def export(
         raise ConfigError(f'repro requires format="onnx", got {format!r}.')
     place = None if repro is None else Path(repro).resolve()
     if place is not None and place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise ConfigError(f"repro must be a new or empty folder, and {place} is neither.")
+        raise ConfigError(f"repro must be a new or empty folder, but {place} is a file or holds files.")
     program, config = _one_program(cached, signature), cached.cache_config
     with torch.autocast(program.planned().device.type, enabled=False):  # what is around this call is no part of the program
         if format != "onnx":

@@ -48,6 +48,6 @@ def test_without_a_run_there_is_no_indicator(cached: bw.CachedModel, tmp_path: P
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(bw.ConfigError, match="node data are of the result of transform, got Linear"):
+    with pytest.raises(bw.ConfigError, match="write_node_data expects the result of transform, got Linear"):
         bw.write_node_data(tmp_path / "data", torch.nn.Linear(1, 1))
     assert not list(tmp_path.iterdir())

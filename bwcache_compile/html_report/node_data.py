@@ -44,7 +44,7 @@ def write_node_data(folder: str | Path, cached: nn.Module) -> tuple[Path, ...]:
     """
     model = getattr(cached, "_orig_mod", cached)  # what torch.compile returned of it
     if not isinstance(model, CachedModel):
-        raise ConfigError(f"node data are of the result of transform, got {type(cached).__name__}.")
+        raise ConfigError(f"write_node_data expects the result of transform, got {type(cached).__name__}.")
     tidied, search = searched(model)
     placed = [(node.name, part) for node, part in placed_operators(tidied.compute.graph, search, model.plan)]
     cached_blocks = {block.name for block in model.plan.blocks}

@@ -112,7 +112,7 @@ def assert_same_outputs(
             expected = dict(_leaves(_run(model, clone_tensors(args), clone_tensors(kwargs))))
             actual = dict(_leaves(_run(cached, clone_tensors(args), clone_tensors(kwargs))))
         if expected.keys() != actual.keys():
-            raise AssertionError(f"step {step}: outputs {', '.join(actual)} are returned, and {', '.join(expected)} expected.")
+            raise AssertionError(f"step {step}: expected the outputs {', '.join(expected)}, got {', '.join(actual)}.")
         for name, want in expected.items():
             wrong = _difference(name, actual[name], want, tolerance)
             if wrong is not None:

@@ -97,11 +97,12 @@ def test_files(bundle: Path) -> None:
     program = bundle / "reuse.pt2"
     data = program.read_bytes()
     program.write_bytes(data[:-1])
-    assert refusal(bundle, **TORCH) == f".../bundle/reuse.pt2 has {len(data) - 1} bytes, expected {len(data)}: the file is truncated."
+    size = f"has {len(data) - 1} bytes, expected {len(data)}: the file is truncated. Copy it again, or export it again."
+    assert refusal(bundle, **TORCH) == f".../bundle/reuse.pt2 {size}"
     edit(bundle, lambda manifest: None, "reuse.pt2")
     assert refusal(bundle, **TORCH).startswith("torch cannot open .../bundle/reuse.pt2 (written with torch 2.")
     program.unlink()
-    assert refusal(bundle, **TORCH) == ".../bundle/reuse.pt2 is missing; the bundle is incomplete."
+    assert refusal(bundle, **TORCH) == ".../bundle/reuse.pt2 is missing; the bundle is incomplete. Copy it again, or export it again."
 
 
 def _tensor(manifest: dict[str, Any], **changes: Any) -> None:

@@ -263,7 +263,10 @@ def test_a_pipeline_without_a_transformer_is_refused() -> None:
     assert refused({"unet": nn.Identity()}).startswith(
         "Pipe has no transformer to cache: its denoiser `unet` is a U-Net, which is not supported; its models are unet."
     )
-    with pytest.raises(bw.ConfigError, match=r"^expected a diffusers pipeline, whose `components` name its models, got Linear\.$"):
+    with pytest.raises(
+        bw.ConfigError,
+        match=r"^expected a diffusers pipeline \(with `components`\), got Linear\. To cache a model by itself, call transform\.$",
+    ):
         bw.enable(nn.Linear(1, 1))
 
 

@@ -69,7 +69,7 @@ class Returns(nn.Module):
     (Out(torch.tensor([1.0]), (torch.tensor([[1, 2]]), True)),
      "step 1: the output sample is torch.float32 [1], expected torch.float32 [2]."),
     (Out(torch.tensor([1.0, 2.0]), (torch.tensor([[1, 2]]), "no")), "step 1: the output more_1 is 'no', expected True."),
-    (Out(torch.tensor([1.0, 2.0])), "step 1: outputs sample are returned, and sample, more_0, more_1 expected."),
+    (Out(torch.tensor([1.0, 2.0])), "step 1: expected the outputs sample, more_0, more_1, got sample."),
 ])  # fmt: skip
 def test_the_output_and_the_place_are_named(wrong: Out, message: str) -> None:
     right = Out(torch.tensor([1.0, 2.0]), (torch.tensor([[1, 2]]), True))

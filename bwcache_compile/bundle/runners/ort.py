@@ -56,7 +56,10 @@ class OrtRunner:
         providers = list(providers or ["CPUExecutionProvider"])
         first = providers[0] if isinstance(providers[0], str) else providers[0][0]
         if first not in ort.get_available_providers():
-            raise ConfigError(f"{first} is not available in this onnxruntime; available are {', '.join(ort.get_available_providers())}.")
+            raise ConfigError(
+                f"{first} is not available in this onnxruntime, which has {', '.join(ort.get_available_providers())}. Install a build of"
+                " onnxruntime that has it (onnxruntime-gpu for CUDA), or choose another device."
+            )
         self._device = _device(providers, ort.get_available_providers())
         self.device = self._device[0] if self._device[0] == "cpu" else f"cuda:{self._device[1]}"
         self._sessions = {}
