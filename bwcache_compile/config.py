@@ -188,7 +188,7 @@ class CacheConfig:
             )
         if shaping:
             raise ConfigError(
-                f"the graphs depend on {', '.join(name for name in shaping if name != 'mask_steps')}, so it cannot be changed"
+                f"the graphs depend on {', '.join(name for name in shaping if name != 'mask_steps')}, which cannot be changed"
                 f" now. Transform the model again, or export it again.\n  Can be changed: {_may_change()}."
             )
         return new

@@ -165,7 +165,7 @@ MAY_CHANGE = """
         (
             bw.CacheConfig(),
             {"reuse": "residual", "threshold": 0.1},
-            f"the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.{MAY_CHANGE}",
+            f"the graphs depend on reuse, which cannot be changed now. Transform the model again, or export it again.{MAY_CHANGE}",
         ),
         (bw.CacheConfig(), {"treshold": 0.1}, f"unknown CacheConfig settings: treshold.{MAY_CHANGE}"),
         (bw.CacheConfig(), {"threshold": -1}, "threshold is -1; it must be a number >= 0 (0 never reuses)."),
@@ -177,7 +177,7 @@ MAY_CHANGE = """
         (
             MASK,
             {"policy": "schedule", "steps_mask": None},
-            f"the graphs depend on policy, so it cannot be changed now. Transform the model again, or export it again.{MAY_CHANGE}",
+            f"the graphs depend on policy, which cannot be changed now. Transform the model again, or export it again.{MAY_CHANGE}",
         ),
     ],
     ids=["shapes the graphs", "unknown", "bad value", "length of the mask", "another policy"],

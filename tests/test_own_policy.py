@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_named(model: OneStream) -> None:
         ),
         """\
 policy 'schedule' is already registered. Choose another name.
-policy is named 'two words'; choose a name that is a Python identifier.
+policy: invalid name 'two words'; it must be a Python identifier.
 policy 'other': `decide` has an unknown argument 'computed'; allowed are step, change, interval, threshold.
 policy 'other': invalid slot or parameter name 'step'. Names must be unique Python identifiers and must not be reserved.
 reuse 'other': shared slots and `keep_shared` must be given together.

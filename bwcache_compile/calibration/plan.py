@@ -277,7 +277,7 @@ class CalibrationPlan:
         except ConfigError:
             raise
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is damaged: {error}. Calibrate again.") from error
+            raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}). Calibrate again.") from error
 
 
 def _check_header(read: Any, path: str | Path) -> None:

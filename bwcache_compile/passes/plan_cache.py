@@ -129,7 +129,7 @@ def _ended(output: Node, members: list[Node], flow: DataFlow) -> str:
     ends = []
     for end in path_ends(output, set(members), flow)[-_NEAREST:]:
         module, merged = module_of(end), " and ".join(f"`{value.name}`" for value in merged_skip(end))
-        ends.append(f"`{end.name}`{module and f' of {module}'}{merged and f', which merges {merged}, none of them made of the others'}")
+        ends.append(f"`{end.name}`{module and f' of {module}'}{merged and f', which merges {merged}, none computed from another'}")
     return f"\n  Followed back through sums and re-arrangements, its residual path ends at {' and at '.join(ends)}.\n " if ends else ""
 
 
@@ -221,7 +221,7 @@ def _notes(
         captured = ", ".join(f"{name} = {value}" for name, value in program.signature.captured_sizes.items())
         notes.append(f"sizes are dynamic; bytes are given for {captured}")
         if config.graph_settings.way.needs_source:
-            notes.append("which output continues which input was proved at these sizes")
+            notes.append("which input each output of the blocks continues was verified at these sizes")
     if config.graph_settings.way.needs_time and time_input is None:
         notes.append(
             "no input is clearly the timestep (the only one of rank 0 or 1, or the only column, in float32), so steps are counted instead"

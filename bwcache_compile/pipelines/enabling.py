@@ -74,8 +74,8 @@ def _asked(pipe: Any, given: Given) -> dict[str, Given]:
         return dict.fromkeys(_transformers(pipe, modules), given)
     if unknown := [name for name in given if name not in modules]:
         raise ConfigError(
-            f"{type(pipe).__name__} has no model {unknown[0]!r}; its models are {', '.join(modules)}. A dictionary holds either the"
-            " settings of a CacheConfig, or for each model by its name the settings of that model."
+            f"{type(pipe).__name__} has no model {unknown[0]!r}; its models are {', '.join(modules)}. A dictionary holds"
+            " either CacheConfig settings, or settings for each model by its name: {name: settings}."
         )
     return dict(given)
 

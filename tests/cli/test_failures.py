@@ -45,7 +45,7 @@ def started(*words: object, **options: object) -> subprocess.Popen[str]:
         (("denoisers:both", "--config", "x.json"), "--config requires --diffusers; a factory brings its own inputs and settings"),
         (("denoisers:both", "--at", "0.4"), "--at requires --plan"),
         (("denoisers:both", "--plan", "none.json"), "cannot read the plan none.json: No such file or directory"),
-        (("denoisers:both", "--plan", "denoisers.py"), "denoisers.py is damaged: "),
+        (("denoisers:both", "--plan", "denoisers.py"), "denoisers.py is damaged (JSONDecodeError: "),
         (("denoisers:both", "--set", "threshold"), "--set threshold: expected NAME=VALUE, such as --set threshold=0.1"),
         (("denoisers:both", "--set", "treshold=1"), "unknown CacheConfig settings: treshold. There are: threshold, "),
         (("denoisers:both", "--set", "threshold=-1"), "threshold is -1; it must be a number >= 0 "),

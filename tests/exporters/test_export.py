@@ -177,7 +177,7 @@ got 3 positional arguments, but the model takes 2: x, t.""",
     assert_expected_inline(
         str(config.value),
         """\
-the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.
+the graphs depend on reuse, which cannot be changed now. Transform the model again, or export it again.
   Can be changed: calibrated_for, calls_per_step, damping, decide, indicator_bounds, num_steps, order, reuse_fraction, reuse_interval,\
  steps_mask, tail, threshold, timesteps, warmup_steps, weights.""",
     )

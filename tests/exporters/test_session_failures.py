@@ -83,7 +83,7 @@ StateError: x must have dtype float32, got float64.
 StateError: t has unsupported type str; pass ... or an object with DLPack.
 StateError: missing inputs: t. The bundle takes x, t.
 StateError: context 'uncond' has no cache: it was not called yet, or its generation has ended. Contexts with a cache: none.
-ConfigError: the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.
+ConfigError: the graphs depend on reuse, which cannot be changed now. Transform the model again, or export it again.
   Can be changed: calibrated_for, calls_per_step, damping, decide, indicator_bounds, num_steps, order, reuse_fraction, reuse_interval,\
  steps_mask, tail, threshold, timesteps, warmup_steps, weights.
 ConfigError: decide='joint' is not supported by a bundle's session, whose contexts decide separately.""",

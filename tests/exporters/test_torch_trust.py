@@ -53,7 +53,7 @@ def test_code_is_asked_for(bundle: Path) -> None:
     assert_expected_inline(
         shown,
         """\
-.../bundle has format "pt2": torch.export.load unpickles what a file says is pickled, which can run any code. Pass
+.../bundle has format "pt2": torch.export.load unpickles parts of the files, which can run any code. Pass
 allow_code=True if you trust its author; bundles of format "onnx" contain no code.
 .../bundle has format "aoti": a package holds machine code, which runs when it is opened. Pass allow_code=True if you
 trust its author; bundles of format "onnx" contain no code.

@@ -133,7 +133,7 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
     "configure": (
         _shaping_setting,
         bw.ConfigError,
-        "the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.\n  "
+        "the graphs depend on reuse, which cannot be changed now. Transform the model again, or export it again.\n  "
         "Can be changed: calibrated_for, calls_per_step, damping, decide, indicator_bounds, num_steps, order, reuse_fraction,"
         " reuse_interval, steps_mask, tail, threshold, timesteps, warmup_steps, weights.",
     ),

@@ -80,7 +80,7 @@ class OrtRunner:
         dtypes = [entry.dtype for entry in (*self._manifest.inputs, *self._manifest.slots)]
         if "bfloat16" not in f"{dtypes} {self._manifest.self_check}" or provider != "CPUExecutionProvider":
             return ""
-        advice = "Use a GPU's, or export the model in float32 or float16."
+        advice = "Use a GPU, or export the model in float32 or float16."
         return f"\n  The bundle computes in bfloat16, and this provider lacks kernels for it. {advice}"
 
     def _check(self, kind: str) -> None:
