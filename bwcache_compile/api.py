@@ -143,7 +143,8 @@ def transform(
         raise ConfigError("this model is already compiled. Call transform on the original model, then torch.compile on the result.")
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise ConfigError(
-            "this model was compiled in place by its compile(). Call transform on a model that was not, then compile the result."
+            "this model was compiled in place with model.compile(). Call transform on the model before it is compiled, then compile the"
+            " result."
         )
     refuse_hooks(model)
     config = CacheConfig.of(config, **settings) if config is not None or settings else CacheConfig.recommended()
@@ -152,6 +153,10 @@ def transform(
     config.check_guard(guard)
     if verify not in get_args(Verify):
         raise ConfigError(f"verify must be one of {', '.join(map(repr, get_args(Verify)))}, got {verify!r}.")
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
+        raise ConfigError(f'dynamic_shapes must be "auto", None or what torch.export.export takes, got {dynamic_shapes!r}.')
+    if not isinstance(example_args, (tuple, list, type(None))):
+        raise ConfigError(f"example_args must be a tuple, such as (latents, timestep), got {type(example_args).__name__}.")
     if capture not in get_args(Capture):
         raise ConfigError(f"capture must be one of {', '.join(map(repr, get_args(Capture)))}, got {capture!r}.")
     cached: CachedModel | RegionModel
@@ -164,7 +169,7 @@ def transform(
     else:
         cached = CachedModel(model, config, _toolchain(blocks, guard), dynamic_shapes, verify)
     if example_args is not None or example_kwargs is not None:
-        cached.prepare(example_args or (), example_kwargs or {})
+        cached.prepare(tuple(example_args or ()), example_kwargs or {})
     return cached
 
 

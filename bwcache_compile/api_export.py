@@ -32,7 +32,10 @@ def _one_program(cached: CachedModel, signature: tuple[tuple[Any, ...], dict[str
             case (tuple() | list() as args, dict() as kwargs):
                 cached.prepare(tuple(args), kwargs)
             case _:
-                raise ConfigError("signature must be a pair (args, kwargs) of a tuple and a dict.")
+                shown = ", ".join(type(part).__name__ for part in signature) if isinstance(signature, tuple) else type(signature).__name__
+                raise ConfigError(
+                    f"signature must be a pair (args, kwargs) of a tuple and a dict, such as ((latents, timestep), {{}}), got ({shown})."
+                )
         program = cached.program
     else:
         held = cached.cached_programs
@@ -111,7 +114,7 @@ def export(
         raise ConfigError(f'repro requires format="onnx", got {format!r}.')
     place = None if repro is None else Path(repro).resolve()
     if place is not None and place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise ConfigError(f"repro must be a new or empty folder, and {place} is neither.")
+        raise ConfigError(f"repro must be a new or empty folder, but {place} is a file or holds files.")
     program, config = _one_program(cached, signature), cached.cache_config
     with torch.autocast(program.planned().device.type, enabled=False):  # what is around this call is no part of the program
         if format != "onnx":

@@ -95,13 +95,13 @@ def check_time(step: int, expected: Sequence[float | None], inputs: Iterable[Tim
     if want is None:
         own = [at for at, time in enumerate(expected) if time is not None]
         raise StateError(
-            f"the weights were calibrated for a model that runs at steps {own[0]} to {own[-1]} of {len(expected)}, but it was called at"
+            f"these settings were calibrated for a model that runs at steps {own[0]} to {own[-1]} of {len(expected)}, but it was called at"
             f" step {step}. Calibrate with this boundary between the models, or set weights=None and timesteps=None."
         )
     if found and not any(abs(max(values) - want) <= _SAME_TIME * max(abs(want), abs(max(values))) for values in found):
         raise StateError(
-            f"the weights were calibrated for time {want:g} at step {step}, but this run has {max(found[0]):g}. Calibrate with this"
-            " scheduler and this number of steps, or set weights=None and timesteps=None."
+            f"these settings were calibrated for timestep {want:g} at step {step}, but this call has timestep {max(found[0]):g}. Calibrate"
+            " with this scheduler and this number of steps, or set weights=None and timesteps=None."
         )
 
 

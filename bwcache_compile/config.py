@@ -144,7 +144,10 @@ class CacheConfig:
             ConfigError: A value is bad, or there is no setting of that name.
         """
         if config is not None and not isinstance(config, (CacheConfig, Mapping)):
-            raise ConfigError(f"config must be a CacheConfig or a dictionary of settings, got {type(config).__name__}.")
+            raise ConfigError(
+                "config must be a CacheConfig (a calibration plan makes one: plan.at(0.4)) or a dictionary of settings, got"
+                f" {type(config).__name__}."
+            )
         given = {**(config if isinstance(config, Mapping) else {}), **settings}
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(given) - set(names)):
@@ -185,7 +188,7 @@ class CacheConfig:
             )
         if shaping:
             raise ConfigError(
-                f"the graphs depend on {', '.join(name for name in shaping if name != 'mask_steps')}, so it cannot be changed"
+                f"the graphs depend on {', '.join(name for name in shaping if name != 'mask_steps')}, which cannot be changed"
                 f" now. Transform the model again, or export it again.\n  Can be changed: {_may_change()}."
             )
         return new
@@ -264,6 +267,6 @@ class CacheConfig:
             raise ConfigError(f"{path} is not JSON: {error}") from error
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or set(values) - known:
-            extra = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
-            raise ConfigError(f"{path} contains unknown CacheConfig settings: {extra}.")
+            extra = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else f"a {type(values).__name__}, not a dictionary"
+            raise ConfigError(f"{path} contains unknown CacheConfig settings: {extra}. Pass a file that CacheConfig.save wrote.")
         return cls(**values)

@@ -147,12 +147,14 @@ def _check_combinations(config: CacheConfig) -> None:
 def _check_cut(config: CacheConfig, way: Reuse) -> None:
     """Check what does not go together with anchors at the model's output."""
     if way.needs_source:
-        raise ConfigError(f"cut='output' keeps the model's output, which continues no input; reuse={config.reuse!r} needs cut='blocks'.")
+        raise ConfigError(f"reuse={config.reuse!r} adds to an input of the blocks, so it requires cut='blocks', got cut='output'.")
     if config.granularity == "block":
         raise ConfigError("granularity='block' guards each block and cut='output' the whole model; they cannot be combined.")
     for name in ("compute_first", "compute_last"):
         if getattr(config, name) != 0:
-            raise ConfigError(f"{name} is {getattr(config, name)!r}, but with cut='output' a reused step computes no block.")
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r}; it must be 0 with cut='output', where a reused step computes no block."
+            )
 
 
 def _check_anchors(config: CacheConfig) -> None:
@@ -161,7 +163,9 @@ def _check_anchors(config: CacheConfig) -> None:
     if config.anchors is not None and not (_is_int(config.anchors) and 1 <= config.anchors <= MOST_ANCHORS):
         raise ConfigError(f"anchors is {config.anchors!r}; it must be an int from 1 to {MOST_ANCHORS}.")
     if config.anchors not in (None, way.anchors) and way.with_anchors is None:
-        raise ConfigError(f"reuse={config.reuse!r} keeps {way.anchors} computed steps; anchors={config.anchors!r} cannot be set.")
+        raise ConfigError(
+            f"anchors is {config.anchors!r}, but reuse={config.reuse!r} always keeps {way.anchors} computed steps; leave anchors out."
+        )
     if not (_is_int(config.order) and 0 <= config.order < MOST_ANCHORS):
         raise ConfigError(f"order is {config.order!r}; it must be an int from 0 to {MOST_ANCHORS - 1}.")
     if not (isinstance(config.damping, (int, float)) and math.isfinite(config.damping)):
@@ -171,7 +175,7 @@ def _check_anchors(config: CacheConfig) -> None:
 def _check_numbers(config: CacheConfig) -> None:
     """Check the range of every number, and of those that may be "all"."""
     if not (isinstance(config.threshold, (int, float)) and config.threshold >= 0):
-        raise ConfigError(f"threshold is {config.threshold!r}; it must be >= 0 (0 never reuses).")
+        raise ConfigError(f"threshold is {config.threshold!r}; it must be a number >= 0 (0 never reuses).")
     interval, fraction = config.reuse_interval, config.reuse_fraction
     if interval is not None and fraction is not None:
         raise ConfigError(f"reuse_interval is {interval!r} and reuse_fraction is {fraction!r}; set one of them.")
@@ -205,12 +209,14 @@ def _check_mask(config: CacheConfig) -> None:
     if not POLICIES[config.policy].reads_mask:
         if mask is not None:
             readers = " or ".join(repr(name) for name, policy in POLICIES.items() if policy.reads_mask)
-            raise ConfigError(f"steps_mask is only read by policy={readers}; remove it or choose that policy.")
+            raise ConfigError(f"steps_mask is set, but policy={config.policy!r} does not read it; remove it, or set policy={readers}.")
         return
     if not mask:
-        raise ConfigError(f"policy={config.policy!r} needs steps_mask: one entry per step, 1 reuses and 0 computes.")
+        raise ConfigError(f"policy={config.policy!r} needs steps_mask: one entry per step, 0 computes and 1 reuses, such as (0, 0, 1, 0).")
     if set(mask) - {0, 1} or mask[0] != 0:
-        raise ConfigError(f"steps_mask is {mask}; entries are 0 or 1 and the first must be 0: nothing is cached yet.")
+        raise ConfigError(
+            f"steps_mask is {mask}; its entries must be 0 (compute) or 1 (reuse), and the first must be 0: nothing is cached yet."
+        )
     check_steps(config, "num_steps", config.num_steps)
 
 
@@ -220,9 +226,12 @@ def _check_bounds(config: CacheConfig) -> None:
     if bounds is None:
         return
     if config.policy != "guarded":
-        raise ConfigError("indicator_bounds is only read by policy='guarded'; remove it or choose that policy.")
+        raise ConfigError(f"indicator_bounds is set, but policy={config.policy!r} does not read it; remove it, or set policy='guarded'.")
     if len(bounds) != len(config.steps_mask or ()):
-        raise ConfigError(f"indicator_bounds has {len(bounds)} entries; it holds a number or None for each step of steps_mask.")
+        raise ConfigError(
+            f"indicator_bounds has {len(bounds)} entries, but steps_mask has {len(config.steps_mask or ())}; it must hold a number or None"
+            " for each step."
+        )
     if bad := [bound for bound in bounds if bound is not None and not bound >= 0]:
         raise ConfigError(f"indicator_bounds holds {bad[0]!r}; a bound must be >= 0.")
 
@@ -234,9 +243,9 @@ def _check_weights(config: CacheConfig) -> None:
     weights, mask, anchors = config.weights, config.steps_mask, config.graph_settings.anchors
     if mask is None or len(weights) != len(mask):
         have = "steps_mask is not set" if mask is None else f"steps_mask has {len(mask)} entries"
-        raise ConfigError(f"weights has {len(weights)} rows but {have}; weights holds a row or None for each step of steps_mask.")
+        raise ConfigError(f"weights has {len(weights)} rows, but {have}; it must hold a row or None for each step of steps_mask.")
     if anchors == 1:
-        raise ConfigError(f"weights needs two anchors or more; reuse={config.reuse!r} keeps one. Set anchors.")
+        raise ConfigError(f"weights requires at least two anchors, but reuse={config.reuse!r} keeps one. Set anchors.")
     for step, row in enumerate(weights):
         if row is None or not mask[step]:
             continue
@@ -250,6 +259,9 @@ def _check_weights(config: CacheConfig) -> None:
 def _check_calibrated(config: CacheConfig) -> None:
     """Check what says for which run and model weights were made."""
     if config.timesteps is not None and len(config.timesteps) != len(config.steps_mask or ()):
-        raise ConfigError(f"timesteps has {len(config.timesteps)} entries; it holds the time of each of the steps of steps_mask.")
+        raise ConfigError(
+            f"timesteps has {len(config.timesteps)} entries, but steps_mask has {len(config.steps_mask or ())}; it must hold a timestep for"
+            " each step."
+        )
     if config.calibrated_for is not None and not isinstance(config.calibrated_for, str):
-        raise ConfigError(f"calibrated_for is {config.calibrated_for!r}; it must be the text that calibrate gives.")
+        raise ConfigError(f"calibrated_for is {config.calibrated_for!r}; it must be the string that calibrate made.")

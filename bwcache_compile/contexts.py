@@ -184,8 +184,8 @@ class ContextTable(Generic[AnyContext]):
             if context is None or not context.tracker.started or (step is not None and context.tracker.next_step <= step):
                 return name
         raise StateError(
-            f"the model was called {_MOST_CALLS} times at step {step or 0} of a pipeline's run: the scheduler of the pipeline that it was"
-            " enabled for does not advance. If the model is called by another loop, transform it by itself: call disable(pipe), then"
+            f"the model was called {_MOST_CALLS} times at step {step or 0} of a pipeline's run, and the pipeline's scheduler did not"
+            " advance. If another loop than the pipeline calls the model, transform the model itself: call disable(pipe), then"
             " transform(pipe.transformer)."
         )
 

@@ -37,7 +37,7 @@ def trace_steps(path: str | Path, *models: Any) -> Iterator[None]:
     followed = [getattr(model, "_orig_mod", model) for model in models]  # what torch.compile returned of it
     if not followed or not all(isinstance(model, ContextMethods) for model in followed):
         given = ", ".join(type(model).__name__ for model in models) or "nothing"
-        raise ConfigError(f"trace_steps takes the results of transform or load, got {given}.")
+        raise ConfigError(f"trace_steps expects results of transform or load, got {given}.")
     recorded: list[list[StepEvent]] = [[] for _ in followed]
     handles = [model.on_step(events.append) for model, events in zip(followed, recorded, strict=True)]
     try:

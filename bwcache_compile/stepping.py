@@ -156,9 +156,12 @@ class Tracker:
         """
         given = info.step_index
         if given is not None and (given < 0 or (num_steps is not None and given >= num_steps)):
-            last = "" if num_steps is None else f" (0 .. {num_steps - 1})"
-            steps = "unknown number of" if num_steps is None else num_steps
-            raise StateError(f"step_index {given} is outside the {steps} steps of a generation{last}.")
+            if num_steps is None:
+                raise StateError(f"step_index must be at least 0, got {given}.")
+            raise StateError(
+                f"step_index must be from 0 to {num_steps - 1}, got {given}: this generation has {num_steps} steps. Pass"
+                " num_inference_steps to cache_context, or call reset(num_steps=...), if it has more."
+            )
         verdict: Verdict = "none"
         if given is not None:  # the caller knows better than the time, which need not be read
             clock = _UNREAD

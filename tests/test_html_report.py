@@ -345,11 +345,11 @@ def test_a_failure_leaves_what_was_there(cached: bw.CachedModel, tmp_path: Path,
 
 
 def test_what_cannot_be_shown_is_refused(cached: bw.CachedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(bw.ConfigError, match="write_report expects the result of transform, got OneStream"):
+    with pytest.raises(bw.ConfigError, match="a report requires the result of transform, got OneStream"):
         report_data(OneStream())
     with pytest.raises(bw.StateError, match="nothing is captured yet"):
         report_data(bw.transform(OneStream().eval()))
-    with pytest.raises(bw.ConfigError, match=r"images\['text'\] is not a PNG, JPEG or WebP file: it begins with b'<svg/>'"):
+    with pytest.raises(bw.ConfigError, match=r"images\['text'\] must be a PNG, JPEG or WebP file, got one that begins with b'<svg/>'"):
         report_data(cached, images={"text": b"<svg/>"})
     with pytest.raises(bw.ConfigError, match=r"seconds\['step'\] must be a finite number of at least 0, got nan"):
         report_data(cached, seconds={"step": float("nan")})

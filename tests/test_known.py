@@ -239,7 +239,7 @@ def test_a_manifest_cannot_hold_every_value(tmp_path: Path) -> None:
     for rate in (torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([math.inf])):
         cached = bw.transform(Rated().eval(), bw.CacheConfig(num_steps=3), example_args=(*OneStream().example(), rate))
         with pytest.raises(
-            bw.ExportError, match=r"^Rated reads the values of rate in Python, and a bundle cannot hold these: (.|\n)*finite"
+            bw.ExportError, match=r"^Rated reads the values of rate in Python, and a bundle cannot store these: (.|\n)*finite"
         ):
             bw.export(cached, tmp_path / "bundle")
     assert not list(tmp_path.iterdir())

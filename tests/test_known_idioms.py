@@ -72,7 +72,7 @@ def test_text_and_image_to_video() -> None:
 
 def test_a_bundle_cannot_compare_what_is_computed_of_a_large_input(tmp_path: Path) -> None:
     cached = bw.transform(TextAndImage().eval(), OFF, example_args=asked((3, 5), True))
-    with pytest.raises(bw.ExportError, match=r"^TextAndImage reads in Python what it computes of image, (.|\n)*pass a bool"):
+    with pytest.raises(bw.ExportError, match=r"^TextAndImage reads in Python a value that it computes from image, (.|\n)*pass a bool"):
         bw.export(cached, tmp_path / "bundle")
 
 

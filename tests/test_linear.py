@@ -198,15 +198,18 @@ def test_settings_that_shape_graphs_make_them_anew_without_a_capture(model: OneS
         ({"anchors": 9}, "anchors is 9; it must be an int from 1 to 8."),
         ({"order": -1}, "order is -1; it must be an int from 0 to 7."),
         ({"damping": float("nan")}, "damping is nan; it must be a finite number."),
-        ({"weights": WEIGHTS[:4]}, "weights has 4 rows but steps_mask has 10 entries; weights holds a row or None for each step of"),
+        ({"weights": WEIGHTS[:4]}, "weights has 4 rows, but steps_mask has 10 entries; it must hold a row or None for each step of"),
         ({"weights": 3}, "weights must hold a row of numbers or None for each step, got 3."),
         ({"weights": [None] * 3 + [(1, 1, 0)] + [None] * 6}, r"weights\[3\] is \(1.0, 1.0, 0.0\); it must hold 3 finite numbers"),
         ({"weights": WEIGHTS, "anchors": 4}, r"weights\[3\] is .*; it must hold 4 finite numbers"),
         ({"steps_mask": (0, 1), "weights": [None, (0.5, 0.5, 0.0)]}, r"weights\[1\] is \(0.5, 0.5, 0.0\), but only 1 steps were computed"),
-        ({"anchors": 1, "weights": WEIGHTS}, "weights needs two anchors or more; reuse='linear' keeps one."),
+        ({"anchors": 1, "weights": WEIGHTS}, "weights requires at least two anchors, but reuse='linear' keeps one."),
         ({"cut": "middle"}, "cut is 'middle'; choose one of 'blocks', 'output'."),
-        ({"cut": "output", "reuse": "residual"}, "cut='output' keeps the model's output, which continues no input"),
-        ({"cut": "output", "compute_first": 1}, "compute_first is 1, but with cut='output' a reused step computes no block."),
+        ({"cut": "output", "reuse": "residual"}, "reuse='residual' adds to an input of the blocks, so it requires cut='blocks'"),
+        (
+            {"cut": "output", "compute_first": 1},
+            "compute_first is 1; it must be 0 with cut='output', where a reused step computes no block.",
+        ),
     ],
 )
 def test_refusals(settings: dict[str, Any], message: str) -> None:

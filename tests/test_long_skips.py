@@ -165,10 +165,10 @@ def test_two_streams_that_a_linear_layer_merges_are_both_named() -> None:
     assert_expected_inline(
         refused(made(TwoStreams("linear"))),
         """\
-reuse='residual' does not fit TwoStreams: no input of the blocks is proved to be what `add_10` f32[1, 12, 16] continues
-(inputs: add_4 f32[1, 12, 16], add_2 f32[1, 12, 16]).
+reuse='residual' does not fit TwoStreams: it requires that each output of the blocks be an input of the blocks plus a
+change, and for `add_10` f32[1, 12, 16] no such input was found (inputs: add_4 f32[1, 12, 16], add_2 f32[1, 12, 16]).
   Followed back through sums and re-arrangements, its residual path ends at `linear_13` of out_of.0.merge, which merges
-`add_6` and `add_2`, none of them made of the others.
+`add_6` and `add_2`, none computed from another.
   Use reuse='output' or 'taylor'.""",
     )
 
@@ -178,8 +178,8 @@ def test_levels_without_a_skip_are_held() -> None:
     assert_expected_inline(
         refused(model),
         """\
-reuse='residual' does not fit HDiT: no input of the blocks is proved to be what `add_14` f32[1, 12, 16] continues
-(inputs: add f32[1, 12, 16]).
+reuse='residual' does not fit HDiT: it requires that each output of the blocks be an input of the blocks plus a change,
+and for `add_14` f32[1, 12, 16] no such input was found (inputs: add f32[1, 12, 16]).
   Followed back through sums and re-arrangements, its residual path ends at `linear_22` of split.
   Use reuse='output' or 'taylor'.""",
     )

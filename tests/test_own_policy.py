@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_named(model: OneStream) -> None:
         ),
         """\
 policy 'schedule' is already registered. Choose another name.
-policy is named 'two words'; choose a name that is a Python identifier.
+policy: invalid name 'two words'; it must be a Python identifier.
 policy 'other': `decide` has an unknown argument 'computed'; allowed are step, change, interval, threshold.
 policy 'other': invalid slot or parameter name 'step'. Names must be unique Python identifiers and must not be reserved.
 reuse 'other': shared slots and `keep_shared` must be given together.
@@ -205,7 +205,7 @@ reuse 'other': `reuse` has an unknown argument 'output'; allowed are source, kep
 indicator 'other' must be a function of two lists of tensors, the features and their references.
 indicator is 'other'; choose one of 'l1', 'toy'.
 reuse 'other': `parameters` and `values` must be given together.
-steps_mask is only read by policy='static' or 'guarded'; remove it or choose that policy.
+steps_mask is set, but policy='toy' does not read it; remove it, or set policy='static' or 'guarded'.
 reuse='toy_half': `<lambda>` must return f32[1, 6, 8], got f16[1, 6, 8].
 policy='toy_wide': `decide` must return i64[1], i64[1], got i64[1], i64[2].""",
     )

@@ -80,7 +80,7 @@ def test_what_was_recorded_before_a_failure_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("models", "got"), [((), "nothing"), ((torch.nn.Linear(1, 1),), "Linear")])
 def test_other_models_are_refused(models: tuple[Any, ...], got: str, tmp_path: Path) -> None:
-    with pytest.raises(bw.ConfigError, match=f"takes the results of transform or load, got {got}"), bw.trace_steps(tmp_path / "x", *models):
+    with pytest.raises(bw.ConfigError, match=f"expects results of transform or load, got {got}"), bw.trace_steps(tmp_path / "x", *models):
         pass
     assert not list(tmp_path.iterdir())
 

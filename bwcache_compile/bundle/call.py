@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from bwcache_compile.bundle.arithmetic import arithmetic
-from bwcache_compile.bundle.manifest import Manifest, Size, TensorEntry
+from bwcache_compile.bundle.manifest import InputEntry, Manifest, Size, TensorEntry
 from bwcache_compile.errors import StateError
 from bwcache_compile.size_expressions import names_in
 
@@ -120,14 +120,28 @@ def _inside(given: Any, path: Sequence[int | str], argument: str) -> Any:
 
 
 def constraint_violated(manifest: Manifest, condition: str, sizes: Mapping[str, int]) -> str:
-    """Say which condition on the sizes is violated, by inputs and dimensions (`x[1] >= 2`) where its symbols are sizes as they are."""
-    places = {symbol.name: symbol.place for symbol in manifest.symbols if (symbol.offset, symbol.factor) == (0, 1)}
+    """Say which condition on the sizes is violated, with sizes as inputs' dimensions where they are (`x.shape[1] >= 2`)."""
+    got = ", ".join(f"{_named(manifest, name)} = {sizes[name]}" for name in sorted(names_in(condition) & sizes.keys()))
+    return f"shape constraint violated: the graphs require {_named(manifest, condition)}, got {got}."
 
-    def named(text: str) -> str:
-        return re.sub(r"[A-Za-z_]\w*", lambda match: places.get(match.group(), match.group()), text)
 
-    got = ", ".join(f"{named(name)} = {sizes[name]}" for name in sorted(names_in(condition) & sizes.keys()))
-    return f"shape constraint violated: {named(condition)}, got {got}."
+def _named(manifest: Manifest, text: str) -> str:
+    """Write the symbols of an expression as the dimensions that they are read from, where they are these sizes as they are."""
+    plain = [symbol for symbol in manifest.symbols if (symbol.offset, symbol.factor) == (0, 1)]
+    places = {symbol.name: f"{symbol.input}.shape[{symbol.dimension}]" for symbol in plain}
+    return re.sub(r"[A-Za-z_]\w*", lambda match: places.get(match.group(), match.group()), text)
+
+
+def _wrong_shape(manifest: Manifest, entry: InputEntry, expected: Sequence[int], shape: Sequence[int]) -> str:
+    """Say which shape an input must have: sizes that it decides itself are `any`, and those of another input name that one."""
+    own = {(symbol.dimension, symbol.name) for symbol in manifest.symbols if symbol.input == entry.name}
+    shown = ["any" if (place, size) in own else _named(manifest, str(size)) for place, size in enumerate(entry.shape)]
+    follows = any(isinstance(size, str) and word != "any" for size, word in zip(entry.shape, shown, strict=True))
+    text = f"{entry.name} must have shape [{', '.join(shown)}]{f', here {list(expected)}' * follows}, got {list(shape)}."
+    fixed = len(shape) == len(expected) and any(isinstance(size, int) and size != got for size, got in zip(entry.shape, shape, strict=True))
+    if fixed and not manifest.symbols:
+        text += ' Every size is fixed in this bundle: transform with dynamic_shapes="auto" and export again to vary them.'
+    return text
 
 
 def _symbols(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
@@ -145,8 +159,7 @@ def _symbols(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict[str
     for entry in manifest.inputs:
         expected = [arithmetic(size, symbols) for size in entry.shape]
         if list(shapes[entry.name]) != expected:
-            shown = ", ".join(map(str, entry.shape))
-            raise StateError(f"{entry.name} must have shape [{shown}], got {list(shapes[entry.name])}.")
+            raise StateError(_wrong_shape(manifest, entry, expected, shapes[entry.name]))
     for condition in manifest.conditions:
         if not arithmetic(condition, symbols):
             raise StateError(constraint_violated(manifest, condition, symbols))
@@ -176,9 +189,10 @@ def bound(manifest: Manifest, runner: Runner, args: tuple[Any, ...], kwargs: dic
     given |= kwargs
     tensors = {entry.argument for entry in manifest.inputs}
     expected = tensors | {constant.argument for constant in manifest.constants}
+    takes = ", ".join([*(name for name in names if name in expected), *sorted(expected.difference(names))])
     missing = sorted(tensors - set(given))
     if missing:
-        raise StateError(f"missing inputs: {', '.join(missing)}. The bundle takes {', '.join(sorted(expected))}.")
+        raise StateError(f"missing inputs: {', '.join(missing)}. The bundle takes {takes}.")
     for constant in manifest.constants:
         if constant.argument in given:
             found = _inside(given[constant.argument], constant.path, constant.argument)
@@ -186,7 +200,9 @@ def bound(manifest: Manifest, runner: Runner, args: tuple[Any, ...], kwargs: dic
                 raise StateError(f"{constant.argument} is {found!r}, but the bundle was exported for {constant.value!r}.")
     unknown = sorted(name for name in set(given) - expected if not _holds_nothing(given[name]))
     if unknown:
-        raise StateError(f"unexpected inputs: {', '.join(unknown)}. The bundle takes {', '.join(sorted(expected))}.")
+        raise StateError(
+            f"unexpected inputs: {', '.join(unknown)}. The bundle takes {takes}: the arguments of the call that it was exported for."
+        )
     found = {e.name: _inside(given[e.argument], e.path, e.argument) for e in manifest.inputs}
     return flat_call(manifest, runner, found)
 

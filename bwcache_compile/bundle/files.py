@@ -40,7 +40,7 @@ class Bundle:
         """
         graphs = self.manifest.graphs
         if kind not in graphs:
-            raise BundleError(f"{self.folder}: the bundle holds {', '.join(graphs)}, but no {kind} graph. Export it with guarded=True.")
+            raise BundleError(f"{self.folder} has the graphs {', '.join(graphs)}, but no {kind} graph. Export it with guarded=True.")
         return self.folder / graphs[kind].file
 
 
@@ -59,6 +59,8 @@ def _read_manifest(folder: Path) -> Manifest:
         content = read_text(path.read_bytes())
     except FileNotFoundError as error:
         raise BundleError(f"{path} does not exist: {folder} is not a bundle.") from error
+    except NotADirectoryError as error:
+        raise BundleError(f"{folder} is a file. Pass the folder that export wrote.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"cannot read {path}: {error}.") from error
     if content.pop("format", None) != FORMAT:
@@ -104,14 +106,15 @@ def _check_file(folder: Path, name: str, entry: FileEntry, verify_hash: bool) ->
     except OSError:  # no name that the file system takes
         there = False
     if not there:
-        raise BundleError(f"{path} is missing; the bundle is incomplete.")
+        raise BundleError(f"{path} is missing; the bundle is incomplete. Copy it again, or export it again.")
     size = path.stat().st_size
     if size != entry.bytes:
         raise BundleError(
             f"{path} has {size} bytes, expected {entry.bytes}: the file is {'truncated' if size < entry.bytes else 'altered'}."
+            " Copy it again, or export it again."
         )
     if verify_hash and file_hash(path) != entry.sha256:
-        raise BundleError(f"SHA-256 mismatch for {path}: the file was changed after export.")
+        raise BundleError(f"SHA-256 mismatch for {path}: the file was changed after export. Copy it again, or export it again.")
 
 
 def _check_graphs(folder: Path, manifest: Manifest) -> None:

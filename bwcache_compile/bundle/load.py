@@ -44,7 +44,7 @@ def _need(module: str, extra: str) -> None:
 _BACKENDS = {"onnx": ("onnxruntime", "openvino"), "pt2": ("torch",), "aoti": ("torch",)}
 """What runs each format; the first is the default."""
 _WHY = {
-    "pt2": "torch.export.load unpickles what a file says is pickled, which can run any code",
+    "pt2": "torch.export.load unpickles parts of the files, which can run any code",
     "aoti": "a package holds machine code, which runs when it is opened",
 }
 

@@ -29,7 +29,10 @@ def read_text(data: bytes) -> dict[str, Any]:
         ValueError: It is no JSON object, or a byte of it is not what was written.
     """
     text = data.decode("utf-8")
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got {repr(content)[:60]}")
     recorded = content.pop(CHECKSUM, None)

@@ -51,7 +51,7 @@ def _indicators(plan: CalibrationPlan, contexts: Sequence[ContextReport]) -> tup
         found.append(sum(known) / len(known) if known else None)
     if not any(value is not None for value in found):
         raise ConfigError(
-            "generate ran no step of the plan on the cached model, so there is no indicator to guard with. It must use the model that it is"
-            " given, each time that it is called."
+            "generate did not run the cached model that it was given, so no indicator was measured for guarded=True. Call its argument each"
+            " time: `generate=lambda model: ...`."
         )
     return tuple(found)

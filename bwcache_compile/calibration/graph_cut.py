@@ -30,7 +30,8 @@ class GraphCut:
         """
         if cached.guard != "host":
             raise ConfigError(
-                "calibration at the blocks' output picks the graph of each step itself. Transform the model with guard='host'."
+                f"cut='blocks' requires guard='host', because calibration chooses the graph of each step; the model has"
+                f" guard={cached.guard!r}."
             )
         config = CacheConfig(policy="static", steps_mask=(0,), reuse="linear", anchors=anchors, cut=cut)
         self._cached = cached.with_settings(config)

@@ -17,7 +17,7 @@ def computed_count(budget: float, steps: int) -> int:
         ConfigError: The budget is not in (0, 1].
     """
     if not 0 < budget <= 1:
-        raise ConfigError(f"a budget is the share of computed steps, in (0, 1], got {budget}.")
+        raise ConfigError(f"budgets must be shares of computed steps in (0, 1], such as 0.4, got {budget}.")
     return min(steps, max(min(2, steps), round(budget * steps)))
 
 

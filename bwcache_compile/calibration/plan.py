@@ -163,8 +163,8 @@ class CalibrationPlan:
             norm, step = entry.amplification
             if norm > LARGE_NORM:
                 lines.append(
-                    f"warning: with {entry.computed} computed steps the weights of step {step} have norm {norm:.1f}: noise in the anchors,"
-                    " such as rounding to half precision, is amplified as much. Calibrate with fewer anchors, or compute more steps."
+                    f"warning: with {entry.computed} computed steps the weights of step {step} have norm {norm:.1f}: they amplify noise in"
+                    " the anchors, such as rounding to half precision, by that factor. Use fewer anchors, or compute more steps."
                 )
         return "\n".join(lines)
 
@@ -195,7 +195,7 @@ class CalibrationPlan:
         if guarded:
             if entry.indicators is None:
                 raise ConfigError(
-                    "this plan does not know what the indicator shows at its steps, so it cannot be guarded. Calibrate with guarded=True."
+                    "guarded=True requires a plan that was calibrated with guarded=True; this one has no indicators of its steps."
                 )
             bounds = [None if value is None else MARGIN * value for value in entry.indicators]
             joint = len(made.contexts) > 1
@@ -230,7 +230,7 @@ class CalibrationPlan:
         """
         targets = {name: value for name, value in (("budget", budget), ("psnr", psnr), ("speedup", speedup)) if value is not None}
         if len(targets) != 1:
-            raise ConfigError(f"exactly one target is needed of budget, psnr and speedup, got {', '.join(targets) or 'none'}.")
+            raise ConfigError(f"pass exactly one of budget, psnr and speedup, got {', '.join(targets) or 'none'}.")
         if budget is not None:
             entry = min(self.entries, key=lambda e: abs(e.budget - budget))
             met = abs(entry.budget - budget) <= max(_BUDGET_SLACK, 0.5 / self.steps)
@@ -277,14 +277,14 @@ class CalibrationPlan:
         except ConfigError:
             raise
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is damaged: {error}. Calibrate again.") from error
+            raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}). Calibrate again.") from error
 
 
 def _check_header(read: Any, path: str | Path) -> None:
     if not isinstance(read, dict) or read.get("format") != FORMAT:
         raise ConfigError(f"{path} is not a calibration plan.")
     if read["version"] != VERSION:
-        raise ConfigError(f"{path} has version {read['version']} of calibration plans, but this release reads {VERSION}. Calibrate again.")
+        raise ConfigError(f"{path} has plan version {read['version']}, but this release reads {VERSION}. Calibrate again.")
 
 
 def _entry(read: dict[str, Any]) -> PlanEntry:

@@ -35,11 +35,14 @@ LIMITS: dict[str, float] = {"quick": 4.0, "thorough": 10.0}
 _LEAST_STEPS = 4
 
 _NOT_DETERMINISTIC = {
-    "noise": "it starts from other noise each time. Create the random generator inside generate, with a fixed seed",
-    "model": "the model returns other outputs for equal inputs. Put it into evaluation mode, and choose deterministic kernels",
+    "noise": "it starts from different noise each time. Create the random generator inside generate, with a fixed seed",
+    "model": (
+        "the model returns different outputs for equal inputs. Call model.eval(), and use deterministic kernels"
+        " (torch.use_deterministic_algorithms(True))"
+    ),
     "sampler": (
-        "the sampler is not deterministic: equal latents and outputs were followed by other latents. It draws noise at its steps; pass it"
-        " a random generator with a fixed seed, created inside generate, or choose a deterministic sampler"
+        "the sampler is not deterministic: after equal latents and outputs it returned different latents. If it draws noise at its steps,"
+        " pass it a random generator with a fixed seed, created inside generate, or choose a deterministic sampler"
     ),
 }
 
@@ -86,8 +89,10 @@ def calibrate(
     """
     if effort not in get_args(Effort):
         raise ConfigError(f"effort must be one of {', '.join(map(repr, get_args(Effort)))}, got {effort!r}.")
-    if not budgets:
-        raise ConfigError("budgets is empty. Pass shares of computed steps, such as (0.4, 0.3, 0.2).")
+    if not isinstance(budgets, Sequence) or not budgets:
+        raise ConfigError(f"budgets must be a sequence of shares of computed steps, such as (0.4, 0.3, 0.2), got {budgets!r}.")
+    if cut not in get_args(Cut):
+        raise ConfigError(f"cut must be one of {', '.join(map(repr, get_args(Cut)))}, got {cut!r}.")
     for budget in budgets:
         masks.computed_count(budget, 2)
     target, to_guard = _cut_model(model, anchors, cut), _cached(model) if guarded else None
@@ -95,11 +100,13 @@ def calibrate(
         evaluator = Evaluator(target, generate, bar.advance)
         bar.expect(evaluator.calls)
         if evaluator.steps < _LEAST_STEPS:
-            raise ConfigError(f"generate made {evaluator.steps} steps, and fewer than {_LEAST_STEPS} leave nothing to calibrate.")
+            raise ConfigError(
+                f"generate ran {evaluator.steps} steps, but a calibration needs at least {_LEAST_STEPS}. Generate with more steps."
+            )
         if evaluator.step_indices[0] and not _timesteps(evaluator.full):
             raise ConfigError(
-                f"generate runs this model from step {evaluator.step_indices[0]} on, after another one, and none of its inputs is the time,"
-                " which tells the steps of both apart. Give no step_index in cache_context, so that each model counts its own steps."
+                f"generate runs this model from step {evaluator.step_indices[0]} on, after another model, but none of its inputs is the"
+                " timestep, which tells their steps apart. Pass no step_index to cache_context, so that each model counts its own steps."
             )
         sampler = _sampler_map(evaluator)
         counts = sorted({masks.computed_count(budget, evaluator.steps) for budget in budgets}, reverse=True)
@@ -118,7 +125,7 @@ def _cached(model: nn.Module | CutModel) -> CachedModel:
     """
     cached = getattr(model, "_orig_mod", model)
     if not isinstance(cached, CachedModel):
-        raise ConfigError("guarded=True measures the indicator in the graphs of a transformed model. Pass what transform returned.")
+        raise ConfigError(f"guarded=True requires a transformed model, got {type(model).__name__}. Pass the result of transform.")
     return cached
 
 
@@ -129,7 +136,7 @@ def _cut_model(model: nn.Module | CutModel, anchors: int, cut: Cut) -> CutModel:
         ConfigError: The anchors are at the blocks, and the model is not transformed.
     """
     if not 2 <= anchors <= MOST_ANCHORS:
-        raise ConfigError(f"anchors is {anchors!r}; a calibration combines 2 to {MOST_ANCHORS} computed steps.")
+        raise ConfigError(f"anchors must be from 2 to {MOST_ANCHORS} (computed steps that a reused step combines), got {anchors!r}.")
     if not isinstance(model, nn.Module):
         return model
     if isinstance(model, ContextMethods) and not isinstance(model, CachedModel):
@@ -137,7 +144,7 @@ def _cut_model(model: nn.Module | CutModel, anchors: int, cut: Cut) -> CutModel:
     cached = getattr(model, "_orig_mod", model)
     if cut == "blocks":
         if not isinstance(cached, CachedModel):
-            raise ConfigError("cut='blocks' runs the graphs of a transformed model. Pass what transform returned.")
+            raise ConfigError(f"cut='blocks' requires a transformed model, got {type(model).__name__}. Pass the result of transform.")
         return GraphCut(cached, anchors, cut)
     return OutputCut(cached.original if isinstance(cached, CachedModel) else model, anchors)
 
@@ -152,8 +159,8 @@ def _sampler_map(evaluator: Evaluator) -> SamplerMap | None:
     probe, _ = evaluator.run(mask, fixed_rule("linear"))
     if evaluator.full[0].moving is None:
         warn(
-            "no input of the model moves from step to step and has the output's shape, so weights cannot be fitted: fixed rules of reuse"
-            " are compared instead."
+            "no latents found: no input of the model changes from step to step and has the shape of the output. Weights cannot be fitted"
+            " without them, so fixed rules of reuse are compared instead."
         )
         return None
     origin = first_difference(probe.recorder.steps, evaluator.full, mask)
@@ -163,8 +170,8 @@ def _sampler_map(evaluator: Evaluator) -> SamplerMap | None:
     if not sampler.explained:
         step = max(range(len(sampler.residuals)), key=lambda i: sampler.residuals[i])
         warn(
-            f"the sampler's steps are not a linear combination of latents and outputs (step {step}: {sampler.residual:.1%} unexplained):"
-            " it clips values, or scales guidance by the outputs' size. Fixed rules of reuse are tried beside fitted weights."
+            f"the sampler's steps are not a linear combination of latents and outputs (step {step}: {sampler.residual:.1%} unexplained)."
+            " It may clip values, or scale guidance by the size of the outputs. Fixed rules of reuse are tried beside fitted weights."
         )
     return sampler
 

@@ -43,8 +43,8 @@ def _numbers(result: Any) -> list[Any]:
     arrays = [item.reshape(-1) for array in _arrays(result) if array.dtype.kind in "fiu" and array.size for item in _items(array)]
     if not arrays:
         raise ConfigError(
-            f"generate returned {type(result).__name__} without numbers to compare. Return frames, images or latents: tensors, arrays,"
-            " images, or lists of these."
+            f"generate must return the frames, images or latents that it made (tensors, arrays, images, or lists of these), got"
+            f" {type(result).__name__} without numbers to compare."
         )
     return arrays
 
@@ -69,7 +69,7 @@ def psnr(result: Any, reference: Any) -> float:
     sizes = [[array.size for array in arrays] for arrays in (ours, theirs)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"generate returned {sum(sizes[1])} numbers at first and {sum(sizes[0])} now. It must make the same video each time."
+            f"generate returned {sum(sizes[1])} elements at first and {sum(sizes[0])} now. It must make the same video each time."
         )
     low, high = min(float(array.min()) for array in theirs), max(float(array.max()) for array in theirs)
     whole, known = all(array.dtype == np.uint8 for array in theirs), 1.0 if low >= 0 else 2.0

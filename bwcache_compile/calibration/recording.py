@@ -133,7 +133,7 @@ class Recorder:
             return
         moving = self.moving_input.tensor(args, kwargs)
         if moving is None:
-            raise StateError(f"step {self.step} has no input {_words(self.moving_input.path)}, where the latents were before.")
+            raise StateError(f"step {self.step} was called without {_words(self.moving_input.path)}, which held the latents before.")
         self.steps[-1].moving = self._current = self.moving_input.read_input(moving)
 
     def _keys(self) -> Sequence[str]:

@@ -27,6 +27,17 @@ from bwcache_compile.ir.tracing import tracing
 Mode = Literal["non-strict", "strict", "reading"]
 """Ways to trace, in the order in which they are tried; "reading" makes constants of the masks and lengths that Python reads."""
 
+_NAMED: dict[Mode, str] = {"non-strict": "non-strict", "strict": "strict", "reading": "non-strict, what Python reads as constants"}
+_UNTRACED = (
+    "Remove the data-dependent Python at that line (a branch on a tensor's values, .item(), .tolist(), .numpy()), or try a size that the"
+    ' model was built for. If the model\'s code cannot be changed, transform(model, capture="region") captures its stacks of blocks alone.'
+)
+_DIFFERS = (
+    "If the outputs differ by a rounding error, the model selects kernels itself (with sdpa_kernel, for example), which a graph cannot"
+    ' record: select them around the call, or transform with verify="close". If they differ by more, torch.export traced the model'
+    " wrongly: try a size that the model was built for."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Failure:
@@ -39,7 +50,7 @@ class _Failure:
         """Return the mode, the error, the line of the model's own code, and the inputs."""
         at = error_line(self.error, class_files(model.modules()))
         lines = [
-            f"{mode}: {type(self.error).__name__}: {first_line(self.error)}",
+            f"{_NAMED[mode]}: {type(self.error).__name__}: {first_line(self.error)}",
             f"at {at}" if at else f"in {type(model).__name__}.forward",
         ]
         if self.inputs:
@@ -170,10 +181,12 @@ def capture(
     if reference.verify:
         reference.outputs()
     failures: list[str] = []
+    advice: list[str] = []
     modes = get_args(Mode)[-1:] if reading else get_args(Mode)
     for mode, outcome in _attempts(model, args, kwargs, opened, modes):
         if isinstance(outcome, _Failure):
             failures.append(outcome.describe(mode, model, leaf_names(model, args, kwargs)))
+            advice.append(_UNTRACED)
             continue
         if not reference.verify:
             return outcome
@@ -183,12 +196,6 @@ def capture(
         if wrong is None:
             return outcome
         reference.check_repeatable()
-        failures.append(f"{mode}: the captured graph computes something else than the model: {wrong}")
-    raise CaptureError(
-        f"could not capture {name} as one graph.\n  "
-        + "\n  ".join(failures)
-        + "\n  Remove the data-dependent Python at that line (a branch on a tensor's values, .item(), .tolist(), .numpy()),"
-        " or try a size that the model was built for. If the outputs differ by a rounding error, the model selects kernels itself"
-        " (with sdpa_kernel, for example), which a graph cannot record: select them around the call instead, or take the graph as it is"
-        ' with verify="close".\n  If the code cannot be changed, transform(model, capture="region") captures its stacks of blocks alone.'
-    )
+        failures.append(f"{_NAMED[mode]}: the outputs of the captured graph differ from the model's: {wrong}")
+        advice.append(_DIFFERS)
+    raise CaptureError("\n  ".join([f"could not capture {name} as one graph.", *failures, *dict.fromkeys(advice)]))

@@ -62,7 +62,7 @@ def _of_dtype(array: Any, dtype: str) -> Any:
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise CommandError("the bundle takes bfloat16, which numpy does not support: install torch to make inputs for it") from error
+        raise CommandError("the bundle takes bfloat16 inputs, which numpy does not support; install torch to make them") from error
     return torch.from_numpy(array.astype("float32")).bfloat16()
 
 

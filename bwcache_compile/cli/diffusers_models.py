@@ -44,7 +44,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"the {what} {path} is not JSON: {error}") from error
     if not isinstance(read, dict):
-        raise UsageError(f"the {what} {path} holds a {type(read).__name__}, not an object with names")
+        raise UsageError(f"the {what} {path} must be a JSON object, got {type(read).__name__}")
     return read
 
 
@@ -66,13 +66,13 @@ def diffusers_source(name: str, config_file: Path | None, inputs_file: Path | No
         kwargs.setdefault("return_dict", False)
     missing = [key for key, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and key not in kwargs]
     if missing:
-        raise UsageError(f"no inputs of {name} are known for {', '.join(missing)}; {_advice(missing[0])}")
+        raise UsageError(f"the inputs {', '.join(missing)} of {name} cannot be derived from its configuration; {_advice(missing[0])}")
     try:
         with torch.no_grad():
             model(**kwargs)
     except Exception as error:
         shown = ", ".join(f"{key} {list(value.shape)}" for key, value in kwargs.items() if isinstance(value, Tensor))
-        raise CommandError(f"{name} refuses the inputs ({shown}): {first_line(error)}; {_advice('hidden_states')}") from error
+        raise CommandError(f"{name} failed on the inputs ({shown}): {first_line(error)}; {_advice('hidden_states')}") from error
     return Source(f"diffusers {name}", model, (), kwargs)
 
 
@@ -103,7 +103,7 @@ def _build(cls: Any, config: dict[str, Any]) -> nn.Module:
     try:
         model: nn.Module = cls.from_config(config)
     except Exception as error:
-        raise CommandError(f"{cls.__name__} does not take the configuration: {type(error).__name__}: {first_line(error)}") from error
+        raise CommandError(f"cannot build {cls.__name__} from the configuration: {type(error).__name__}: {first_line(error)}") from error
     model.eval().requires_grad_(False)
     for parameter in model.parameters():
         if not parameter.any() or not parameter.isfinite().all():
@@ -125,7 +125,7 @@ def _tensor(name: str, value: Any) -> Any:
             return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
         return torch.ones(shape, dtype=dtype) if dtype == torch.bool else torch.zeros(shape, dtype=dtype)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"--inputs: {name} is not a tensor: {first_line(error)}") from error
+        raise UsageError(f"--inputs: cannot make a tensor for {name}: {first_line(error)}") from error
 
 
 def _first(config: Config, names: tuple[str, ...], default: int = 1) -> int:

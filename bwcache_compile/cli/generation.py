@@ -86,7 +86,7 @@ class EulerLoop:
         for value in flat_outputs(returned):
             if isinstance(value, Tensor):
                 return value
-        raise CommandError(f"the model returns {type(returned).__name__}, and no tensor is in it")
+        raise CommandError(f"the model returned {type(returned).__name__} without a tensor in it")
 
     def run(self, model: Any, on_step: Callable[[], None]) -> Tensor:
         """Make a video: the latents at the end, or the last output where the model has none."""

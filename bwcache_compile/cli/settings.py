@@ -28,7 +28,7 @@ def settings(pairs: Sequence[str] | None, plan: Path | None, at: float | None) -
         UsageError: A setting has no such name or value, the plan cannot be read, or `at` has no plan.
     """
     if at is not None and plan is None:
-        raise UsageError("--at belongs to --plan")
+        raise UsageError("--at requires --plan")
     if not pairs and plan is None:
         return None
     changes = {}

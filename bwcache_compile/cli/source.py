@@ -66,7 +66,7 @@ def load_source(named: Named) -> Source:
         )
     for option, value in (("--config", named.config), ("--inputs", named.inputs)):
         if value is not None and named.diffusers is None:
-            raise UsageError(f"{option} belongs to --diffusers; {given[0]} has inputs and settings of its own")
+            raise UsageError(f"{option} requires --diffusers; {given[0]} brings its own inputs and settings")
     if named.example is not None:
         return _bundled(named.example)
     if named.diffusers is not None:
@@ -128,7 +128,7 @@ def find_callable(named: str) -> Callable[..., Any]:
     """
     place, colon, name = named.rpartition(":")
     if not colon or not place or not name:
-        raise UsageError(f"{named!r} is not the name of a factory; write package.module:factory or path/to/file.py:factory")
+        raise UsageError(f"{named!r} does not name a factory; write package.module:factory or path/to/file.py:factory")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     module = _module(place)
@@ -140,7 +140,7 @@ def find_callable(named: str) -> Callable[..., Any]:
             raise UsageError(f"{place} has no {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
         found = getattr(found, part)
     if not callable(found):
-        raise UsageError(f"{named} is a {type(found).__name__}, not a function")
+        raise UsageError(f"{named} is not a function, but of type {type(found).__name__}")
     return found
 
 
@@ -177,7 +177,7 @@ def example_folder(name: str) -> Path:
         UsageError: There is none of that name, or the package was installed without the repository.
     """
     if name not in EXAMPLES:
-        raise UsageError(f"there is no example {name!r}; there is {', '.join(EXAMPLES)}")
+        raise UsageError(f"there is no example {name!r}; choose from {', '.join(EXAMPLES)}")
     root = Path(__file__).parents[2]
     for folder in (root / "examples" / name, Path.cwd() / "examples" / name):
         if (folder / "model.py").is_file():

@@ -18,7 +18,7 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise CommandError(f"cannot write {path}: it is a directory")
     if not folder.is_dir():
-        raise CommandError(f"cannot write {path}: {folder} is no directory")
+        raise CommandError(f"cannot write {path}: {folder} is not a directory")
     probe = folder / f".{path.name}.{os.getpid()}"
     try:
         probe.touch(exist_ok=False)

@@ -64,9 +64,9 @@ def describe_values(program: ModelProgram) -> tuple[ValueEntry, ...]:
     names, described = program.io("compute").users, []
     if program.signature.readings:
         raise ExportError(
-            f"{program.model_name} reads in Python what it computes of {names[program.signature.readings[0].source]}, and a bundle cannot"
-            f" compare that with later calls.\n    at {program.signature.read_at}\n"
-            "  Take that branch out of the model's forward: decide it before the call, and pass a bool."
+            f"{program.model_name} reads in Python a value that it computes from {names[program.signature.readings[0].source]}, which a"
+            f" bundle cannot check at later calls.\n    at {program.signature.read_at}\n"
+            "  Remove that branch from the model's forward: decide it before the call, and pass a bool."
         )
     for i, value in program.signature.read.items():
         if not isinstance(i, int):
@@ -75,7 +75,7 @@ def describe_values(program: ModelProgram) -> tuple[ValueEntry, ...]:
         finite = all(isinstance(number, (bool, int, float)) and math.isfinite(number) for number in numbers)
         if value.dtype == torch.bfloat16 or not finite:
             raise ExportError(
-                f"{program.model_name} reads the values of {names[i]} in Python, and a bundle cannot hold these:"
+                f"{program.model_name} reads the values of {names[i]} in Python, and a bundle cannot store these:"
                 f" {dtype_name(value.dtype)} {numbers[:4]}.\n    at {program.signature.read_at}\n"
                 "  Pass finite numbers, in another dtype than bfloat16 or complex64."
             )
@@ -186,8 +186,8 @@ def check_sizes(program: ModelProgram, conditions: Sequence[str], sizes: Iterabl
             holds = arithmetic(text, known)
         except BundleError as error:
             raise ExportError(
-                f"the size {text!r} of {program.model_name} is not an integer expression of the sizes of its inputs.\n"
-                "  If values decide it (`u0`), pass them as Python numbers, or cut the output outside;"
+                f"the size {text!r} of {program.model_name} cannot be computed from the sizes of its inputs by integer arithmetic.\n"
+                "  If it depends on the values of a tensor (`u0`), pass them as Python numbers, or cut the output outside the model;"
                 " else transform with dynamic_shapes=None, which fixes every size."
             ) from error
         if text in conditions and not holds:

@@ -55,7 +55,7 @@ def report_data(
     """
     model = getattr(cached, "_orig_mod", cached)  # what torch.compile returned of it
     if not isinstance(model, CachedModel):
-        raise ConfigError(f"write_report expects the result of transform, got {type(cached).__name__}.")
+        raise ConfigError(f"a report requires the result of transform, got {type(cached).__name__}.")
     if wrong := [name for name, value in (seconds or {}).items() if not math.isfinite(value) or value < 0]:
         raise ConfigError(f"seconds[{wrong[0]!r}] must be a finite number of at least 0, got {(seconds or {})[wrong[0]]}.")
     cache, program, config = model.plan, model.program, model.cache_config
@@ -144,7 +144,7 @@ def _image(caption: str, image: Image) -> dict[str, str]:
     for mark, place, kind in _KINDS:
         if content[place : place + len(mark)] == mark:
             return {"caption": caption, "address": f"data:image/{kind};base64,{base64.b64encode(content).decode()}"}
-    raise ConfigError(f"images[{caption!r}] is not a PNG, JPEG or WebP file: it begins with {content[:8]!r}.")
+    raise ConfigError(f"images[{caption!r}] must be a PNG, JPEG or WebP file, got one that begins with {content[:8]!r}.")
 
 
 def _versions(model: nn.Module) -> dict[str, str]:

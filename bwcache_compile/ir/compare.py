@@ -151,7 +151,7 @@ def _check_outputs(name: str, expected: list[Any]) -> None:
     for leaf in expected:
         if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
             raise CaptureError(
-                f"{name} returns a {type(leaf).__name__}, but a graph can return only tensors, numbers, strings and None."
+                f"{name} returns an object of type {type(leaf).__name__}, but a graph can return only tensors, numbers, strings and None."
                 " Return the tensors that"
                 " it holds, or register its class: torch.export.register_dataclass for a dataclass, else"
                 " torch.utils._pytree.register_pytree_node."

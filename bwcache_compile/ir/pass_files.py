@@ -36,7 +36,7 @@ def write_pass_files(diffs: Mapping[str, GraphDiff], directory: str | Path) -> t
     try:
         others = sorted(path.name for path in target.iterdir() if not _OURS.fullmatch(path.name)) if target.exists() else []
         if others:
-            raise ExportError(f"{target} contains {', '.join(others[:3])}, which no dump of passes wrote. Choose another directory.")
+            raise ExportError(f"{target} contains {', '.join(others[:3])}, which is not a dump of passes. Choose another directory.")
         with new_folder(target) as folder:
             for name, text in texts.items():
                 (folder / name).write_text(text)

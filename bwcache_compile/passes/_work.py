@@ -144,6 +144,6 @@ def work_share(
             parts.append(Uncached(rejection.stack, rejection.count, share(own), share(own & set(outside)), rejection.reason))
         listed |= own
     rest = _by_module({node: count for node, count in outside.items() if node not in listed})
-    reason = "it is no stack of repeated blocks"
+    reason = "it is not a stack of repeated blocks"
     parts += [Uncached(name, 0, count / total, count / total, reason) for name, count in rest.most_common()]
     return WorkShare(1 - share(alive), share(outside), tuple(parts), search.chosen)

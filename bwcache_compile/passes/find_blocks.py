@@ -15,6 +15,7 @@ from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes.block_search.accept import accepted_stacks, convex_closure, follows, overlapping
 from bwcache_compile.passes.block_search.main_stacks import features, main_units
 from bwcache_compile.passes.block_search.stacks import (
+    REPEATED,
     Stack,
     Unit,
     block_name,
@@ -62,11 +63,11 @@ def _chosen(name: str, candidates: list[Stack], program: ModelProgram) -> list[U
         if units:
             return units
     known = "\n".join(
-        f"    {stack.name} ({len(stack.units)} modules)"
+        f"    {stack.name} ({len(stack.units)} {'modules' if stack.units[0].module_type != REPEATED else f'x {REPEATED}'})"
         for stack in candidates
         if len(stack.units) > 1 and products(stack.units[0].nodes) > 1
     )
-    raise ConfigError(f"blocks={name!r} matches no module of {program.model_name}. Candidates:\n{known}")
+    raise ConfigError(f"blocks: {name!r} matches no module of {program.model_name}. Candidates:\n{known}")
 
 
 def _as_told(program: ModelProgram, names: Sequence[str]) -> BlockSearch:

@@ -134,7 +134,7 @@ def _ended(output: Node, members: list[Node], flow: DataFlow) -> str:
     ends = []
     for end in path_ends(output, set(members), flow)[-_NEAREST:]:
         module, merged = module_of(end), " and ".join(f"`{value.name}`" for value in merged_skip(end))
-        ends.append(f"`{end.name}`{module and f' of {module}'}{merged and f', which merges {merged}, none of them made of the others'}")
+        ends.append(f"`{end.name}`{module and f' of {module}'}{merged and f', which merges {merged}, none computed from another'}")
     return f"\n  Followed back through sums and re-arrangements, its residual path ends at {' and at '.join(ends)}.\n " if ends else ""
 
 
@@ -160,8 +160,9 @@ def _sources(
         if len(proved) != 1:
             shapes = ", ".join(f"{i.name} {format_value(i.meta.get('val'))}" for i in inputs)
             raise ConfigError(
-                f"reuse={config.reuse!r} does not fit {program.model_name}: no input of the blocks is proved to be what `{output.name}`"
-                f" {format_value(output.meta.get('val'))} continues (inputs: {shapes})."
+                f"reuse={config.reuse!r} does not fit {program.model_name}: it requires that each output of the blocks be an input of the"
+                f" blocks plus a change, and for `{output.name}` {format_value(output.meta.get('val'))} no such input was found"
+                f" (inputs: {shapes})."
                 f"{_ended(output, members, flow)} Use {advice}reuse='output' or 'taylor'."
             )
         sources[output.name] = proved[0].node.name
@@ -201,7 +202,9 @@ def _make_region(
     _check_writes(flow, members, outputs, program)
     for node in outputs:
         if not config.graph_settings.way.any_dtype and not node.meta["val"].is_floating_point():
-            raise ConfigError(f"reuse={config.reuse!r} needs floating outputs; `{node.name}` is {format_value(node.meta['val'])}.")
+            raise ConfigError(
+                f"reuse={config.reuse!r} requires floating-point outputs of the blocks; `{node.name}` is {format_value(node.meta['val'])}."
+            )
     region = Region(
         tag=tag,
         nodes=tuple(n.name for n in members),
@@ -223,10 +226,10 @@ def _notes(
         captured = ", ".join(f"{name} = {value}" for name, value in program.signature.captured_sizes.items())
         notes.append(f"sizes are dynamic; bytes are given for {captured}")
         if config.graph_settings.way.needs_source:
-            notes.append("which output continues which input was proved at these sizes")
+            notes.append("which input each output of the blocks continues was verified at these sizes")
     if config.graph_settings.way.needs_time and time_input is None:
         notes.append(
-            "no input is certain to be the time (the only one of rank 0 or 1, or the only column, in float32), so steps are counted instead"
+            "no input is clearly the timestep (the only one of rank 0 or 1, or the only column, in float32), so steps are counted instead"
         )
     for m in measured[-1:]:
         if m.token_range is not None:

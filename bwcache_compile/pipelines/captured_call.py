@@ -53,8 +53,8 @@ class CapturedCall:
         if self._call is None:
             name = type(getattr(self._module, "_orig_mod", self._module)).__name__
             raise StateError(
-                f"this {name} was not called in the block of capture_call. Run the pipeline inside the block, with this very module in it"
-                " (capture_call(pipe.transformer), not an original that was replaced); a call of its `forward` is not seen."
+                f"{name} was not called inside the `with capture_call(...)` block. Run the pipeline inside the block, and pass the module"
+                " that the pipeline holds now: capture_call(pipe.transformer). Calls of `module.forward(...)` are not recorded."
             )
         return self._call
 

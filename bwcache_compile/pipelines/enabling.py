@@ -33,7 +33,9 @@ def _components(pipe: Any) -> dict[str, nn.Module]:
     """
     components = getattr(pipe, "components", None)
     if not isinstance(components, Mapping):
-        raise ConfigError(f"expected a diffusers pipeline, whose `components` name its models, got {type(pipe).__name__}.")
+        raise ConfigError(
+            f"expected a diffusers pipeline (with `components`), got {type(pipe).__name__}. To cache a model by itself, call transform."
+        )
     return {name: value for name, value in components.items() if isinstance(value, nn.Module)}
 
 
@@ -67,12 +69,13 @@ def _asked(pipe: Any, given: Given) -> dict[str, Given]:
     """
     modules = _components(pipe)
     components = getattr(pipe, "components", {})
-    if not isinstance(given, Mapping) or not any(name in components for name in given):
+    kinds = (CacheConfig, CalibrationPlan, Mapping)  # no setting is one of these
+    if not isinstance(given, Mapping) or not any(name in components or isinstance(value, kinds) for name, value in given.items()):
         return dict.fromkeys(_transformers(pipe, modules), given)
     if unknown := [name for name in given if name not in modules]:
         raise ConfigError(
-            f"{type(pipe).__name__} has no model {unknown[0]!r}; its models are {', '.join(modules)}. A dictionary holds either the"
-            " settings of a CacheConfig, or settings by the names of models."
+            f"{type(pipe).__name__} has no model {unknown[0]!r}; its models are {', '.join(modules)}. A dictionary holds"
+            " either CacheConfig settings, or settings for each model by its name: {name: settings}."
         )
     return dict(given)
 

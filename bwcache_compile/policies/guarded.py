@@ -53,9 +53,7 @@ def _added(config: CacheConfig, steps: Sequence[StepRecord]) -> tuple[str, ...]:
     said, before = [], -1
     for record in steps:
         if record.computed and record.gap is not None and record.step < len(mask) and mask[record.step] and before < len(bounds):
-            said.append(
-                f"step {record.step} was computed, and not reused as planned: step {before} changed by more than {bounds[before]:.3g}"
-            )
+            said.append(f"step {record.step} was computed instead of reused: the indicator of step {before} was above {bounds[before]:.3g}")
         before = record.step if record.computed else before
     return tuple(said)
 

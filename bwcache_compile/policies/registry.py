@@ -35,7 +35,7 @@ REUSES: dict[str, Reuse] = {
 
 def _register(kind: str, known: dict[str, Kind], name: str, value: Kind, check: Callable[[str, Kind], None]) -> None:
     if not isinstance(name, str) or not name.isidentifier():
-        raise ConfigError(f"{kind} is named {name!r}; choose a name that is a Python identifier.")
+        raise ConfigError(f"{kind}: invalid name {name!r}; it must be a Python identifier.")
     if name in known and known[name] != value:
         raise ConfigError(f"{kind} {name!r} is already registered. Choose another name.")
     check(name, value)

@@ -78,9 +78,11 @@ def _check_state(match: ProgramMatch, state: CacheState | GuardedState) -> None:
     runnable = match.runnable
     given = [(tuple(t.shape), t.dtype) for t in state.slots]
     if given != [(evaluated(slot.shape, match.sizes), slot.dtype) for slot in runnable.slots]:
-        raise StateError("this state was made for inputs of other shapes or dtypes. Create a new one with init_state.")
+        raise StateError(
+            "this state was made for inputs of other shapes or dtypes. Create a new one for these inputs with cached.init_state."
+        )
     if state.version not in (None, match.version):
-        raise StateError("the model's weights or modules changed since this state was made. Create a new one with init_state.")
+        raise StateError("the model's weights or modules changed since this state was made. Create a new one with cached.init_state.")
 
 
 def _check_inputs(runnable: RunnableProgram, flat: Sequence[Any]) -> None:

@@ -249,7 +249,7 @@ class ProgramCache:
         if next(iter(self._kept.values())).key.values:
             raise StateError(
                 "cached.functional_step inside torch.compile cannot tell whether values that the model reads in Python have changed; call"
-                " cached.functional_step as it is, or torch.compile the cached model."
+                " cached.functional_step outside torch.compile, or torch.compile the cached model."
             )
         return next(iter(self._kept.values()))
 

@@ -102,15 +102,37 @@ class Parameters:
 
 
 _PLAIN = frozenset({Tensor, nn.Parameter, int, float, bool, str, type(None)})
+_LEAVES = (Tensor, int, float, str, bytes, enum.Enum, torch.dtype, torch.device, type(None))
 
 
 def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Hashable]:
-    """Return the leaves of a call and its structure. Calls without containers skip pytree, which takes ten times as long."""
+    """Return the leaves of a call and its structure. Calls without containers skip pytree, which takes ten times as long.
+
+    Raises:
+        ConfigError: An input is neither a tensor nor a plain constant.
+    """
     leaves = [*args, *kwargs.values()]
     if _PLAIN.issuperset(map(type, leaves)):
         return leaves, (len(args), *kwargs)
     leaves, spec = pytree.tree_flatten((args, kwargs))
+    if not all(isinstance(leaf, _LEAVES) for leaf in leaves):
+        _refuse_types(args, kwargs)
     return leaves, str(spec)
+
+
+def _refuse_types(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Say which argument holds something else than tensors and constants."""
+    named = [(f"positional argument {place}", value) for place, value in enumerate(args)] + list(kwargs.items())
+    name, kind = next((name, type(leaf)) for name, value in named for leaf in pytree.tree_leaves(value) if not isinstance(leaf, _LEAVES))
+    advice = "Convert it with torch.as_tensor."
+    if not hasattr(kind, "__array__"):
+        advice = (
+            "Pass the tensors that it holds, or register its class: torch.export.register_dataclass for a dataclass, else"
+            " torch.utils._pytree.register_pytree_node."
+        )
+    raise ConfigError(
+        f"{name}: unsupported input type {kind.__name__}; inputs are tensors, numbers, strings, None and containers of these. {advice}"
+    )
 
 
 def _leaf_size(leaf: Any) -> tuple[int, ...] | int | None:
@@ -130,14 +152,7 @@ def _leaf_kind(leaf: Any) -> Hashable:
         return (leaf.dim(), leaf.dtype, leaf.device, _layout(leaf))
     if type(leaf) is int:
         return int
-    if leaf is None or isinstance(leaf, (bool, int, float, str, bytes, enum.Enum, torch.dtype, torch.device)):
-        return (type(leaf), leaf)
-    raise ConfigError(
-        f"unsupported input type {type(leaf).__name__}: inputs are tensors, numbers, strings, None and containers of these."
-        " Pass the tensors"
-        " that it holds, or register its class: torch.export.register_dataclass for a dataclass, else"
-        " torch.utils._pytree.register_pytree_node."
-    )
+    return (type(leaf), leaf)
 
 
 def _attention_backend() -> str:
@@ -157,7 +172,6 @@ def call_key(leaves: Sequence[Any], structure: Hashable) -> CallKey:
         structure: From `leaves_of`.
 
     Raises:
-        ConfigError: An input is neither a tensor nor a plain constant.
         StateError: An input requires gradients.
     """
     if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):

@@ -71,7 +71,7 @@ def assert_blocks(
         return
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]
-    lines = [f"{len(found)} blocks are found where {len(wanted)} are expected:" if missing or extra else "the blocks run in another order:"]
+    lines = [f"expected {len(wanted)} blocks, found {len(found)}:" if missing or extra else "the blocks run in another order:"]
     lines += [f"  missing: {', '.join(missing)}"] if missing else []
     lines += [f"  extra: {', '.join(extra)}"] if extra else []
     lines += [] if missing or extra else [f"  expected: {', '.join(wanted)}"]

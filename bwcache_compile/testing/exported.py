@@ -30,13 +30,13 @@ def _facts(exported: Any, name: str) -> GraphFacts:
         return torch_facts(exported, name)
     if isinstance(exported, (str, Path)):
         path = Path(exported)
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist.")
         if path.suffix != ".onnx":
             raise ConfigError(
-                f"assert_cached reads folders of bundles and .onnx files, got {path}. Open a .pt2 file by torch.export.load first, which"
-                " may run code of it."
+                f"assert_cached reads folders of bundles and .onnx files, got {path}. Open a .pt2 file with torch.export.load, which may"
+                " run code of it, and pass the result."
             )
-        if not path.is_file():
-            raise ConfigError(f"{path} does not exist.")
         return onnx_facts(path, path.name)
     if type(exported).__name__ not in ("ModelProto", "Model", "ONNXProgram"):
         raise ConfigError(
@@ -155,7 +155,7 @@ def assert_cached(exported: Any, *, state: Mapping[str, str] | None = None) -> N
     __tracebackhide__ = True
     if isinstance(exported, tuple):
         if len(exported) != 2:
-            raise ConfigError(f"a pair (compute, reuse) has two graphs, got {len(exported)}.")
+            raise ConfigError(f"a pair (compute, reuse) must have two graphs, got {len(exported)}.")
         compute, reuse = (_facts(graph, name) for graph, name in zip(exported, ("the compute graph", "the reuse graph"), strict=True))
         _check_pair(compute, reuse, state, "the pair")
         return

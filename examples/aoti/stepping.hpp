@@ -244,9 +244,10 @@ inline Advance Tracker::advance(const StepInfo& info, const std::string& now, co
                                 std::optional<int64_t> num_steps, const Tracker* latest) const {
   const auto given = info.step_index;
   if (given && (*given < 0 || (num_steps && *given >= *num_steps))) {
-    const auto steps = num_steps ? std::to_string(*num_steps) : "unknown number of";
-    const auto last = num_steps ? " (0 .. " + std::to_string(*num_steps - 1) + ")" : "";
-    throw std::runtime_error("step_index " + std::to_string(*given) + " is outside the " + steps + " steps of a generation" + last + ".");
+    if (!num_steps) throw std::runtime_error("step_index must be at least 0, got " + std::to_string(*given) + ".");
+    throw std::runtime_error("step_index must be from 0 to " + std::to_string(*num_steps - 1) + ", got " + std::to_string(*given) +
+                             ": this generation has " + std::to_string(*num_steps) + " steps. Pass num_inference_steps to cache_context," +
+                             " or call reset(num_steps=...), if it has more.");
   }
   Clock read;
   Verdict verdict = Verdict::none;

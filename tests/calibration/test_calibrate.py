@@ -78,7 +78,7 @@ def test_generate_without_a_fixed_seed_is_named() -> None:
             x = x - 0.1 * model(x, time.expand(1), torch.zeros(1, 8))["sample"]
         return x
 
-    with pytest.raises(bw.ConfigError, match=r"^generate cannot be calibrated: it starts from other noise each time\."):
+    with pytest.raises(bw.ConfigError, match=r"^generate cannot be calibrated: it starts from different noise each time\."):
         bw.calibrate(Denoiser(), unseeded, progress=False)
 
 
@@ -96,7 +96,7 @@ def test_a_model_that_draws_noise_is_named() -> None:
                 else (nn.functional.dropout(super().forward(*args)["sample"]),)
             )
 
-    with pytest.raises(bw.ConfigError, match=r"^generate cannot be calibrated: the model returns other outputs for equal inputs\."):
+    with pytest.raises(bw.ConfigError, match=r"^generate cannot be calibrated: the model returns different outputs for equal inputs\."):
         bw.calibrate(Dropping(), generate(), progress=False)
 
 
@@ -130,7 +130,7 @@ def test_fixed_rules_are_compared_where_the_latents_are_not_found() -> None:
             x = scheduler.step(model(x, time.expand(1)).view(4, 64), time, x).prev_sample
         return x
 
-    with pytest.warns(bw.CacheWarning, match=r"^no input of the model moves from step to step"):
+    with pytest.warns(bw.CacheWarning, match=r"^no latents found: no input of the model changes from step to step"):
         plan = bw.calibrate(Flat(), make, budgets=(0.5,), progress=False)
     assert plan.entries[0].rule in ("hold", "linear", "damped")
     assert plan.provenance.sampler == "latents not found"
@@ -151,9 +151,11 @@ def test_fewer_plain_steps_are_compared() -> None:
     ("settings", "message"),
     [
         ({"effort": "some"}, r"^effort must be one of 'quick', 'thorough', got 'some'\.$"),
-        ({"budgets": ()}, r"^budgets is empty\."),
-        ({"budgets": (2.0,)}, r"^a budget is the share of computed steps"),
-        ({"anchors": 0}, r"^anchors is 0; a calibration combines 2 to 8 computed steps\.$"),
+        ({"budgets": ()}, r"^budgets must be a sequence of shares .*, got \(\)\.$"),
+        ({"budgets": 0.4}, r"^budgets must be a sequence of shares .*, got 0\.4\.$"),
+        ({"cut": "block"}, r"^cut must be one of 'blocks', 'output', got 'block'\.$"),
+        ({"budgets": (2.0,)}, r"^budgets must be shares of computed steps"),
+        ({"anchors": 0}, r"^anchors must be from 2 to 8 \(computed steps that a reused step combines\), got 0\.$"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

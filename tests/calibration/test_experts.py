@@ -94,6 +94,6 @@ def test_another_boundary_is_refused(experts: Experts, plans: tuple[bw.Calibrati
         first, last = plans[1].provenance.step_indices[0], STEPS - 1
         message = rf"for a model that runs at steps {first} to {last} of {STEPS}, but it was called at step 0\. Calibrate with this bound"
     else:
-        message = r"the weights were calibrated for time 0\.\d+ at step 0, but this run has 1\."
+        message = r"these settings were calibrated for timestep 0\.\d+ at step 0, but this call has timestep 1\."
     with pytest.raises(bw.StateError, match=message):
         experts.run(low, low)

@@ -54,7 +54,7 @@ def test_moves_change_one_step_and_keep_the_ends() -> None:
 
 @pytest.mark.parametrize("budget", [0, -0.1, 1.5])
 def test_a_budget_is_a_share(budget: float) -> None:
-    with pytest.raises(bw.ConfigError, match=rf"^a budget is the share of computed steps, in \(0, 1\], got {budget}\.$"):
+    with pytest.raises(bw.ConfigError, match=rf"^budgets must be shares of computed steps in \(0, 1\], such as 0\.4, got {budget}\.$"):
         masks.computed_count(budget, 50)
 
 
@@ -172,7 +172,7 @@ def test_psnr_takes_what_pipelines_return() -> None:
     assert psnr([[gray]], [[dark]]) == pytest.approx(20 * math.log10(5), abs=1e-3)
     assert psnr(a, a) == 100
     assert psnr(a * math.nan, a) == -math.inf
-    with pytest.raises(bw.ConfigError, match=r"^generate returned str without numbers to compare\."):
+    with pytest.raises(bw.ConfigError, match=r"^generate must return the frames, images or latents .*, got str without numbers"):
         psnr("video.mp4", "video.mp4")
-    with pytest.raises(bw.ConfigError, match=r"^generate returned 100 numbers at first and 50 now\."):
+    with pytest.raises(bw.ConfigError, match=r"^generate returned 100 elements at first and 50 now\."):
         psnr(a[:50], a)

@@ -54,8 +54,8 @@ def test_weights_that_amplify_noise_are_named() -> None:
     assert large.amplification == (pytest.approx(9.92, abs=0.01), 2)
     assert "warning" not in str(made)
     assert str(dataclasses.replace(made, entries=(made.entries[0], large))).endswith(
-        "\nwarning: with 2 computed steps the weights of step 2 have norm 9.9: noise in the anchors, such as rounding to half precision, is"
-        " amplified as much. Calibrate with fewer anchors, or compute more steps."
+        "\nwarning: with 2 computed steps the weights of step 2 have norm 9.9: they amplify noise in the anchors, such as rounding to half"
+        " precision, by that factor. Use fewer anchors, or compute more steps."
     )
 
 
@@ -68,7 +68,7 @@ def test_targets() -> None:
     assert made.entry(psnr=35) is best
     assert made.entry(speedup=1.2) is best
     assert made.entry(speedup=1.5) is fast
-    with pytest.raises(bw.ConfigError, match=r"^exactly one target is needed of budget, psnr and speedup, got none\.$"):
+    with pytest.raises(bw.ConfigError, match=r"^pass exactly one of budget, psnr and speedup, got none\.$"):
         made.entry()
     with pytest.raises(bw.ConfigError, match=r"got budget, psnr\.$"):
         made.entry(budget=0.5, psnr=30)
@@ -95,7 +95,7 @@ def test_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("bwcache-calibration", "other", "is not a calibration plan"),
-        ('"version": 2', '"version": 1', r"has version 1 of calibration plans, but this release reads 2\. Calibrate again\."),
+        ('"version": 2', '"version": 1', r"has plan version 1, but this release reads 2\. Calibrate again\."),
         ('"mask"', '"masks"', "is damaged"),
         ("{", "", "is damaged"),
     ],

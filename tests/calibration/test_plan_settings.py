@@ -84,13 +84,15 @@ def test_a_bundle_carries_mask_and_table(
             return torch.as_tensor(session(*(arg if format == "pt2" else arg.numpy() for arg in args)))
 
     torch.testing.assert_close(generate(Called()), want, rtol=1e-4, atol=1e-4)
-    with pytest.raises(bw.StateError, match=r"the weights were calibrated for time 1 at step 0, but this run has 1\.3"):
+    with pytest.raises(bw.StateError, match=r"these settings were calibrated for timestep 1 at step 0, but this call has timestep 1\.3"):
         generate(Called(), shift=0.3)
 
 
 def test_refused_where_it_does_not_belong(model: OneStream, plan: bw.CalibrationPlan) -> None:
     cached = bw.transform(model, plan.at(0.5))
-    with pytest.raises(bw.StateError, match=r"the weights were calibrated for time 1 at step 0, but this run has 1\.3\. Calibrate"):
+    with pytest.raises(
+        bw.StateError, match=r"these settings were calibrated for timestep 1 at step 0, but this call has timestep 1\.3\. Calibrate"
+    ):
         generate(cached, shift=0.3)
     other = OneStream().eval().requires_grad_(False)
     with torch.no_grad():

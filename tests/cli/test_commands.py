@@ -242,7 +242,7 @@ def test_bench(bwcache: Run, model: Words) -> None:
 def test_bench_where_no_step_reuses(bwcache: Run, factory: Path) -> None:
     done = bwcache("bench", f"{factory}:both", "--set", "policy=static", "--set", "steps_mask=[0, 0, 0]")
     assert done.code == 1
-    assert done.error == "with these settings no step reuses, so there is none to time"
+    assert done.error == "with these settings no step reuses, so there is no reused step to time"
 
 
 def test_report(bwcache: Run, model: Words) -> None:

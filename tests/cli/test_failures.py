@@ -37,19 +37,19 @@ def started(*words: object, **options: object) -> subprocess.Popen[str]:
         ((), "exactly one model is needed, got none: package.module:factory, path/to/file.py:factory, --diffusers CLASS --config FILE.json,"
              " or --example tiny_video_dit"),
         (("a:b", "--example", "tiny_video_dit"), "exactly one model is needed, got a factory and --example: "),
-        (("no_colon",), "'no_colon' is not the name of a factory; write package.module:factory or path/to/file.py:factory"),
+        (("no_colon",), "'no_colon' does not name a factory; write package.module:factory or path/to/file.py:factory"),
         (("nowhere.at_all:make",), "there is no module 'nowhere.at_all' on the Python path or in the current directory"),
         (("nowhere.py:make",), "there is no file nowhere.py"),
         (("denoisers.py:positionl",), "denoisers.py has no 'positionl'; it has positional"),
-        (("denoisers:half",), "denoisers:half is a dtype, not a function"),
-        (("denoisers:both", "--config", "x.json"), "--config belongs to --diffusers; a factory has inputs and settings of its own"),
-        (("denoisers:both", "--at", "0.4"), "--at belongs to --plan"),
+        (("denoisers:half",), "denoisers:half is not a function, but of type dtype"),
+        (("denoisers:both", "--config", "x.json"), "--config requires --diffusers; a factory brings its own inputs and settings"),
+        (("denoisers:both", "--at", "0.4"), "--at requires --plan"),
         (("denoisers:both", "--plan", "none.json"), "cannot read the plan none.json: No such file or directory"),
-        (("denoisers:both", "--plan", "denoisers.py"), "denoisers.py is damaged: "),
+        (("denoisers:both", "--plan", "denoisers.py"), "denoisers.py is damaged (JSONDecodeError: "),
         (("denoisers:both", "--set", "threshold"), "--set threshold: expected NAME=VALUE, such as --set threshold=0.1"),
         (("denoisers:both", "--set", "treshold=1"), "unknown CacheConfig settings: treshold. There are: threshold, "),
-        (("denoisers:both", "--set", "threshold=-1"), "threshold is -1; it must be >= 0 "),
-        (("--example", "big_video_dit"), "there is no example 'big_video_dit'; there is tiny_video_dit"),
+        (("denoisers:both", "--set", "threshold=-1"), "threshold is -1; it must be a number >= 0 "),
+        (("--example", "big_video_dit"), "there is no example 'big_video_dit'; choose from tiny_video_dit"),
         (("--diffusers", "WanTransformer3DModel"), "--diffusers needs --config FILE.json, the arguments of the class or"),
         (("--diffusers", "WanTransformer4DModel", "--config", "x.json"), "diffusers has no model class 'WanTransformer4DModel'; did"),
         (("--diffusers", "WanTransformer3DModel", "--config", "x.json"), "cannot read the configuration x.json: No such file or directory"),
@@ -124,9 +124,12 @@ def test_inputs_that_are_not_derived(bwcache: Run, diffusers_model: Callable[[st
     words = diffusers_model("hunyuan_video_framepack")
     done = bwcache("inspect", *words)
     assert done.code == 2
-    assert "no inputs of HunyuanVideoFramepackTransformer3DModel are known for image_embeds, indices_latents; give them" in done.error
+    assert (
+        "the inputs image_embeds, indices_latents of HunyuanVideoFramepackTransformer3DModel cannot be derived from its configuration; give"
+        in done.error
+    )
     (tmp_path / "inputs.json").write_text('{"image_embeds": {"shape": [1, "x"]}}')
-    assert bwcache("inspect", *words, "--inputs", "inputs.json").error.startswith("--inputs: image_embeds is not a tensor: ")
+    assert bwcache("inspect", *words, "--inputs", "inputs.json").error.startswith("--inputs: cannot make a tensor for image_embeds: ")
 
 
 def test_inputs_from_a_file(bwcache: Run, diffusers_model: Callable[[str], list[str]], tmp_path: Path) -> None:
@@ -141,13 +144,13 @@ def test_inputs_from_a_file(bwcache: Run, diffusers_model: Callable[[str], list[
     inputs.write_text('{"hidden_states": {"shape": [2, 5, 1, 4, 6]}}')
     refused = bwcache("inspect", "--diffusers", name, "--config", config, "--inputs", inputs)
     assert refused.code == 1
-    assert refused.error.startswith("WanTransformer3DModel refuses the inputs (hidden_states [2, 5, 1, 4, 6], ")
+    assert refused.error.startswith("WanTransformer3DModel failed on the inputs (hidden_states [2, 5, 1, 4, 6], ")
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
 def test_what_is_not_a_bundle(bwcache: Run, factory: Path, command: str) -> None:
     assert bwcache(command, "nowhere").error == "nowhere/manifest.json does not exist: nowhere is not a bundle."
-    assert bwcache(command, factory.name).error.startswith("cannot read denoisers.py/manifest.json: ")
+    assert bwcache(command, factory.name).error == "denoisers.py is a file. Pass the folder that export wrote."
     done = bwcache(command, "--json", ".")
     assert done.code == 1
     assert done.document["error"]["kind"] == "BundleError"
@@ -156,7 +159,7 @@ def test_what_is_not_a_bundle(bwcache: Run, factory: Path, command: str) -> None
 def test_a_pass_that_is_not_there(bwcache: Run, factory: Path) -> None:
     done = bwcache("diff", f"{factory}:both", "--pass", "insert_cash")
     assert done.code == 2
-    assert done.error.startswith("there is no pass 'insert_cash'; there are canonicalize, ")
+    assert done.error.startswith("there is no pass 'insert_cash'; choose from canonicalize, ")
 
 
 def test_a_damaged_bundle(bwcache: Run, bundle: Path) -> None:
@@ -167,7 +170,7 @@ def test_a_damaged_bundle(bwcache: Run, bundle: Path) -> None:
     for command in ("check", "run"):
         done = bwcache(command, "bundle")
         assert done.code == 1
-        assert done.error == "SHA-256 mismatch for bundle/reuse.onnx: the file was changed after export."
+        assert done.error == "SHA-256 mismatch for bundle/reuse.onnx: the file was changed after export. Copy it again, or export it again."
 
 
 def test_a_bundle_of_another_model(bwcache: Run, factory: Path, bundle: Path) -> None:
@@ -183,7 +186,7 @@ def test_a_bundle_of_a_model_with_other_blocks(bwcache: Run, factory: Path, bund
     done = bwcache("check", "bundle", "--model", "denoisers.py:keywords")
     assert done.code == 1
     assert done.error.startswith(
-        "the bundle is not of this Denoiser: its blocks are mixers.0, mixers.1, mixers.2, mixers.3, and the model's "
+        "the bundle was not exported from this Denoiser: its blocks are mixers.0, mixers.1, mixers.2, mixers.3, but the model's are "
     )
 
 
@@ -203,7 +206,7 @@ def test_no_permission_to_write(bwcache: Run, factory: Path) -> None:
     """A path below a file, which not even root may write to."""
     plan = bwcache("calibrate", f"{factory}:both", "--out", f"{factory.name}/plan.json")
     assert plan.code == 1
-    assert plan.error == f"cannot write {factory.name}/plan.json: {factory.resolve()} is no directory"
+    assert plan.error == f"cannot write {factory.name}/plan.json: {factory.resolve()} is not a directory"
     bundle = bwcache("export", f"{factory}:both", "--out", f"{factory.name}/bundle")
     assert bundle.code == 1
     assert bundle.error.startswith(f"cannot write {factory.name}/bundle: ")

@@ -58,7 +58,7 @@ max(1, (s13*s27) // 32) != 1
 max(1, (s13*s27) // 32) >= 2
 max(1, (s13*s27) // 32) == max(1, (s13*s27) // 32)
 8*max(1, (s13*s27) // 32) <= 4096
-shape constraint violated: max(1, (x[0]*x[1]) // 32) != 1, got x[0] = 2, x[1] = 6.""",
+shape constraint violated: the graphs require max(1, (x.shape[0]*x.shape[1]) // 32) != 1, got x.shape[0] = 2, x.shape[1] = 6.""",
     )
 
 

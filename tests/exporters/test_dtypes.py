@@ -106,7 +106,7 @@ def test_bfloat16_is_written_and_checked_by_a_stand_in_and_a_cpu_refuses_it(tmp_
         """\
 CPUExecutionProvider cannot run .../bundle/compute.onnx:
 [ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for MatMul(13) node with name 'patch/node_MatMul_3'
-  The bundle computes in bfloat16, and this provider lacks kernels for it. Use a GPU's, or export the model in float32 or float16.""",
+  The bundle computes in bfloat16, and this provider lacks kernels for it. Use a GPU, or export the model in float32 or float16.""",
     )
 
 

@@ -133,6 +133,6 @@ def test_where_a_repro_may_go(tmp_path: Path) -> None:
         "\n".join(messages),
         """\
 repro requires format="onnx", got 'pt2'.
-repro must be a new or empty folder, and ... is neither.
-repro must be a new or empty folder, and .../notes is neither.""",
+repro must be a new or empty folder, but ... is a file or holds files.
+repro must be a new or empty folder, but .../notes is a file or holds files.""",
     )

@@ -185,7 +185,7 @@ manifest.files.compute.pt2.bytes: expected an integer, got 3.5
 manifest.weights.tensors.w.order[0]: expected an integer, got '0'
 manifest.tensorrt.sizes.x[0]: expected a list of 3, got [1, 2]
 manifest.config: expected a table, got []
-config: not valid in this version: threshold is -1; it must be >= 0 (0 never reuses)
+config: not valid in this version: threshold is -1; it must be a number >= 0 (0 never reuses)
 config: not valid in this version: CacheConfig.__init__() got an unexpected keyword argument 'colour'
 manifest: expected a table, got []""",
     )

@@ -69,18 +69,21 @@ def test_what_both_refuse(bundles: Path, format: str) -> None:
     assert_expected_inline(
         f"{outside}\n{shown}".replace("a tensor, a numpy array", "...").replace("a numpy array, an OrtValue", "..."),
         """\
-StateError: step_index 8 is outside the 8 steps of a generation (0 .. 7).
-StateError: step_index -1 is outside the 8 steps of a generation (0 .. 7).
-StateError: missing inputs: t. The bundle takes t, x.
+StateError: step_index must be from 0 to 7, got 8: this generation has 8 steps. Pass num_inference_steps to cache_context, or call\
+ reset(num_steps=...), if it has more.
+StateError: step_index must be from 0 to 7, got -1: this generation has 8 steps. Pass num_inference_steps to cache_context, or call\
+ reset(num_steps=...), if it has more.
+StateError: missing inputs: t. The bundle takes x, t.
 StateError: got 3 positional arguments, but the model takes 2: x, t.
 StateError: got x twice, by position and by name.
-StateError: unexpected inputs: mask. The bundle takes t, x.
-StateError: x must have shape [1, 6, 4], got [1, 5, 4].
+StateError: unexpected inputs: mask. The bundle takes x, t: the arguments of the call that it was exported for.
+StateError: x must have shape [1, 6, 4], got [1, 5, 4]. Every size is fixed in this bundle: transform with dynamic_shapes="auto"\
+ and export again to vary them.
 StateError: x must have dtype float32, got float64.
 StateError: t has unsupported type str; pass ... or an object with DLPack.
 StateError: missing inputs: t. The bundle takes x, t.
 StateError: context 'uncond' has no cache: it was not called yet, or its generation has ended. Contexts with a cache: none.
-ConfigError: the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.
+ConfigError: the graphs depend on reuse, which cannot be changed now. Transform the model again, or export it again.
   Can be changed: calibrated_for, calls_per_step, damping, decide, indicator_bounds, num_steps, order, reuse_fraction, reuse_interval,\
  steps_mask, tail, threshold, timesteps, warmup_steps, weights.
 ConfigError: decide='joint' is not supported by a bundle's session, whose contexts decide separately.""",

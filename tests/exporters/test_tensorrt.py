@@ -170,7 +170,7 @@ asked for
   cache_in.reference_2: ((1, 32), (4, 32), (20, 32))
 unknown dynamic sizes: y[0]. This bundle has x[0], x[1].
 x[1] must be (smallest, usual, largest), got (8, 4, 16).
-smallest sizes: shape constraint violated: x[0] >= 2, got x[0] = 1.""",
+smallest sizes: shape constraint violated: the graphs require x.shape[0] >= 2, got x.shape[0] = 1.""",
     )
 
 

@@ -114,11 +114,11 @@ def test_what_a_session_takes(exported: Exported) -> None:
     assert_expected_inline(
         "\n".join(messages),
         """\
-x must have shape [s13, s27, 4], got [6, 4].
+x must have shape [any, any, 4], got [6, 4].
 x must have dtype float32, got float64.
 t has unsupported type str; pass a tensor, a numpy array or an object with DLPack.
 cannot convert t to float32: expected sequence of length 1 at dim 1 (got 2)
-missing inputs: t. The bundle takes t, x.""",
+missing inputs: t. The bundle takes x, t.""",
     )
 
 

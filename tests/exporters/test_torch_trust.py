@@ -53,7 +53,7 @@ def test_code_is_asked_for(bundle: Path) -> None:
     assert_expected_inline(
         shown,
         """\
-.../bundle has format "pt2": torch.export.load unpickles what a file says is pickled, which can run any code. Pass
+.../bundle has format "pt2": torch.export.load unpickles parts of the files, which can run any code. Pass
 allow_code=True if you trust its author; bundles of format "onnx" contain no code.
 .../bundle has format "aoti": a package holds machine code, which runs when it is opened. Pass allow_code=True if you
 trust its author; bundles of format "onnx" contain no code.
@@ -97,11 +97,12 @@ def test_files(bundle: Path) -> None:
     program = bundle / "reuse.pt2"
     data = program.read_bytes()
     program.write_bytes(data[:-1])
-    assert refusal(bundle, **TORCH) == f".../bundle/reuse.pt2 has {len(data) - 1} bytes, expected {len(data)}: the file is truncated."
+    size = f"has {len(data) - 1} bytes, expected {len(data)}: the file is truncated. Copy it again, or export it again."
+    assert refusal(bundle, **TORCH) == f".../bundle/reuse.pt2 {size}"
     edit(bundle, lambda manifest: None, "reuse.pt2")
     assert refusal(bundle, **TORCH).startswith("torch cannot open .../bundle/reuse.pt2 (written with torch 2.")
     program.unlink()
-    assert refusal(bundle, **TORCH) == ".../bundle/reuse.pt2 is missing; the bundle is incomplete."
+    assert refusal(bundle, **TORCH) == ".../bundle/reuse.pt2 is missing; the bundle is incomplete. Copy it again, or export it again."
 
 
 def _tensor(manifest: dict[str, Any], **changes: Any) -> None:

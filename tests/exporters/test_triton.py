@@ -279,7 +279,7 @@ def test_what_cannot_be_written(deployed: Exported, folder: Path, tmp_path: Path
         """\
 REPOSITORY/video exists; it is not overwritten. Choose another name, or remove it.
 unknown dynamic sizes: x[2]. This bundle has x[0], x[1].
-smallest sizes: shape constraint violated: x[0] >= 2, got x[0] = 1.
+smallest sizes: shape constraint violated: the graphs require x.shape[0] >= 2, got x.shape[0] = 1.
 the values of t are built into the graphs, and a server compares none. Run the bundle by bw.load.""",
     )
     assert list(tmp_path.iterdir()) == [reading.parent]

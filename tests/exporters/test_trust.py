@@ -33,15 +33,17 @@ def test_files(bundle: Path) -> None:
     weights = bundle / "weights.bin"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1])
-    assert refusal(bundle) == f".../bundle/weights.bin has {len(data) - 1} bytes, expected {len(data)}: the file is truncated."
+    again = "Copy it again, or export it again."
+    size = f"has {len(data) - 1} bytes, expected {len(data)}: the file is truncated. {again}"
+    assert refusal(bundle) == f".../bundle/weights.bin {size}"
     weights.write_bytes(b"\1" + data[1:])
-    assert refusal(bundle) == "SHA-256 mismatch for .../bundle/weights.bin: the file was changed after export."
+    assert refusal(bundle) == f"SHA-256 mismatch for .../bundle/weights.bin: the file was changed after export. {again}"
     weights.unlink()
-    assert refusal(bundle) == ".../bundle/weights.bin is missing; the bundle is incomplete."
+    assert refusal(bundle) == ".../bundle/weights.bin is missing; the bundle is incomplete. Copy it again, or export it again."
     outside = bundle.parent / "weights"
     outside.write_bytes(data)
     weights.symlink_to(outside)
-    assert refusal(bundle) == ".../bundle/weights.bin is missing; the bundle is incomplete."
+    assert refusal(bundle) == ".../bundle/weights.bin is missing; the bundle is incomplete. Copy it again, or export it again."
 
 
 @pytest.mark.parametrize(("change", "message"), [

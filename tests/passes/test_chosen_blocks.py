@@ -45,11 +45,11 @@ def test_a_name_of_nothing() -> None:
     assert_expected_inline(
         refused(TwoStream(), "transformer_blocks"),
         """\
-blocks='transformer_blocks' matches no module of TwoStream. Candidates:
+blocks: 'transformer_blocks' matches no module of TwoStream. Candidates:
     double_blocks (2 modules)
     single_blocks (2 modules)
-    repeat0 (2 modules)
-    repeat1 (2 modules)""",
+    repeat0 (2 x repeated operators)
+    repeat1 (2 x repeated operators)""",
     )
 
 

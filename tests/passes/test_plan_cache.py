@@ -158,8 +158,9 @@ def test_residual_of_a_post_norm() -> None:
     assert_expected_inline(
         refused(PostNorm(), ConfigError, reuse="residual"),
         """\
-reuse='residual' does not fit PostNorm: no input of the blocks is proved to be what `layer_norm_1` f32[1, 6, 8]
-continues (inputs: linear f32[1, 6, 8], linear_1 f32[1, 1, 8]).
+reuse='residual' does not fit PostNorm: it requires that each output of the blocks be an input of the blocks plus a
+change, and for `layer_norm_1` f32[1, 6, 8] no such input was found (inputs: linear f32[1, 6, 8], linear_1 f32[1, 1,
+8]).
   Followed back through sums and re-arrangements, its residual path ends at `layer_norm_1` of blocks.1.
   Use reuse='output' or 'taylor'.""",
     )
@@ -193,7 +194,7 @@ def test_taylor_counts_steps_where_the_time_is_uncertain() -> None:
     made = plan(IntegerTime(), reuse="taylor")
     assert made.time_input is None
     assert made.notes == (
-        "no input is certain to be the time (the only one of rank 0 or 1, or the only column, in float32), so steps are counted instead",
+        "no input is clearly the timestep (the only one of rank 0 or 1, or the only column, in float32), so steps are counted instead",
     )
 
 

@@ -59,7 +59,10 @@ def test_it_gives_the_examples_of_a_transform_and_an_export(tmp_path: Any) -> No
 def test_a_block_without_a_call_is_an_error() -> None:
     model = OneStream().eval()
     other = OneStream().eval()
-    with pytest.raises(bw.StateError, match=r"^this OneStream was not called in the block of capture_call\."), bw.capture_call(model):
+    with (
+        pytest.raises(bw.StateError, match=r"^OneStream was not called inside the `with capture_call\(\.\.\.\)` block\."),
+        bw.capture_call(model),
+    ):
         steps(other, started())
     assert not model._forward_pre_hooks
     with bw.capture_call(model) as call:

@@ -263,7 +263,10 @@ def test_a_pipeline_without_a_transformer_is_refused() -> None:
     assert refused({"unet": nn.Identity()}).startswith(
         "Pipe has no transformer to cache: its denoiser `unet` is a U-Net, which is not supported; its models are unet."
     )
-    with pytest.raises(bw.ConfigError, match=r"^expected a diffusers pipeline, whose `components` name its models, got Linear\.$"):
+    with pytest.raises(
+        bw.ConfigError,
+        match=r"^expected a diffusers pipeline \(with `components`\), got Linear\. To cache a model by itself, call transform\.$",
+    ):
         bw.enable(nn.Linear(1, 1))
 
 
@@ -273,7 +276,7 @@ def test_a_model_under_another_name_is_named() -> None:
     assert (pipe.dit.cache_config.threshold, pipe.dit.cache_config.num_steps) == (0.1, 5)
     assert not isinstance(pipe.transformer, bw.CachedModel)
     message = refused({"dit": OneStream().eval()}, {"dit": None, "refiner": None})
-    assert message.startswith("Pipe has no model 'refiner'; its models are dit. A dictionary holds either the settings of a CacheConfig")
+    assert message.startswith("Pipe has no model 'refiner'; its models are dit. A dictionary holds either CacheConfig settings")
 
 
 def test_nothing_is_enabled_where_the_second_transformer_fails() -> None:

@@ -48,7 +48,7 @@ def test_a_dump_takes_the_place_of_an_earlier_one_alone(tmp_path: Path) -> None:
     assert "09_specialize.diff.txt" not in names(tmp_path)
     (tmp_path / "notes.md").write_text("mine")
     before = names(tmp_path)
-    with pytest.raises(bw.ExportError, match=r"contains notes\.md, which no dump of passes wrote\. Choose another directory\."):
+    with pytest.raises(bw.ExportError, match=r"contains notes\.md, which is not a dump of passes\. Choose another directory\."):
         host.dump_passes(tmp_path)
     assert names(tmp_path) == before
 

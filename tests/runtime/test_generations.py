@@ -90,7 +90,7 @@ def test_what_a_context_says_must_fit(model: OneStream) -> None:
     message = "steps_mask has 6 entries but num_inference_steps is 4; they must be equal."
     with cached.cache_context("cond", num_inference_steps=4), pytest.raises(bw.ConfigError, match=message):
         run(cached, *model.example())
-    message = r"step_index 6 is outside the 6 steps of a generation \(0 .. 5\)."
+    message = r"step_index must be from 0 to 5, got 6: this generation has 6 steps\."
     with cached.cache_context("cond", step_index=6), pytest.raises(bw.StateError, match=message):
         run(cached, *model.example())
 

@@ -97,13 +97,12 @@ def test_diffusers_attention_back_end_is_part_of_the_signature(wan: nn.Module) -
     with attention_backend("_native_math"), pytest.raises(bw.CaptureError) as caught:
         sample(cached, 2)
     assert re.sub(r"\d\.\d+e-\d+", "N", str(caught.value)) == (
-        "could not capture WanTransformer3DModel as one graph.\n  non-strict: the captured graph computes something "
-        "else than the model: output 0 differs by up to N\n  strict: the captured graph computes something else than "
-        "the model: output 0 differs by up to N\n  Remove the data-dependent Python at that line (a branch on a "
-        "tensor's values, .item(), .tolist(), .numpy()), or try a size that the model was built for. If the outputs "
-        "differ by a rounding error, the model selects kernels itself (with sdpa_kernel, for example), which a "
-        'graph cannot record: select them around the call instead, or take the graph as it is with verify="close".\n'
-        '  If the code cannot be changed, transform(model, capture="region") captures its stacks of blocks alone.'
+        "could not capture WanTransformer3DModel as one graph.\n  non-strict: the outputs of the captured graph differ from "
+        "the model's: output 0 differs by up to N\n  strict: the outputs of the captured graph differ from the model's: "
+        "output 0 differs by up to N\n  If the outputs differ by a rounding error, the model selects kernels itself (with "
+        "sdpa_kernel, for example), which a graph cannot record: select them around the call, or transform with "
+        'verify="close". If they differ by more, torch.export traced the model wrongly: try a size that the model was built '
+        "for."
     )
     assert torch.equal(sample(cached, 2), sample(wan, 2)), "back to the default, nothing is lost"
     assert cached.report().captures == 1

@@ -67,7 +67,8 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
     "compiled in place": (
         lambda m: (m.compile(), bw.transform(m)),
         bw.ConfigError,
-        "this model was compiled in place by its compile(). Call transform on a model that was not, then compile the result.",
+        "this model was compiled in place with model.compile(). Call transform on the model before it is compiled, then "
+        "compile the result.",
     ),
     "no module": (
         lambda m: bw.transform(len),  # type: ignore[arg-type]
@@ -103,14 +104,14 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
     "input": (
         lambda m: run(bw.transform(m, STATIC), m.example(), object()),
         bw.ConfigError,
-        "unsupported input type object: inputs are tensors, numbers, strings, None and containers of these. Pass "
+        "t: unsupported input type object; inputs are tensors, numbers, strings, None and containers of these. Pass "
         "the tensors that it holds, or register its class: torch.export.register_dataclass for a dataclass, else "
         "torch.utils._pytree.register_pytree_node.",
     ),
     "output": (
         lambda m: run(bw.transform(Wrapping().eval(), STATIC), *m.example()),
         bw.CaptureError,
-        "Wrapping returns a Prediction, but a graph can return only tensors, numbers, strings and None. Return the "
+        "Wrapping returns an object of type Prediction, but a graph can return only tensors, numbers, strings and None. Return the "
         "tensors that it holds, or register its class: torch.export.register_dataclass for a dataclass, else "
         "torch.utils._pytree.register_pytree_node.",
     ),
@@ -124,11 +125,15 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
         bw.ConfigError,
         "compute_first=2 and compute_last=1 leave no block to cache: OneStream has 3 blocks.",
     ),
-    "state": (_other_state, bw.StateError, "this state was made for inputs of other shapes or dtypes. Create a new one with init_state."),
+    "state": (
+        _other_state,
+        bw.StateError,
+        "this state was made for inputs of other shapes or dtypes. Create a new one for these inputs with cached.init_state.",
+    ),
     "configure": (
         _shaping_setting,
         bw.ConfigError,
-        "the graphs depend on reuse, so it cannot be changed now. Transform the model again, or export it again.\n  "
+        "the graphs depend on reuse, which cannot be changed now. Transform the model again, or export it again.\n  "
         "Can be changed: calibrated_for, calls_per_step, damping, decide, indicator_bounds, num_steps, order, reuse_fraction,"
         " reuse_interval, steps_mask, tail, threshold, timesteps, warmup_steps, weights.",
     ),

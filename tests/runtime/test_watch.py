@@ -168,4 +168,4 @@ def test_a_state_made_with_other_weights_is_refused(guard: Any) -> None:
         model.head.weight.mul_(2)
     with pytest.raises(bw.StateError) as caught:
         cached.functional_step(model.example(step=1), {}, state)
-    assert str(caught.value) == "the model's weights or modules changed since this state was made. Create a new one with init_state."
+    assert str(caught.value) == "the model's weights or modules changed since this state was made. Create a new one with cached.init_state."

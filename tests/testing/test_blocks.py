@@ -34,7 +34,7 @@ def test_missing_and_extra() -> None:
     assert_expected_inline(
         failing(OneStream(), ["blocks.0", "blocks.1", "block.2"]),
         """\
-3 blocks are found where 3 are expected:
+expected 3 blocks, found 3:
   missing: block.2
   extra: blocks.2
   found: blocks.0, blocks.1, blocks.2""",
@@ -55,7 +55,7 @@ def test_the_nearest_candidate_says_why_it_is_not_cached() -> None:
     assert_expected_inline(
         failing(Refined(), ["refiner.0", "refiner.1", *NAMES]),
         """\
-3 blocks are found where 5 are expected:
+expected 5 blocks, found 3:
   missing: refiner.0, refiner.1
   found: blocks.0, blocks.1, blocks.2
   nearest rejected candidate: refiner (2 modules): its stream is not the one that reaches the output""",

@@ -167,8 +167,9 @@ def test_caches_of_others_in_exported_programs() -> None:
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path, exported: Exported) -> None:
-    messages = []
-    for wrong in (3, tmp_path, tmp_path / "no.onnx", tmp_path / "program.pt2", (1, 2, 3)):
+    messages, program = [], tmp_path / "program.pt2"
+    program.touch()
+    for wrong in (3, tmp_path, tmp_path / "no.onnx", tmp_path / "no", program, (1, 2, 3)):
         with pytest.raises(bw.ConfigError) as error:
             assert_cached(wrong)
         messages.append(str(error.value).replace(str(tmp_path), "..."))
@@ -179,7 +180,8 @@ assert_cached expects a bundle's folder, an .onnx file, an ONNX model, what torc
  pair (compute, reuse) of them, got int.
 ... is not a bundle: it has no manifest.json. Pass the .onnx file, or a pair (compute, reuse) of them.
 .../no.onnx does not exist.
-assert_cached reads folders of bundles and .onnx files, got .../program.pt2. Open a .pt2 file by torch.export.load first, which may\
- run code of it.
-a pair (compute, reuse) has two graphs, got 3.""",
+.../no does not exist.
+assert_cached reads folders of bundles and .onnx files, got .../program.pt2. Open a .pt2 file with torch.export.load, which may\
+ run code of it, and pass the result.
+a pair (compute, reuse) must have two graphs, got 3.""",
     )

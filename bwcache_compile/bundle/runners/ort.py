@@ -56,7 +56,10 @@ class OrtRunner:
         providers = list(providers or ["CPUExecutionProvider"])
         first = providers[0] if isinstance(providers[0], str) else providers[0][0]
         if first not in ort.get_available_providers():
-            raise ConfigError(f"{first} is not available in this onnxruntime; available are {', '.join(ort.get_available_providers())}.")
+            raise ConfigError(
+                f"{first} is not available in this onnxruntime, which has {', '.join(ort.get_available_providers())}. Install a build of"
+                " onnxruntime that has it (onnxruntime-gpu for CUDA), or choose another device."
+            )
         self._device = _device(providers, ort.get_available_providers())
         self.device = self._device[0] if self._device[0] == "cpu" else f"cuda:{self._device[1]}"
         self._sessions = {}
@@ -77,7 +80,7 @@ class OrtRunner:
         dtypes = [entry.dtype for entry in (*self._manifest.inputs, *self._manifest.slots)]
         if "bfloat16" not in f"{dtypes} {self._manifest.self_check}" or provider != "CPUExecutionProvider":
             return ""
-        advice = "Use a GPU's, or export the model in float32 or float16."
+        advice = "Use a GPU, or export the model in float32 or float16."
         return f"\n  The bundle computes in bfloat16, and this provider lacks kernels for it. {advice}"
 
     def _check(self, kind: str) -> None:

@@ -103,7 +103,9 @@ class TorchRunner(TorchTensors):
         taken: list[PlacedEntry] = [*manifest.inputs, *manifest.slots]
         self._orders = {entry.name: entry.order or () for entry in taken}
         if device is not None and manifest.graph_format == "aoti" and torch.device(device) != torch.device(manifest.device):
-            raise ConfigError(f'a bundle of format "aoti" is compiled for {manifest.device} and cannot run on {device}. Export it there.')
+            raise ConfigError(
+                f'a bundle of format "aoti" is compiled for {manifest.device} and cannot run on {device}. Export it on that device.'
+            )
         try:
             self._device = torch.device(device or manifest.device)
             torch.zeros(1, device=self._device).cpu()

@@ -95,7 +95,7 @@ def _states(cached: bw.CachedModel, args: tuple[Any, ...], kwargs: dict[str, Any
         _, state = cached.functional_step(args, kwargs, state)
         if state.step > _SOON and cached.cache_config.steps_mask is None:
             break
-    raise CommandError("with these settings no step reuses, so there is none to time")
+    raise CommandError("with these settings no step reuses, so there is no reused step to time")
 
 
 def _timed(calls: dict[str, Callable[[], Any]], rounds: int, on_round: Callable[[], None], device: torch.device) -> dict[str, list[float]]:

@@ -45,7 +45,8 @@ def _captured(screen: Screen, source: Source, manifest: Manifest) -> tuple[bw.Ca
         of_bundle, of_model = ([entry.name for entry in getattr(side, what)] for side in (manifest, described))
         if of_bundle != of_model:
             raise CommandError(
-                f"the bundle is not of this {source.title}: its {what} are {', '.join(of_bundle)}, and the model's {', '.join(of_model)}"
+                f"the bundle was not exported from this {source.title}: its {what} are {', '.join(of_bundle)}, but the model's are"
+                f" {', '.join(of_model)}"
             )
     return cached, described
 

@@ -31,7 +31,7 @@ def diff_model(
         diffs = cached.graph_diff()
     unknown = [name for name in passes if name not in (*diffs, "all")]
     if unknown:
-        raise UsageError(f"there is no pass {unknown[0]!r}; there are {', '.join(diffs)}, and all for each of them")
+        raise UsageError(f"there is no pass {unknown[0]!r}; choose from {', '.join(diffs)}, or all")
     chosen = list(diffs) if "all" in passes else list(passes or ["whole"])
     document = {**head(source), "passes": list(diffs), "diffs": {name: vars(diffs[name]) for name in chosen}}
     rows = [

@@ -269,7 +269,7 @@ def explain_difference(comparison: Comparison, repro: Path | None = None) -> str
     if not rows:
         return (
             f"\n  On torch's inputs and cache of this step, no operator of the {comparison.kind} graph differs: the difference comes from"
-            " an earlier step, or from what the runtime makes of several operators together."
+            " an earlier step, or from operators that the runtime fuses."
         )
     head = f"\n  Operators of the {comparison.kind} graph that differ first, on torch's inputs and cache of this step:\n"
     return head + _table(rows) + written

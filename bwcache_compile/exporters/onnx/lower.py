@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSETS = range(18, 25)
-OTHERWISE = "Try a later operator set (opset=23), where operators take more dtypes; else compute it in float32, or by other operators."
+OTHERWISE = "Try a later operator set (opset=23), whose operators support more dtypes; else compute it in float32, or with other operators."
 _FX_NODE = "pkg.torch.onnx.fx_node"
 
 

@@ -20,6 +20,9 @@ _PRODUCTS = {
     "_transformer_encoder_layer_fwd": 5,
 }
 
+REPEATED = "repeated operators"
+"""The module type of units that are no modules."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
@@ -211,7 +214,7 @@ def structural_stacks(graph: Graph, least: int, taken: set[Node], first: int = 0
             slack += 1
         start = min(range(start, start + min(slack, period - 1) + 1), key=lambda at: _handed_on(piece, at, period))
         units = tuple(
-            Unit(f"repeat{first + len(stacks)}.{i}", "repeated operators", tuple(piece[start + i * period : start + (i + 1) * period]))
+            Unit(f"repeat{first + len(stacks)}.{i}", REPEATED, tuple(piece[start + i * period : start + (i + 1) * period]))
             for i in range(repetitions)
         )
         stacks.append(Stack(f"repeat{first + len(stacks)}", units))
