@@ -75,7 +75,7 @@ def test_a_run_that_goes_another_way_computes_more_steps_and_says_which(model: O
     want, got, without = (generate(run, guidance=12.0) for run in (full, cached, plain))
     more = added(cached, plan.entries[1])
     assert more["cond"] == more["uncond"] != set(), "both contexts decide together"
-    said = [warning.split(",")[0] for warning in cached.report().warnings]
+    said = [warning.split(" instead of reused: ")[0] for warning in cached.report().warnings]
     assert said == [f"{name}: step {step} was computed" for name, steps in more.items() for step in sorted(steps)]
     assert float((got - want).norm()) < float((without - want).norm())
 
