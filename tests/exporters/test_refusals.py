@@ -73,7 +73,7 @@ ExportError: the model has 2 captured programs, but a bundle holds one:
   x f32[1, 6, 4]; t f32[1]
   x f32[2, 6, 4]; t f32[2]
   Pass signature=(args, kwargs) to choose one, or transform with dynamic_shapes so that one program serves all sizes.
-ConfigError: signature must be a pair (args, kwargs) of a tuple and a dict.
+ConfigError: signature must be a pair (args, kwargs) of a tuple and a dict, such as ((latents, timestep), {}), got (Tensor, Tensor).
 ConfigError: export expects the result of transform, got OneStream.
 ConfigError: export expects the result of transform, got OptimizedModule.
 ConfigError: format must be one of 'onnx', 'pt2', 'aoti', got 'tf'.

@@ -91,7 +91,7 @@ def test_every_byte_of_a_manifest_counts(bundle: Path) -> None:
 
 def test_manifests_that_are_none(bundle: Path) -> None:
     (bundle / "manifest.json").write_text("{")
-    assert refusal(bundle).startswith("cannot read .../bundle/manifest.json: Expecting property name")
+    assert refusal(bundle).startswith("cannot read .../bundle/manifest.json: not valid JSON: Expecting property name")
     (bundle / "manifest.json").unlink()
     assert refusal(bundle) == ".../bundle/manifest.json does not exist: .../bundle is not a bundle."
 

@@ -99,7 +99,7 @@ a reused step of Decoded still runs 73% of the work (multiply-adds of matrix pro
 outside the cached blocks:
   decoder (2 modules, 71% of the work) is not cached: decoder.1 has another output size (`add_3` f32[1, 12, 4]) than
 decoder.0 (`add_2` f32[1, 6, 4])
-  head (3% of the work) is not cached: it is no stack of repeated blocks
+  head (3% of the work) is not cached: it is not a stack of repeated blocks
   Pass blocks=["<path of a stack>", ...] to choose what is cached; `print(cached.plan)` lists every stack that is not.""",
     )
     assert len(caught) == 1
