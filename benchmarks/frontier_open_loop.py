@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 import bwcache_compile as bw
-from benchmarks.frontier_ways import MOST_SETTINGS, Case, Point, Running, Settings, Way, combs, taylor_schedule
+from benchmarks.frontier_ways import MOST_SETTINGS, Case, Point, Running, Settings, Way, combs, running_cached, taylor_schedule
 
 ANCHORS = 4
 Floats = NDArray[np.float64]
@@ -129,12 +129,7 @@ class OpenLoop(Way):
         """Run them."""
         cached = self._cached()
         cached.configure(self.config(settings, steps, solver))
-
-        def computed() -> float:
-            contexts = cached.report().contexts.values()
-            return sum(context.computed for context in contexts) / len(contexts)
-
-        return Running(cached, steps, cached.reset, computed)
+        return running_cached(cached, steps)
 
 
 class FittedOnRecordings(OpenLoop):

@@ -7,7 +7,7 @@ import functools
 import model as tiny
 
 import bwcache_compile as bw
-from benchmarks.frontier_ways import Case, Point, Running, Settings, Way
+from benchmarks.frontier_ways import Case, Point, Running, Settings, Way, running_cached
 
 
 class Calibrated(Way):
@@ -34,12 +34,7 @@ class Calibrated(Way):
         return [{"computed": point.computed}]
 
     def start(self, settings: Settings, steps: int, solver: tiny.Solver) -> Running:
-        """Run the plan on the model's graphs, whose report counts the computed steps."""
+        """Run the plan on the model's graphs."""
         cached = self._cached()
         cached.configure(self._plan(settings["computed"], steps, solver))
-
-        def computed() -> float:
-            contexts = cached.report().contexts.values()
-            return sum(context.computed for context in contexts) / len(contexts)
-
-        return Running(cached, steps, cached.reset, computed)
+        return running_cached(cached, steps)

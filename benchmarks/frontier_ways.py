@@ -99,6 +99,16 @@ class Running:
     computed: Callable[[], float]
 
 
+def running_cached(cached: bw.CachedModel, steps: int) -> Running:
+    """Run a cached model; its report counts the computed steps, as its graphs call no modules that a hook could watch."""
+
+    def computed() -> float:
+        contexts = cached.report().contexts.values()
+        return sum(context.computed for context in contexts) / len(contexts)
+
+    return Running(cached, steps, cached.reset, computed)
+
+
 class Way:
     """A way of running the model with fewer computed steps.
 
@@ -194,15 +204,10 @@ class PaperSchedule(Way):
         return [{"threshold": value, "reuse_interval": interval} for interval, value in found.items() if value is not None]
 
     def start(self, settings: Settings, steps: int, solver: tiny.Solver) -> Running:
-        """Run a cached model; its report counts the computed steps, as its graphs call no modules that a hook could watch."""
+        """Run a cached model."""
         cached = self._cached(steps)
         cached.configure(**settings)
-
-        def computed() -> float:
-            contexts = cached.report().contexts.values()
-            return sum(context.computed for context in contexts) / len(contexts)
-
-        return Running(cached, steps, cached.reset, computed)
+        return running_cached(cached, steps)
 
 
 def combs(point: Point, most: int) -> list[Settings]:

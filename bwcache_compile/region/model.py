@@ -164,8 +164,8 @@ class RegionModel(ModelWrapper, ContextMethods):
             self._drop()
             recording = record(self._original, args, kwargs)
             found, reasons = chains(recording.calls)
+            listed = "".join(f"\n  {reason}" for reason in dict.fromkeys(reasons))
             if not found:
-                listed = "".join(f"\n  {reason}" for reason in dict.fromkeys(reasons))
                 raise CaptureError(f"{name} has no stack of blocks that hand their outputs to one another and to nothing else:{listed}")
             unread = len(_times(pytree.tree_leaves((args, kwargs))))
             modules = [(chain, Stack(self._original, chain, unread)) for chain in found]
@@ -179,7 +179,6 @@ class RegionModel(ModelWrapper, ContextMethods):
                 raise CaptureError(f"{name} over its cached stacks returns something else than by itself: {wrong}.")
             self._stacks, self._share = stacks, sum(chain.work for chain in found) / max(recording.work, 1)
         if 1 - self._share > WARN_ABOVE:
-            listed = "".join(f"\n  {reason}" for reason in dict.fromkeys(reasons))
             warn(f"a reused step of {name} still runs {1 - self._share:.0%} of the work outside the cached stacks:{listed}")
         return returned
 

@@ -8,19 +8,23 @@ from torch import Tensor, nn
 
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.region.chains import Chain, External, Internal
+from bwcache_compile.runtime.notes import UNREAD_FIRST
 
 
 class Stack(nn.Module):
-    """Calls the blocks of a chain one after the other. The blocks are the model's own, under their paths there.
-
-    Attributes:
-        unread: How many leading inputs nothing reads: they tell the time of the model's call, by which runs are told apart.
-    """
+    """Calls the blocks of a chain one after the other. The blocks are the model's own, under their paths there."""
 
     def __init__(self, model: nn.Module, chain: Chain, unread: int) -> None:
-        """Take the blocks of a model."""
+        """Take the blocks of a model.
+
+        Args:
+            model: The model.
+            chain: How it calls them.
+            unread: How many leading inputs nothing reads: they tell the time of the model's call, by which runs are told apart.
+        """
         super().__init__()
-        self.chain, self.unread = chain, unread
+        self.chain = chain
+        setattr(self, UNREAD_FIRST, unread)
         for path in chain.paths:
             owner: nn.Module = self
             *above, name = path.split(".")
@@ -38,7 +42,7 @@ class Stack(nn.Module):
         Args:
             tensors: The unread ones, then the tensors that the first block is given.
         """
-        given = tensors[self.unread :]
+        given = tensors[getattr(self, UNREAD_FIRST) :]
         returned: list[list[Any]] = []
         for link in self.chain.links:
             leaves = [

@@ -13,6 +13,9 @@ from bwcache_compile.ir.sizes import CallSizes
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.watch import Forward
 
+UNREAD_FIRST = "_bwcache_unread_first"
+"""Attribute of a module of ours that says how many of its leading inputs are meant to be read by nothing."""
+
 
 def built_in(signature: Signature) -> list[str]:
     """Describe the values that are constants of a program."""

@@ -223,30 +223,22 @@ def continued(node: Node, candidates: Collection[Node], flow: DataFlow | None = 
         candidates: What it may continue.
         flow: Of the graph, to go on with the stream where a linear layer merges a long skip into it.
     """
-    found: list[Node] = []
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current in candidates and current is not node:
-            found.append(current)
-        else:
-            stack += addends(current) or (merged_stream(current, flow) if flow is not None else [])
-    return found
+    return [value for value in _residual_path(node, flow, candidates) if value in candidates and value is not node]
 
 
-def _residual_path(node: Node, flow: DataFlow) -> list[Node]:
-    """Return the values that a value continues, itself among them, through residual sums, re-arrangements and merged skips."""
+def _residual_path(node: Node, flow: DataFlow | None, ends: Collection[Node] = ()) -> list[Node]:
+    """Return what a value continues, itself first, through residual sums and re-arrangements; what `ends` holds is not followed further.
+
+    With the flow of the graph, merged skips are gone through as well.
+    """
     seen: dict[Node, None] = {}
     stack = [node]
     while stack:
         current = stack.pop()
         if current not in seen:
             seen[current] = None
-            stack += addends(current) or merged_stream(current, flow)
+            if current is node or current not in ends:
+                stack += addends(current) or (merged_stream(current, flow) if flow is not None else [])
     return list(seen)
 
 
