@@ -18,12 +18,13 @@ from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.plan import BlockSearch
 from bwcache_compile.passes import Guard
+from bwcache_compile.opaque import OpaqueModel
 from bwcache_compile.region import RegionModel
 from bwcache_compile.runtime import CachedModel, Toolchain
 from bwcache_compile.runtime.hooks import refuse_hooks
 
-Capture = Literal["whole", "region"]
-"""What is captured: the model as one graph, or its stacks of blocks."""
+Capture = Literal["whole", "region", "opaque"]
+"""What is captured: the model as one graph, its stacks of blocks, or nothing: then the calls of its blocks are guarded."""
 
 
 def _names(blocks: Sequence[str] | None) -> tuple[str, ...]:
@@ -68,6 +69,19 @@ def transform(
     model: nn.Module,
     config: CacheConfig | Mapping[str, Any] | None = None,
     *,
+    capture: Literal["opaque"],
+    example_args: tuple[Any, ...] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    verify: Verify = "bitwise",
+    **settings: Any,
+) -> OpaqueModel: ...
+
+
+@overload
+def transform(
+    model: nn.Module,
+    config: CacheConfig | Mapping[str, Any] | None = None,
+    *,
     blocks: Sequence[str] | None = None,
     guard: Guard = "host",
     example_args: tuple[Any, ...] | None = None,
@@ -91,7 +105,7 @@ def transform(
     verify: Verify = "bitwise",
     capture: Capture = "whole",
     **settings: Any,
-) -> CachedModel | RegionModel:
+) -> CachedModel | RegionModel | OpaqueModel:
     """Return a drop-in for a diffusion transformer that reuses its blocks' outputs where they hardly change.
 
     The model is captured at the first call of each input signature, or at once for the examples given here. Its
@@ -124,7 +138,9 @@ def transform(
             capture, because exporting a model that never ran can damage it.
         capture: "whole" makes one graph of the model. "region" is for models whose Python cannot be captured (it branches on values,
             or counts its calls): stacks of blocks that hand their outputs to one another are captured alone, and the model's own
-            Python calls them at every step. What is before and after them is then not skipped, compiled or exported.
+            Python calls them at every step. What is before and after them is then not skipped, compiled or exported. "opaque" is for
+            models whose blocks cannot be captured either, or have work of the model's own Python between them: the calls of the
+            blocks' modules are guarded as they are, and nothing can be exported.
         **settings: Single settings of `CacheConfig`, on top of `config`: `transform(model, threshold=0.1, num_steps=50)`.
 
     Returns:
@@ -135,7 +151,7 @@ def transform(
         StateError: `model` is a cached model already.
         CaptureError, NoBlocksFoundError, UnsupportedGraphError: With examples, what the first call would raise.
     """
-    if isinstance(model, (CachedModel, RegionModel)):
+    if isinstance(model, (CachedModel, RegionModel, OpaqueModel)):
         raise StateError("this model is already transformed. Use it as it is, or transform the original model again with other settings.")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"transform expects a torch.nn.Module, got {type(model).__name__}.")
@@ -159,13 +175,15 @@ def transform(
         raise ConfigError(f"example_args must be a tuple, such as (latents, timestep), got {type(example_args).__name__}.")
     if capture not in get_args(Capture):
         raise ConfigError(f"capture must be one of {', '.join(map(repr, get_args(Capture)))}, got {capture!r}.")
-    cached: CachedModel | RegionModel
+    if capture != "whole" and (blocks is not None or guard != "host" or dynamic_shapes is not None):
+        raise ConfigError(
+            f"capture={capture!r} finds the blocks itself and decides on the host: leave out blocks, guard and dynamic_shapes."
+        )
+    cached: CachedModel | RegionModel | OpaqueModel
     if capture == "region":
-        if blocks is not None or guard != "host" or dynamic_shapes is not None:
-            raise ConfigError(
-                'capture="region" finds the blocks itself and decides on the host: leave out blocks, guard and dynamic_shapes.'
-            )
         cached = RegionModel(model, config, _StackMaker(verify), verify)
+    elif capture == "opaque":
+        cached = OpaqueModel(model, config, verify)
     else:
         cached = CachedModel(model, config, _toolchain(blocks, guard), dynamic_shapes, verify)
     if example_args is not None or example_kwargs is not None:

@@ -16,6 +16,7 @@ from bwcache_compile.exporters.torch.export import export_torch
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes.specialize import specialize
+from bwcache_compile.opaque import OpaqueModel
 from bwcache_compile.region import RegionModel
 from bwcache_compile.runtime import CachedModel
 
@@ -104,6 +105,8 @@ def export(
             "export writes one graph of the whole model, and this one is captured by region. Each of its stacks can be exported:"
             " export(cached.stacks[name], directory)."
         )
+    if isinstance(cached, OpaqueModel):
+        raise ConfigError("export writes a graph of the model, and this one is captured as opaque: there is no graph.")
     if not isinstance(cached, CachedModel):
         raise ConfigError(f"export expects the result of transform, got {type(given).__name__}.")
     if format not in FORMATS:

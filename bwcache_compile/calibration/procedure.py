@@ -140,7 +140,7 @@ def _cut_model(model: nn.Module | CutModel, anchors: int, cut: Cut) -> CutModel:
     if not isinstance(model, nn.Module):
         return model
     if isinstance(model, ContextMethods) and not isinstance(model, CachedModel):
-        raise ConfigError(f"calibrate runs a model without a cache, or one that is captured whole, and {model!r} is captured by region.")
+        raise ConfigError(f"calibrate runs a model without a cache, or one that is captured whole, and {model!r} is not.")
     cached = getattr(model, "_orig_mod", model)
     if cut == "blocks":
         if not isinstance(cached, CachedModel):

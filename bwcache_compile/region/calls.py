@@ -39,6 +39,11 @@ class ModuleCall:
     work: int
 
 
+def write_count(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; 0 for one of inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Recorder(ModelWrapper):
     """Calls a module and writes the call down."""
 
@@ -51,10 +56,10 @@ class _Recorder(ModelWrapper):
         path, calls, counter = self.__dict__["_note"]
         before = counter.get_total_flops()
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        versions = {id(leaf): leaf._version for leaf in leaves if isinstance(leaf, Tensor)}
+        versions = {id(leaf): write_count(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
         returned = self._original(*args, **kwargs)
         outputs, out_spec = pytree.tree_flatten(returned)
-        versions |= {id(leaf): leaf._version for leaf in outputs if isinstance(leaf, Tensor)}
+        versions |= {id(leaf): write_count(leaf) for leaf in outputs if isinstance(leaf, Tensor)}
         calls.append(ModuleCall(path, tuple(leaves), spec, tuple(outputs), out_spec, versions, counter.get_total_flops() - before))
         return returned
 

@@ -276,7 +276,7 @@ def test_a_stack_is_exported_alone(tmp_path: Path) -> None:
         (lambda c: c.on_step(print), bw.StateError, r"cached\.stacks\[name\]\.on_step\(callback\)"),
         (lambda c: c.configure(cut="output"), bw.ConfigError, 'is cut at its blocks, got cut="output"'),
         (lambda c: bw.transform(c), bw.StateError, "already transformed"),
-        (lambda c: bw.calibrate(c, lambda model: None, progress=False), bw.ConfigError, "is captured by region"),
+        (lambda c: bw.calibrate(c, lambda model: None, progress=False), bw.ConfigError, r"one that is captured whole, and RegionModel\("),
         (lambda c: torch.compile(c)(*inputs(0)), bw.StateError, r"Call cached\.compile\(\) instead"),
         (lambda c: c.train()(*inputs(0)), bw.StateError, r"Branching is in training mode; call \.eval\(\) first"),
     ],
@@ -290,7 +290,7 @@ def test_what_it_does_not_do_is_refused(act: Callable[[Any], Any], error: type[E
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"capture": "parts"}, "capture must be one of 'whole', 'region', got 'parts'"),
+        ({"capture": "parts"}, "capture must be one of 'whole', 'region', 'opaque', got 'parts'"),
         ({"capture": "region", "blocks": ["blocks"]}, "leave out blocks, guard and dynamic_shapes"),
         ({"capture": "region", "guard": "graph"}, "leave out blocks, guard and dynamic_shapes"),
     ],

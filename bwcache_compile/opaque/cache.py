@@ -1,0 +1,173 @@
+"""What one context keeps between steps of an opaque model, and how a step makes the next one's. Values: nothing is written to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bwcache_compile.config import CacheConfig
+from bwcache_compile.ir.policy_tensors import policy_parameters
+from bwcache_compile.opaque.guards import BlockCall, CallPlace
+from bwcache_compile.policies import INDICATORS, POLICIES
+from bwcache_compile.policies.definitions import SmallSlot, takes
+from bwcache_compile.policies.sampling import sampled_tokens
+from bwcache_compile.stepping import Cursor
+
+Slots = Mapping[str, Tensor]
+"""Kept tensors by the name of their slot."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OpaqueState:
+    """Everything that one context carries from step to step.
+
+    Attributes:
+        cursor: The next step, and which steps reuse.
+        calls: The blocks' calls at the last computed step.
+        kept: For each call, for each leaf of its output: the slots of the way of reusing; None where the leaf is held as it is.
+        shared: The slots that all outputs share.
+        references: Measured features of the last computed step.
+        policy: The policy's own slots.
+    """
+
+    cursor: Cursor = dataclasses.field(default_factory=Cursor)
+    calls: Mapping[CallPlace, BlockCall] = dataclasses.field(default_factory=dict)
+    kept: Mapping[CallPlace, tuple[Slots | None, ...]] = dataclasses.field(default_factory=dict)
+    shared: Slots = dataclasses.field(default_factory=dict)
+    references: Mapping[CallPlace, Tensor] = dataclasses.field(default_factory=dict)
+    policy: Slots = dataclasses.field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the memory that its tensors take."""
+        tensors = [leaf for call in self.calls.values() for leaf in call.outputs if isinstance(leaf, Tensor)]
+        tensors += [tensor for leaves in self.kept.values() for slots in leaves if slots is not None for tensor in slots.values()]
+        tensors += [*self.shared.values(), *self.references.values(), *self.policy.values()]
+        return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """Where a step is.
+
+    Attributes:
+        time: float32[1]: the time, or the index where no input tells it.
+        step: int64[1], its index.
+        num_steps: Steps of the generation, if known.
+    """
+
+    time: Tensor
+    step: Tensor
+    num_steps: int | None
+
+    @property
+    def operands(self) -> dict[str, Tensor]:
+        """What ways of reusing take of it."""
+        return {"time": self.time, "step": self.step}
+
+
+def _fresh(slots: tuple[SmallSlot, ...], device: torch.device) -> dict[str, Tensor]:
+    return {slot.name: torch.full(slot.shape, slot.fill, dtype=getattr(torch, slot.dtype), device=device) for slot in slots}
+
+
+def _kept(slots: Slots) -> dict[str, Tensor]:
+    return {f"kept_{name}": tensor for name, tensor in slots.items()}
+
+
+def _tuple(returned: Any) -> tuple[Any, ...]:
+    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+
+
+def _keep(config: CacheConfig, output: Any, before: Slots | None, moment: Moment) -> Slots | None:
+    """Return the next slots of one leaf of a block's output."""
+    way = config.graph_settings.way
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return None  # held: there is no sum of whole numbers
+    if before is None or next(iter(before.values())).shape != output.shape:
+        before = dict.fromkeys(way.slots, output.new_zeros(()).expand_as(output))
+    operands = {"output": output, **_kept(before), **moment.operands}
+    return dict(zip(way.slots, _tuple(way.keep(*(operands[name] for name in takes(way.keep)))), strict=True))
+
+
+class ReusedOutputs:
+    """What a reused step returns for each call of a block. It shares no memory with what is kept."""
+
+    def __init__(self, config: CacheConfig, state: OpaqueState, moment: Moment) -> None:
+        """Take what is the same for all calls of the step."""
+        self._way, self._state = config.graph_settings.way, state
+        names = [parameter.name for parameter in self._way.parameters]
+        parameters = dict(zip(names, policy_parameters(config, moment.num_steps, moment.step.device, names), strict=True))
+        self._shared = {**_kept(state.shared), **parameters, **moment.operands}
+
+    def __call__(self, place: CallPlace) -> tuple[Any, ...]:
+        """Return the leaves for one call."""
+        leaves: list[Any] = []
+        for held, slots in zip(self._state.calls[place].outputs, self._state.kept[place], strict=True):
+            leaf = held
+            if slots is not None:
+                operands = {**_kept(slots), **self._shared}
+                leaf = self._way.reuse(*(operands[name] for name in takes(self._way.reuse)))
+            leaves.append(leaf.clone() if isinstance(leaf, Tensor) else leaf)
+        return tuple(leaves)
+
+
+def measured_calls(config: CacheConfig, calls: Mapping[CallPlace, BlockCall]) -> list[CallPlace]:
+    """Return the calls whose output is measured: `indicator_blocks` of them, spread evenly and ending with the last."""
+    places = [place for place, call in calls.items() if _feature(call) is not None]
+    if not POLICIES[config.policy].measures or not places:
+        return []
+    count = len(places) if config.indicator_blocks == "all" else min(config.indicator_blocks, len(places))
+    return [places[-(-(i + 1) * len(places) // count) - 1] for i in range(count)]
+
+
+def _feature(call: BlockCall) -> Tensor | None:
+    """Return the first floating output of rank 2 or more."""
+    return next((leaf for leaf in call.outputs if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1), None)
+
+
+def _sample(config: CacheConfig, call: BlockCall, number: int) -> Tensor:
+    """Take the measured tokens of a call."""
+    feature = _feature(call)
+    assert feature is not None
+    if config.indicator_tokens == "all":
+        return feature
+    rows = feature.reshape(-1, feature.shape[-1])
+    return rows[sampled_tokens(len(rows), config.indicator_tokens, number, feature.device)]
+
+
+def computed_state(
+    config: CacheConfig, state: OpaqueState, calls: Mapping[CallPlace, BlockCall], moment: Moment
+) -> tuple[OpaqueState, Tensor | None]:
+    """Return the state after a computed step, and what the indicator measured, float32[blocks].
+
+    Raises:
+        ConfigError: The policy needs the number of steps, and it is not known.
+    """
+    way, policy, device = config.graph_settings.way, POLICIES[config.policy], moment.step.device
+    kept = {}
+    for place, call in calls.items():
+        before = state.kept.get(place, ())
+        kept[place] = tuple(
+            _keep(config, output, before[leaf] if leaf < len(before) else None, moment) for leaf, output in enumerate(call.outputs)
+        )
+    shared: Slots = state.shared or _fresh(way.shared, device)
+    if way.keep_shared is not None:
+        operands = {**_kept(shared), **moment.operands}
+        shared = dict(zip(shared, _tuple(way.keep_shared(*(operands[name] for name in takes(way.keep_shared)))), strict=True))
+    features = {place: _sample(config, calls[place], number) for number, place in enumerate(measured_calls(config, calls))}
+    change = None
+    named = {"step": moment.step, **(state.policy or _fresh(policy.slots, device))}
+    if features:
+        references = [state.references.get(place, torch.zeros_like(feature)) for place, feature in features.items()]
+        alike = zip(references, features.values(), strict=True)
+        references = [old if old.shape == new.shape else torch.zeros_like(new) for old, new in alike]
+        change = named["change"] = INDICATORS[config.indicator](list(features.values()), references)
+    names = [parameter.name for parameter in policy.parameters]
+    named |= dict(zip(names, policy_parameters(config, moment.num_steps, device, names), strict=True))
+    *slots, left = _tuple(policy.decide(*(named[name] for name in takes(policy.decide))))
+    after = dict(zip((slot.name for slot in policy.slots), slots, strict=True))
+    return OpaqueState(state.cursor.computed(int(left)), dict(calls), kept, shared, features, after), change
