@@ -17,14 +17,17 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.plan import BlockSearch
-from bwcache_compile.passes import Guard
 from bwcache_compile.opaque import OpaqueModel
+from bwcache_compile.passes import Guard
 from bwcache_compile.region import RegionModel
 from bwcache_compile.runtime import CachedModel, Toolchain
 from bwcache_compile.runtime.hooks import refuse_hooks
 
 Capture = Literal["whole", "region", "opaque"]
 """What is captured: the model as one graph, its stacks of blocks, or nothing: then the calls of its blocks are guarded."""
+
+Cached = CachedModel | RegionModel | OpaqueModel
+"""What `transform` returns, by what is captured."""
 
 
 def _names(blocks: Sequence[str] | None) -> tuple[str, ...]:
@@ -105,7 +108,7 @@ def transform(
     verify: Verify = "bitwise",
     capture: Capture = "whole",
     **settings: Any,
-) -> CachedModel | RegionModel | OpaqueModel:
+) -> Cached:
     """Return a drop-in for a diffusion transformer that reuses its blocks' outputs where they hardly change.
 
     The model is captured at the first call of each input signature, or at once for the examples given here. Its
@@ -151,7 +154,7 @@ def transform(
         StateError: `model` is a cached model already.
         CaptureError, NoBlocksFoundError, UnsupportedGraphError: With examples, what the first call would raise.
     """
-    if isinstance(model, (CachedModel, RegionModel, OpaqueModel)):
+    if isinstance(model, Cached):
         raise StateError("this model is already transformed. Use it as it is, or transform the original model again with other settings.")
     if not isinstance(model, nn.Module):
         raise ConfigError(f"transform expects a torch.nn.Module, got {type(model).__name__}.")
@@ -179,7 +182,7 @@ def transform(
         raise ConfigError(
             f"capture={capture!r} finds the blocks itself and decides on the host: leave out blocks, guard and dynamic_shapes."
         )
-    cached: CachedModel | RegionModel | OpaqueModel
+    cached: Cached
     if capture == "region":
         cached = RegionModel(model, config, _StackMaker(verify), verify)
     elif capture == "opaque":

@@ -15,8 +15,8 @@ from bwcache_compile.exporters.onnx.export import export_onnx
 from bwcache_compile.exporters.torch.export import export_torch
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.program import ModelProgram
-from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.opaque import OpaqueModel
+from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.region import RegionModel
 from bwcache_compile.runtime import CachedModel
 

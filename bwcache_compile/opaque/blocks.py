@@ -36,6 +36,8 @@ def find_blocks(recording: Recording) -> FoundBlocks:
     repeated = [path for path, calls in containers.items() if len(calls) > 1 and work[path] > 0]
     largest = max((work[path] for path in repeated), default=0)
     large = {path for path in repeated if 5 * work[path] >= largest}
-    left_out = [f"the modules of {path} have less than a fifth of the work of the largest container" for path in repeated if path not in large]
+    left_out = [
+        f"the modules of {path} have less than a fifth of the work of the largest container" for path in repeated if path not in large
+    ]
     paths = dict.fromkeys(call.path for call in recording.calls if call.path.rpartition(".")[0] in large)
     return FoundBlocks(tuple(paths), sum(work[path] for path in large) / max(recording.work, 1), tuple(left_out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,58 +13,34 @@ from torch import Tensor, nn
 
 from bwcache_compile.clock import check_time
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.context_methods import ContextMethods
-from bwcache_compile.contexts import Context, ContextTable
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify, difference, flat_outputs
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.ir.work_share import WARN_ABOVE
 from bwcache_compile.opaque.blocks import FoundBlocks, find_blocks
-from bwcache_compile.opaque.cache import Moment, OpaqueState, ReusedOutputs, computed_state, measured_calls
+from bwcache_compile.opaque.cache import OpaqueState, ReusedOutputs, computed_state, measured_calls
 from bwcache_compile.opaque.guards import CallsChanged, ComputeCalls, Guard, ReuseCalls, StepCalls
+from bwcache_compile.opaque.step import OpaqueContext, OpaqueStep, moment_of, numbers_as_tensors, signature_of, state_for
 from bwcache_compile.region.calls import record
 from bwcache_compile.region.copies import with_modules, write_back
+from bwcache_compile.region.uncaptured import UncapturedModel
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import time_inputs, warn_without_reuse
 from bwcache_compile.runtime.watch import ModelWatch
-from bwcache_compile.runtime.wrapper import ModelWrapper
-from bwcache_compile.step_events import step_event
-from bwcache_compile.stepping import Advance, Cursor, StepInfo
+from bwcache_compile.step_events import StepEvent, step_event
+from bwcache_compile.stepping import StepInfo
 
 
-class OpaqueContext(Context):
-    """One stream of calls.
-
-    Attributes:
-        state: The cache, while a generation runs.
-        version: Structure and weights of the model at the last call.
-    """
-
-    def __init__(self, info: StepInfo, created: int) -> None:
-        """Start before the first call."""
-        super().__init__(info, created)
-        self.state: OpaqueState | None = None
-        self.version = (-1, -1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """One call: what it is, and what it runs on."""
-
-    config: CacheConfig
-    advance: Advance
-    state: OpaqueState
-    moment: Moment
-    events: list[str]
-
-
-class OpaqueModel(ModelWrapper, ContextMethods):
+class OpaqueModel(UncapturedModel):
     """A drop-in for a model of which no graph can be made. Made by `transform(model, capture="opaque")`.
 
     At its first call the model runs once while the calls of the modules in its lists are written down; those that do most of the
     work are its blocks. At a computed step each block runs and its output is kept; at a reused step no block runs, and each of its
     calls returns what is kept. The rest of the model runs as it is, at every step.
     """
+
+    compiles = "each block"
 
     def __init__(self, model: nn.Module, config: CacheConfig, verify: Verify = "bitwise") -> None:
         """Wrap a model; its blocks are found at the first call.
@@ -98,12 +74,7 @@ class OpaqueModel(ModelWrapper, ContextMethods):
         return OpaqueModel, (self._original, self.cache_config, self._verify)
 
     @property
-    def original(self) -> nn.Module:
-        """The model that is wrapped."""
-        return self._original
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
+    def cached_blocks(self) -> tuple[str, ...]:
         """Paths of the blocks, in the order in which they run.
 
         Raises:
@@ -129,14 +100,7 @@ class OpaqueModel(ModelWrapper, ContextMethods):
             UnsupportedGraphError: A block writes in place to what it is given.
             StateError: The context is in use, or the model is in training mode or closed over by `torch.compile`.
         """
-        name = type(self._original).__name__
-        if self._original.training:
-            raise StateError(f"{name} is in training mode; call .eval() first: caching is for inference.")
-        if self.__dict__["_is_torch_compile"]:
-            raise StateError(
-                f"torch.compile would compile nothing of {name}, whose blocks are guarded as modules. Call cached.compile() instead,"
-                " which compiles each block."
-            )
+        self._check_call()
         config = self.cache_config
         info = self._contexts.info(config.calls_per_step)
         context = self._contexts.enter(info)
@@ -151,45 +115,34 @@ class OpaqueModel(ModelWrapper, ContextMethods):
 
     def _step(self, context: OpaqueContext, info: StepInfo, config: CacheConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a step; return the model's output, and what callbacks are told."""
-        step, version, expected = self._begin(context, info, config, args, kwargs)
-        outputs = None
-        if step.state.cursor.reuses:
+        step, expected = self._begin(context, info, config, args, kwargs)
+        computed = not step.state.cursor.reuses
+        if not computed:
             try:
-                outputs, change = self._reuse(step, args, kwargs), None
-                state = dataclasses.replace(step.state, cursor=step.state.cursor.reused())
+                outputs, state, change = self._reuse(step, args, kwargs)
             except CallsChanged as changed:
-                text = f"{changed}, so step {step.advance.step} was computed"
-                warn(f"{type(self._original).__name__}: {text}.")
-                step = dataclasses.replace(step, state=OpaqueState(Cursor(step.advance.step)), events=[*step.events, text])
-        computed = outputs is None
+                why = f"{changed}, so step {step.advance.step} was computed"
+                warn(f"{type(self._original).__name__}: {why}.")
+                computed, step = True, step.afresh(why)
         if computed:
             outputs, state, change = self._compute(step, args, kwargs)
         wrong = difference(expected, flat_outputs(outputs), self._verify == "close") if expected is not None and self._verify else None
         if wrong is not None:
             raise CaptureError(f"{type(self._original).__name__} with guarded blocks returns something else than by itself: {wrong}.")
-        context.state, context.version, context.state_bytes = state, version, state.bytes
-        raw = RawStep(step.advance.step, computed, step.state.cursor.computed_at < 0, change)
-        self._contexts.succeed(context, step.advance, raw, step.events)
-        event, num_steps = None, step.moment.num_steps
-        if self._contexts.listeners:
-            event = step_event(context.name, context.entered, num_steps, step.advance, step.state.cursor, raw, step.events, False)
-        if num_steps is not None and step.advance.step == num_steps - 1:
-            context.state = None
-            warn_without_reuse(context, config)
-        return outputs, event
+        return outputs, self._finish(context, step, state, RawStep(step.advance.step, computed, step.state.cursor.computed_at < 0, change))
 
     def _begin(
         self, context: OpaqueContext, info: StepInfo, config: CacheConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[_Step, tuple[int, int], list[Any] | None]:
+    ) -> tuple[OpaqueStep, list[Any] | None]:
         """Decide what a call is, and find the blocks where they are not known. Nothing of its context changes before it has succeeded.
 
         Returns:
-            The step, the model's version, and what the model returned where it was just run to find its blocks.
+            The step, and what the model returned where it was just run to find its blocks.
         """
         flat, spec = pytree.tree_flatten((args, kwargs))
-        num_steps, times = config.steps_of(info.num_steps), time_inputs([_as_tensor(leaf) for leaf in flat])
+        num_steps, times = config.steps_of(info.num_steps), time_inputs(numbers_as_tensors(flat))
         read = times if info.step_index is None else {}
-        advance = context.tracker.advance(info, _signature(flat, spec), read, num_steps, self._contexts.latest(info.group))
+        advance = context.tracker.advance(info, signature_of(flat, spec), read, num_steps, self._contexts.latest(info.group))
         reuses = not advance.began and context.state is not None and context.state.cursor.at(advance.step).reuses
         expected = None
         with self._lock:
@@ -197,12 +150,25 @@ class OpaqueModel(ModelWrapper, ContextMethods):
             if self._found is None or self._found_in != self._watch.structure:
                 expected = self._find(args, kwargs)
             version = (self._watch.structure, self._watch.weights)
-        state, events = _state_for(context, advance, version, self._watch.changed)
+        state, events = state_for(context, advance, version, self._watch.changed)
         if config.timesteps is not None and not state.cursor.reuses:
             check_time(advance.step, config.timesteps, times.values())
-        return _Step(config, advance, state, _moment(flat, advance.step, num_steps), events), version, expected
+        return OpaqueStep(config, advance, state, moment_of(flat, advance.step, num_steps), version, events), expected
 
-    def _compute(self, step: _Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, OpaqueState, Tensor | None]:
+    def _finish(self, context: OpaqueContext, step: OpaqueStep, state: OpaqueState, record: RawStep) -> StepEvent | None:
+        """Keep what a step left, and return what callbacks are told of it."""
+        num_steps = step.moment.num_steps
+        context.state, context.version, context.state_bytes = state, step.version, state.bytes
+        self._contexts.succeed(context, step.advance, record, step.events)
+        event = None
+        if self._contexts.listeners:
+            event = step_event(context.name, context.entered, num_steps, step.advance, step.state.cursor, record, step.events, False)
+        if num_steps is not None and step.advance.step == num_steps - 1:
+            context.state = None
+            warn_without_reuse(context, step.config)
+        return event
+
+    def _compute(self, step: OpaqueStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, OpaqueState, Tensor | None]:
         """Run every block."""
         calls = ComputeCalls()
         outputs = self._run(calls, args, kwargs)
@@ -210,7 +176,7 @@ class OpaqueModel(ModelWrapper, ContextMethods):
         self._measured = tuple(str(place) for place in measured_calls(step.config, calls.done))
         return outputs, state, change
 
-    def _reuse(self, step: _Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _reuse(self, step: OpaqueStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, OpaqueState, None]:
         """Run no block.
 
         Raises:
@@ -219,13 +185,13 @@ class OpaqueModel(ModelWrapper, ContextMethods):
         calls = ReuseCalls(step.state.calls, ReusedOutputs(step.config, step.state, step.moment))
         outputs = self._run(calls, args, kwargs)
         calls.check_complete()
-        return outputs
+        return outputs, dataclasses.replace(step.state, cursor=step.state.cursor.reused()), None
 
     def _run(self, calls: StepCalls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's Python with guards in the places of its blocks."""
         numbers: Counter[str] = Counter()
         guards = {}
-        for path in self.blocks:
+        for path in self.cached_blocks:
             block = self._original.get_submodule(path)
             guards[path] = Guard(block, path, self._runnable(path, block), calls, numbers)
         copies = with_modules(self._original, guards)
@@ -274,8 +240,7 @@ class OpaqueModel(ModelWrapper, ContextMethods):
         Raises:
             ConfigError: A value is bad, or needs a graph. The settings stay what they were.
         """
-        given = CacheConfig.of(self.cache_config if config is None or isinstance(config, Mapping) else config)
-        new = CacheConfig.of(given, **{**(config if isinstance(config, Mapping) else {}), **changes})
+        new = self._changed_settings(config, changes)
         _check(new)
         if new.graph_settings != self.cache_config.graph_settings:
             self._contexts.clear()
@@ -301,55 +266,8 @@ class OpaqueModel(ModelWrapper, ContextMethods):
         """Return what each context did in its current generation. Reads the indicator from the device."""
         return Report(self._contexts.reports(self.cache_config), self._measured)
 
-    def _changed(self) -> None:
-        self.invalidate()
-
     def _touched(self) -> None:
         self._watch.suspect()
-
-
-def _as_tensor(leaf: Any) -> Any:
-    """Return a Python number as a tensor: it may be the time."""
-    return torch.tensor(leaf) if type(leaf) in (int, float) else leaf
-
-
-def _signature(flat: list[Any], spec: Any) -> Hashable:
-    """Return what the inputs of one generation have in common: structure, and shape, dtype and device of each tensor.
-
-    Numbers are left out, since they may be the time; so is the float dtype of tensors that may be.
-    """
-
-    def kind(leaf: Any) -> Hashable:
-        if isinstance(leaf, Tensor):
-            dtype = "floating" if leaf.dim() <= 2 and leaf.is_floating_point() else leaf.dtype
-            return tuple(leaf.shape), dtype, leaf.device
-        return leaf if isinstance(leaf, (str, bool)) else type(leaf)
-
-    return str(spec), tuple(map(kind, flat))
-
-
-def _moment(flat: list[Any], step: int, num_steps: int | None) -> Moment:
-    """Return where a step is: the time is the one float32 input of rank 0 or 1, else the index."""
-    tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
-    device = max(tensors, key=Tensor.numel).device if tensors else torch.device("cpu")
-    index = torch.tensor([step], device=device)
-    short = [leaf for leaf in tensors if leaf.dim() <= 1]
-    told = len(short) == 1 and short[0].dtype == torch.float32 and short[0].numel() > 0
-    return Moment(short[0].reshape(-1)[:1].to(device) if told else index.float(), index, num_steps)
-
-
-def _state_for(context: OpaqueContext, advance: Advance, version: tuple[int, int], changed: str) -> tuple[OpaqueState, list[str]]:
-    """Return the state that a call runs on, and what a report says of it."""
-    events = [advance.event] if advance.event else []
-    fresh = Cursor(advance.step)
-    if advance.began or context.state is None:
-        return OpaqueState(fresh), events
-    if context.version != version:
-        why = f"the modules changed ({changed})" if context.version[0] != version[0] else "the weights changed"
-        return OpaqueState(fresh), [*events, f"{why} before step {advance.step}: the cache was cleared"]
-    if advance.cleared:
-        return OpaqueState(fresh), events
-    return dataclasses.replace(context.state, cursor=context.state.cursor.at(advance.step)), events
 
 
 def _check(config: CacheConfig) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
 
-from bwcache_compile.api import transform
+from bwcache_compile.api import Cached, Capture, transform
 from bwcache_compile.calibration import CalibrationPlan
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError
@@ -39,10 +39,10 @@ def _components(pipe: Any) -> dict[str, nn.Module]:
     return {name: value for name, value in components.items() if isinstance(value, nn.Module)}
 
 
-def _cached(module: nn.Module) -> CachedModel | None:
+def _cached(module: nn.Module) -> Cached | None:
     """Return the cached model that a component is, compiled or not; None if it is none."""
     inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, CachedModel) else None
+    return inner if isinstance(inner, Cached) else None
 
 
 def _transformers(pipe: Any, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -80,7 +80,7 @@ def _asked(pipe: Any, given: Given) -> dict[str, Given]:
     return dict(given)
 
 
-def _settings(given: Given, changes: Mapping[str, Any], guard: Guard) -> CacheConfig:
+def _settings(given: Given, changes: Mapping[str, Any], guard: Guard, capture: Capture) -> CacheConfig:
     """Return the settings of one transformer. The contexts decide together unless it is said otherwise, or is not possible."""
     if isinstance(given, CalibrationPlan):
         if len(given.entries) != 1:
@@ -92,14 +92,15 @@ def _settings(given: Given, changes: Mapping[str, Any], guard: Guard) -> CacheCo
     if given is not None and not isinstance(given, Mapping):
         return CacheConfig.of(given, **changes)
     values = {**(given or {}), **changes}
-    joint = {"decide": "joint"} if guard == "host" and values.get("granularity") != "block" else {}
+    possible = guard == "host" and values.get("granularity") != "block" and capture != "opaque"
+    joint = {"decide": "joint"} if possible else {}
     return CacheConfig.of({**joint, **values}) if values else CacheConfig.recommended(**joint)
 
 
 class _FirstStep:
     """Logs once, after the first step of a component, what is cached of it."""
 
-    def __init__(self, name: str, cached: CachedModel) -> None:
+    def __init__(self, name: str, cached: Cached) -> None:
         """Listen to a cached model."""
         self._name, self._cached = name, cached
         self._handle = cached.on_step(self)
@@ -108,12 +109,38 @@ class _FirstStep:
         """Log, and listen no more."""
         self._handle.remove()
         steps = "an unknown number of" if event.num_steps is None else event.num_steps
-        LOGGER.info("%s: %d blocks are cached, %s steps, %s", self._name, len(self._cached.plan.blocks), steps, _described(self._cached))
+        blocks = self._cached.plan.blocks if isinstance(self._cached, CachedModel) else self._cached.cached_blocks
+        LOGGER.info("%s: %d blocks are cached, %s steps, %s", self._name, len(blocks), steps, _described(self._cached))
 
 
-def _described(cached: CachedModel) -> str:
+def _described(cached: Cached) -> str:
     config = cached.cache_config
-    return f"policy={config.policy!r}, reuse={config.reuse!r}, decide={config.decide!r}, guard={cached.guard!r}"
+    how = f"guard={cached.guard!r}" if isinstance(cached, CachedModel) else type(cached).__name__
+    return f"policy={config.policy!r}, reuse={config.reuse!r}, decide={config.decide!r}, {how}"
+
+
+@overload
+def enable(
+    pipe: Any,
+    plan_or_config: Given = None,
+    *,
+    capture: Literal["region", "opaque"],
+    verify: Verify = "bitwise",
+    **settings: Any,
+) -> dict[str, Cached]: ...
+
+
+@overload
+def enable(
+    pipe: Any,
+    plan_or_config: Given = None,
+    *,
+    guard: Guard = "host",
+    dynamic_shapes: Any = None,
+    verify: Verify = "bitwise",
+    capture: Literal["whole"] = "whole",
+    **settings: Any,
+) -> dict[str, CachedModel]: ...
 
 
 def enable(
@@ -123,8 +150,9 @@ def enable(
     guard: Guard = "host",
     dynamic_shapes: Any = None,
     verify: Verify = "bitwise",
+    capture: Capture = "whole",
     **settings: Any,
-) -> dict[str, CachedModel]:
+) -> dict[str, CachedModel] | dict[str, Cached]:
     """Cache every transformer of a diffusers pipeline; the pipeline is called as before.
 
     The components named `transformer`, `transformer_2` and the like are replaced by cached models, all or, on an error, none. Each
@@ -141,6 +169,7 @@ def enable(
         guard: See `transform`.
         dynamic_shapes: See `transform`.
         verify: See `transform`.
+        capture: See `transform`.
         **settings: Single settings of `CacheConfig`, on top of `plan_or_config`: `enable(pipe, threshold=0.1)`.
 
     Returns:
@@ -150,7 +179,7 @@ def enable(
         ConfigError: `pipe` is no pipeline or has no transformer, a setting is wrong, or a transformer is compiled or has offload hooks.
         StateError: A transformer is cached already, or was calibrated for other weights.
     """
-    made: dict[str, CachedModel] = {}
+    made: dict[str, Cached] = {}
     modules = _components(pipe)
     for name, given in _asked(pipe, plan_or_config).items():
         if _cached(modules[name]) is not None:
@@ -158,8 +187,9 @@ def enable(
                 f"pipe.{name} is cached already. Change its settings with pipe.{name}.configure(...), or call disable(pipe) before enable."
             )
         try:
-            config = _settings(given, settings, guard)
-            made[name] = transform(modules[name], config, guard=guard, dynamic_shapes=dynamic_shapes, verify=verify)
+            config = _settings(given, settings, guard, capture)
+            options: dict[str, Any] = {"guard": guard, "dynamic_shapes": dynamic_shapes, "verify": verify, "capture": capture}
+            made[name] = transform(modules[name], config, **options)
         except (ConfigError, StateError, CaptureError, NoBlocksFoundError, UnsupportedGraphError) as error:
             raise type(error)(f"pipe.{name}: {error}") from error
     for name, cached in made.items():

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.context_methods import ContextMethods
 from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify, difference, flat_outputs
@@ -24,11 +23,12 @@ from bwcache_compile.region.chains import Chain, chains
 from bwcache_compile.region.copies import with_modules, write_back
 from bwcache_compile.region.stack import Stack
 from bwcache_compile.region.stand_ins import ChainBroken, StackRun, StandIn
+from bwcache_compile.region.uncaptured import UncapturedModel
 from bwcache_compile.report import ContextReport, Report
 from bwcache_compile.runtime import CachedModel
 from bwcache_compile.runtime.context import ModelContext, time_inputs
-from bwcache_compile.runtime.wrapper import ModelWrapper
 from bwcache_compile.step_events import Handle, StepEvent
+from bwcache_compile.stepping import RunStep
 
 MakeCached = Callable[[nn.Module, CacheConfig], CachedModel]
 """Makes a cached model of a stack."""
@@ -42,13 +42,22 @@ class _Held:
     cached: CachedModel
 
 
-class RegionModel(ModelWrapper, ContextMethods):
+class _Heard(threading.local):
+    """Steps of stacks that a thread's call of the model has run, of which callbacks are told once the call has succeeded."""
+
+    def __init__(self) -> None:
+        self.events: list[StepEvent] = []
+
+
+class RegionModel(UncapturedModel):
     """A drop-in for a model whose Python cannot be captured. Made by `transform(model, capture="region")`.
 
     At its first call the model runs once while the calls of its blocks are written down. Where blocks hand their outputs to one
     another and to nothing else they are a stack: it is captured alone, and cached as `transform` caches a model. The rest of the model
     runs as it is, at every step.
     """
+
+    compiles = "its stacks"
 
     def __init__(self, model: nn.Module, config: CacheConfig, make: MakeCached, verify: Verify = "bitwise") -> None:
         """Wrap a model; nothing is found yet.
@@ -62,6 +71,9 @@ class RegionModel(ModelWrapper, ContextMethods):
         self._contexts = ContextTable(ModelContext)
         self._stacks: dict[str, _Held] = {}
         self._share, self._finding = 0.0, threading.RLock()
+        self._source: Callable[[], RunStep | None] | None = None
+        self._relays: list[Handle] = []
+        self._heard = _Heard()
         self._seal()
 
     def __repr__(self) -> str:
@@ -78,11 +90,6 @@ class RegionModel(ModelWrapper, ContextMethods):
         return RegionModel, (self._original, self.cache_config, self._make, self._verify)
 
     @property
-    def original(self) -> nn.Module:
-        """The model that is wrapped."""
-        return self._original
-
-    @property
     def stacks(self) -> Mapping[str, CachedModel]:
         """The cached stacks by the path of their first block, in the order in which they run.
 
@@ -92,6 +99,15 @@ class RegionModel(ModelWrapper, ContextMethods):
         if not self._stacks:
             raise StateError("the stacks are found at the first call of the model, and it was not called yet.")
         return {name: stack.cached for name, stack in self._stacks.items()}
+
+    @property
+    def cached_blocks(self) -> tuple[str, ...]:
+        """Paths of the blocks of all stacks, in the order in which they run.
+
+        Raises:
+            StateError: The model was not called yet.
+        """
+        return tuple(path for name in self.stacks for path in self._stacks[name].chain.paths)
 
     # -- calling -------------------------------------------------------------------------------------------------
 
@@ -109,26 +125,28 @@ class RegionModel(ModelWrapper, ContextMethods):
             CaptureError, NoBlocksFoundError, UnsupportedGraphError: At the first call, where no stack is found or one cannot be captured.
             StateError: See `CachedModel.forward`.
         """
-        name = type(self._original).__name__
-        if self._original.training:
-            raise StateError(f"{name} is in training mode; call .eval() first: caching is for inference.")
-        if self.__dict__["_is_torch_compile"]:
-            raise StateError(
-                f"torch.compile would compile nothing of {name}, which is captured by region. Call cached.compile() instead, which compiles"
-                " its stacks."
-            )
+        self._check_call()
+        self._heard.events = []
         with torch.no_grad():
-            stacks = self._stacks
-            if not stacks or not self._still_the_models(stacks):
-                return self._find(args, kwargs)
-            try:
-                return self._run(stacks, args, kwargs)
-            except ChainBroken as broken:
-                warn(
-                    f"{name} {broken}. Its stacks are looked for again: this step is computed, and the steps count from 0 unless"
-                    " cache_context(..., step_index=...) says which one it is."
-                )
-                return self._find(args, kwargs)
+            returned = self._step(args, kwargs)
+        for event in self._heard.events:
+            self._contexts.listeners.tell(event)
+        return returned
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a step, and look for the stacks where they are not known or not what they were."""
+        stacks = self._stacks
+        if not stacks or not self._still_the_models(stacks):
+            return self._find(args, kwargs)
+        try:
+            return self._run(stacks, args, kwargs)
+        except ChainBroken as broken:
+            warn(
+                f"{type(self._original).__name__} {broken}. Its stacks are looked for again: this step is computed, and the steps count"
+                " from 0 unless cache_context(..., step_index=...) says which one it is."
+            )
+            self._heard.events = []
+            return self._find(args, kwargs)
 
     def _run(self, stacks: Mapping[str, _Held], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's Python over cached stacks.
@@ -138,7 +156,8 @@ class RegionModel(ModelWrapper, ContextMethods):
         """
         leaves = pytree.tree_leaves((args, kwargs))
         times = _times(leaves)
-        info = self._contexts.info(self.cache_config.calls_per_step)
+        self._relay_steps(stacks)
+        info = self._contexts.info(calls_per_step=1)  # where the caller names no context, each stack numbers its own calls
         told: dict[str, Any] = {"step_index": info.step_index, "num_inference_steps": info.num_steps, "group": info.group}
         replaced: dict[str, nn.Module] = {}
         with ExitStack() as scopes:
@@ -170,6 +189,8 @@ class RegionModel(ModelWrapper, ContextMethods):
             unread = len(_times(pytree.tree_leaves((args, kwargs))))
             modules = [(chain, Stack(self._original, chain, unread)) for chain in found]
             stacks = {chain.paths[0]: _Held(chain, self._make(module, self.cache_config)) for chain, module in modules}
+            for stack in stacks.values():
+                stack.cached.follow(self._source)
             try:
                 returned = self._run(stacks, args, kwargs)
             except ChainBroken as broken:
@@ -193,14 +214,13 @@ class RegionModel(ModelWrapper, ContextMethods):
     def _drop(self) -> None:
         for stack in self._stacks.values():
             stack.cached.close()
-        self._stacks = {}
+        self._stacks, self._relays = {}, []
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def configure(self, config: CacheConfig | Mapping[str, Any] | None = None, /, **changes: Any) -> None:
         """Change settings, or replace them all; see `CachedModel.configure`."""
-        given = CacheConfig.of(self.cache_config if config is None or isinstance(config, Mapping) else config)
-        new = CacheConfig.of(given, **{**(config if isinstance(config, Mapping) else {}), **changes})
+        new = self._changed_settings(config, changes)
         _check(new)
         for stack in self._stacks.values():
             stack.cached.configure(new)
@@ -217,16 +237,31 @@ class RegionModel(ModelWrapper, ContextMethods):
         for stack in self.stacks.values():
             stack.drop_context(name, group=group)
 
-    def on_step(self, callback: Callable[[StepEvent], None]) -> Handle:
-        """Refused: each stack has steps of its own, `cached.stacks[name].on_step(callback)`.
+    def follow(self, source: Callable[[], RunStep | None] | None) -> None:
+        """Take the run and the step of each call from the loop that makes the calls; see `CachedModel.follow`."""
+        self._source = source
+        for stack in self._stacks.values():
+            stack.cached.follow(source)
 
-        Raises:
-            StateError: Always.
+    def on_step(self, callback: Callable[[StepEvent], None]) -> Handle:
+        """Call a function after each step of each context; with several stacks, of each stack: `cond (blocks.0)`.
+
+        See `CachedModel.on_step`.
         """
-        raise StateError(
-            "a model that is captured by region has steps for each of its stacks. Call it once, then register the callback with"
-            " cached.stacks[name].on_step(callback)."
-        )
+        return self._contexts.listeners.add(callback)
+
+    def _relay_steps(self, stacks: Mapping[str, _Held]) -> None:
+        """Hear of the stacks' steps while a callback is registered."""
+        if bool(self._relays) == bool(self._contexts.listeners):
+            return
+        for handle in self._relays:
+            handle.remove()
+        wanted = stacks.items() if self._contexts.listeners else ()
+        self._relays = [stack.cached.on_step(functools.partial(self._hear, _suffix(stacks, name))) for name, stack in wanted]
+
+    def _hear(self, suffix: str, event: StepEvent) -> None:
+        """Take a step of a stack."""
+        self._heard.events.append(dataclasses.replace(event, context=event.context + suffix))
 
     def invalidate(self) -> None:
         """Take the weights for changed; see `CachedModel.invalidate`."""
@@ -252,17 +287,19 @@ class RegionModel(ModelWrapper, ContextMethods):
             blocks += report.blocks
             captures += report.captures
             for context, done in report.contexts.items():
-                shown = context if len(self._stacks) == 1 else f"{context} ({name})"
+                shown = context + _suffix(self._stacks, name)
                 contexts[shown] = dataclasses.replace(done, name=shown)
         return Report(contexts, tuple(blocks), captures)
-
-    def _changed(self) -> None:
-        self.invalidate()
 
 
 def _times(leaves: list[Any]) -> list[Tensor]:
     """Return the inputs of a call that may be the time."""
     return [leaves[at] for at in time_inputs(leaves) if isinstance(at, int)]
+
+
+def _suffix(stacks: Mapping[str, _Held], name: str) -> str:
+    """Return what tells the contexts of a stack from those of the others."""
+    return "" if len(stacks) == 1 else f" ({name})"
 
 
 def _called(stack: CachedModel, times: Sequence[Tensor], given: Sequence[Tensor]) -> Sequence[Any]:

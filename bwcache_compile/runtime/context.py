@@ -113,7 +113,7 @@ def state_for(context: ModelContext, advance: Advance, match: ProgramMatch) -> t
     return context.state.at(step), events
 
 
-def warn_without_reuse(context: ModelContext, config: CacheConfig) -> None:
+def warn_without_reuse(context: Context, config: CacheConfig) -> None:
     """Warn at the end of a generation that reused nothing, and name a threshold that would have."""
     explain = POLICIES[config.policy].no_reuse
     if explain is None:

@@ -214,13 +214,15 @@ def test_another_size_other_weights_and_other_modules() -> None:
             change()
             assert torch.equal(cached(*inputs(3)), model(*inputs(3)))
             assert "before step 3: the cache was cleared" in cached.report().warnings[-1]
-    assert cached.blocks == tuple(f"blocks.{i}" for i in range(4))
+    assert cached.cached_blocks == tuple(f"blocks.{i}" for i in range(4))
 
 
 def test_blocks_that_are_left_out_at_some_steps() -> None:
     model = Thinning().eval()
     cached = bw.transform(model, STATIC, capture="opaque")
-    with pytest.warns(bw.CacheWarning, match=r"Thinning: blocks\.1 is not called, which the last computed step called, so step 4 was computed"):
+    with pytest.warns(
+        bw.CacheWarning, match=r"Thinning: blocks\.1 is not called, which the last computed step called, so step 4 was computed"
+    ):
         made = outputs(cached)
     want = outputs(model)
     assert torch.equal(made[4], want[4])

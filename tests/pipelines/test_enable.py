@@ -93,6 +93,42 @@ def test_each_run_is_right_and_the_original_comes_back(name: str, dtype: torch.d
     assert torch.equal(case.run(pipe, width, 6), eager)
 
 
+@pytest.mark.parametrize(
+    ("name", "capture"),
+    [
+        ("wan", "region"),
+        ("kandinsky5", "opaque"),
+        pytest.param("wan", "opaque", marks=pytest.mark.zoo),
+        pytest.param("kandinsky5", "region", marks=pytest.mark.zoo),
+        pytest.param("latte", "opaque", marks=pytest.mark.zoo),
+        pytest.param("flux", "region", marks=pytest.mark.zoo),
+    ],
+)
+def test_a_model_that_is_not_captured_whole_follows_the_run(name: str, capture: Any) -> None:
+    case = ALL[name]
+    model = case.model()
+    pipe, (width, _) = case.pipeline(model), case.widths
+    eager = case.run(pipe, width, 6)
+    cached = bw.enable(pipe, capture=capture, decide="separate", **SETTINGS)["transformer"]
+    first = case.run(pipe, width, 6)
+    assert set(patterns(cached).values()) == {"##.#"}
+    assert {context.partition(" (")[0] for context in patterns(cached)} == set(contexts_of(name))
+    assert not torch.equal(first, eager), "nothing was reused"
+    for after in (1, 3):
+        with pytest.raises(Gone):
+            case.run(pipe, width, 6, callback_on_step_end=raising(after))
+        assert torch.equal(case.run(pipe, width, 6), first), f"after a run that was broken off after {after} steps"
+    assert cached.report().warnings == ()
+    case.run(pipe, width, 6, num_inference_steps=7)
+    assert set(patterns(cached).values()) == {"##.#.#."}
+    cached.configure(threshold=0)
+    assert torch.equal(case.run(pipe, width, 6), eager)
+    with pytest.raises(bw.StateError, match=r"^pipe\.transformer is cached already"):
+        bw.enable(pipe)
+    bw.disable(pipe)
+    assert pipe.transformer is model
+
+
 def experts() -> tuple[Any, nn.Module, nn.Module]:
     """Return a pipeline with two transformers, and these."""
     case = CASES["wan"]

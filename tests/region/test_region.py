@@ -204,6 +204,37 @@ def test_another_size_and_other_weights() -> None:
         assert torch.equal(cached(*inputs(3)), model(*inputs(3)))
 
 
+def test_two_calls_a_step_without_context_names() -> None:
+    model = TwoStream().eval()
+    cached = bw.transform(model, STATIC, calls_per_step=2, capture="region")
+    alone = {scale: [] for scale in (1.0, -0.5)}
+    for scale, made in alone.items():
+        single = bw.transform(model, STATIC, capture="region")
+        for step in range(STEPS):
+            x, c, t = model.example(2, step)
+            with torch.no_grad():
+                made.append(single(x * scale, c, t))
+    for step in range(STEPS):
+        for scale, made in alone.items():
+            x, c, t = model.example(2, step)
+            with torch.no_grad():
+                assert torch.equal(cached(x * scale, c, t), made[step]), (scale, step)
+
+
+def test_callbacks_are_told_of_each_stack() -> None:
+    model = TwoStream().eval()
+    cached = bw.transform(model, STATIC, capture="region")
+    told: list[bw.StepEvent] = []
+    handle = cached.on_step(told.append)
+    outputs(cached)
+    for name in cached.stacks:
+        assert [event.computed for event in told if event.context == f"default ({name})"] == [not reused for reused in MASK]
+    assert len(told) == 2 * STEPS
+    handle.remove()
+    outputs(cached)
+    assert len(told) == 2 * STEPS
+
+
 def test_blocks_that_are_left_out_later() -> None:
     model = Skipping(depth=8).eval()
     cached = bw.transform(model, STATIC, capture="region")
@@ -273,7 +304,6 @@ def test_a_stack_is_exported_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("act", "error", "said"),
     [
-        (lambda c: c.on_step(print), bw.StateError, r"cached\.stacks\[name\]\.on_step\(callback\)"),
         (lambda c: c.configure(cut="output"), bw.ConfigError, 'is cut at its blocks, got cut="output"'),
         (lambda c: bw.transform(c), bw.StateError, "already transformed"),
         (lambda c: bw.calibrate(c, lambda model: None, progress=False), bw.ConfigError, r"one that is captured whole, and RegionModel\("),
