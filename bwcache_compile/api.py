@@ -14,7 +14,7 @@ from bwcache_compile import passes
 from bwcache_compile.capture.capture import capture as capture_graph
 from bwcache_compile.capture.flatten import flat_program
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import ConfigError, StateError
+from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError, warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.plan import BlockSearch
 from bwcache_compile.opaque import OpaqueModel
@@ -25,6 +25,8 @@ from bwcache_compile.runtime.hooks import refuse_hooks
 
 Capture = Literal["whole", "region", "opaque"]
 """What is captured: the model as one graph, its stacks of blocks, or nothing: then the calls of its blocks are guarded."""
+
+CAPTURES: tuple[Capture, ...] = get_args(Capture)
 
 Cached = CachedModel | RegionModel | OpaqueModel
 """What `transform` returns, by what is captured."""
@@ -85,6 +87,19 @@ def transform(
     model: nn.Module,
     config: CacheConfig | Mapping[str, Any] | None = None,
     *,
+    capture: Literal["auto"],
+    example_args: tuple[Any, ...] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    verify: Verify = "bitwise",
+    **settings: Any,
+) -> Cached: ...
+
+
+@overload
+def transform(
+    model: nn.Module,
+    config: CacheConfig | Mapping[str, Any] | None = None,
+    *,
     blocks: Sequence[str] | None = None,
     guard: Guard = "host",
     example_args: tuple[Any, ...] | None = None,
@@ -106,7 +121,7 @@ def transform(
     example_kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     verify: Verify = "bitwise",
-    capture: Capture = "whole",
+    capture: Capture | Literal["auto"] = "whole",
     **settings: Any,
 ) -> Cached:
     """Return a drop-in for a diffusion transformer that reuses its blocks' outputs where they hardly change.
@@ -143,7 +158,8 @@ def transform(
             or counts its calls): stacks of blocks that hand their outputs to one another are captured alone, and the model's own
             Python calls them at every step. What is before and after them is then not skipped, compiled or exported. "opaque" is for
             models whose blocks cannot be captured either, or have work of the model's own Python between them: the calls of the
-            blocks' modules are guarded as they are, and nothing can be exported.
+            blocks' modules are guarded as they are, and nothing can be exported. "auto" takes the first of these that works on the
+            examples, and warns where it is not "whole".
         **settings: Single settings of `CacheConfig`, on top of `config`: `transform(model, threshold=0.1, num_steps=50)`.
 
     Returns:
@@ -176,12 +192,16 @@ def transform(
         raise ConfigError(f'dynamic_shapes must be "auto", None or what torch.export.export takes, got {dynamic_shapes!r}.')
     if not isinstance(example_args, (tuple, list, type(None))):
         raise ConfigError(f"example_args must be a tuple, such as (latents, timestep), got {type(example_args).__name__}.")
-    if capture not in get_args(Capture):
-        raise ConfigError(f"capture must be one of {', '.join(map(repr, get_args(Capture)))}, got {capture!r}.")
+    if capture not in (*CAPTURES, "auto"):
+        raise ConfigError(f"capture must be one of {', '.join(map(repr, (*CAPTURES, 'auto')))}, got {capture!r}.")
     if capture != "whole" and (blocks is not None or guard != "host" or dynamic_shapes is not None):
         raise ConfigError(
             f"capture={capture!r} finds the blocks itself and decides on the host: leave out blocks, guard and dynamic_shapes."
         )
+    if capture == "auto":
+        if example_args is None and example_kwargs is None:
+            raise ConfigError('capture="auto" tries the ways of capturing one after the other: pass example_args or example_kwargs.')
+        return _first_that_works(model, config, verify, tuple(example_args or ()), example_kwargs or {})
     cached: Cached
     if capture == "region":
         cached = RegionModel(model, config, _StackMaker(verify), verify)
@@ -192,6 +212,50 @@ def transform(
     if example_args is not None or example_kwargs is not None:
         cached.prepare(tuple(example_args or ()), example_kwargs or {})
     return cached
+
+
+def _beginning(error: Exception) -> str:
+    """Return the first lines of an error: what failed, and the first evidence."""
+    return "\n    ".join(line.strip() for line in str(error).splitlines()[:3])
+
+
+def _check_read_values(cached: CachedModel) -> None:
+    """Refuse a graph that is right for one value of the time alone.
+
+    Raises:
+        CaptureError: The model reads a number in Python that may be the time.
+    """
+    signature = cached.program.signature
+    for at, value in signature.read.items():
+        if isinstance(at, int) and (value.is_floating_point() or value.numel() == 1):
+            raise CaptureError(f"the values of `{signature.inputs[at]}`, which may change from step to step, are read {signature.read_at}")
+
+
+def _first_that_works(
+    model: nn.Module, config: CacheConfig, verify: Verify, example_args: tuple[Any, ...], example_kwargs: dict[str, Any]
+) -> Cached:
+    """Transform a model by the first way of capturing that works on the examples, and warn where it is not "whole".
+
+    Raises:
+        CaptureError: None works.
+    """
+    name, reasons = type(model).__name__, ""
+    for capture in CAPTURES:
+        try:
+            cached = transform(model, config, verify=verify, capture=capture, example_args=example_args, example_kwargs=example_kwargs)
+            if isinstance(cached, CachedModel):
+                _check_read_values(cached)
+        except (CaptureError, NoBlocksFoundError, UnsupportedGraphError) as error:
+            reasons += f"\n  {capture}: {_beginning(error)}"
+        except ConfigError as error:  # of a setting that needs a graph
+            if capture == "whole":
+                raise
+            reasons += f"\n  {capture}: {_beginning(error)}"
+        else:
+            if reasons:
+                warn(f"{name} is captured as {capture!r}, since it cannot be captured otherwise:{reasons}")
+            return cached
+    raise CaptureError(f"{name} cannot be captured:{reasons}")
 
 
 def find_blocks(

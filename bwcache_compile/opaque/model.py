@@ -87,9 +87,9 @@ class OpaqueModel(UncapturedModel):
     # -- calling -------------------------------------------------------------------------------------------------
 
     def prepare(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
-        """Find the blocks for inputs like these now instead of at the first call."""
-        with torch.no_grad():
-            self._find(args, kwargs or {})
+        """Find the blocks for inputs like these, and compare a guarded step with the model, now instead of at the first call."""
+        self(*args, **(kwargs or {}))
+        self.reset()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -320,7 +320,7 @@ def test_what_it_does_not_do_is_refused(act: Callable[[Any], Any], error: type[E
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"capture": "parts"}, "capture must be one of 'whole', 'region', 'opaque', got 'parts'"),
+        ({"capture": "parts"}, "capture must be one of 'whole', 'region', 'opaque', 'auto', got 'parts'"),
         ({"capture": "region", "blocks": ["blocks"]}, "leave out blocks, guard and dynamic_shapes"),
         ({"capture": "region", "guard": "graph"}, "leave out blocks, guard and dynamic_shapes"),
     ],
