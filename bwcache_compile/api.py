@@ -181,7 +181,8 @@ def transform(
             "this model was compiled in place with model.compile(). Call transform on the model before it is compiled, then compile the"
             " result."
         )
-    refuse_hooks(model)
+    if capture != "opaque":  # which calls the modules as they are
+        refuse_hooks(model)
     config = CacheConfig.of(config, **settings) if config is not None or settings else CacheConfig.recommended()
     if guard not in get_args(Guard):
         raise ConfigError(f"guard must be one of {', '.join(map(repr, get_args(Guard)))}, got {guard!r}.")

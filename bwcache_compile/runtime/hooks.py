@@ -30,14 +30,15 @@ def refuse_hooks(model: nn.Module) -> None:
         if parameter.is_meta:
             raise ConfigError(
                 f"parameter {name} of {kind} is on the meta device: an offload hook moves its data in and out, and a captured"
-                " graph would keep copies of it. Place the whole model on one device first."
+                " graph would keep copies of it. Place the whole model on one device first, or call transform(model, capture=\"opaque\")."
             )
     for name, module in model.named_modules():
         if kinds := hook_kinds(module):
             raise ConfigError(
                 f"{f'module {name}' if name else 'the top module'} of {kind} has a hook on its forward ({', '.join(kinds)})."
                 " Offloading, casting and other caches use such hooks; a captured graph would skip them or keep copies of the"
-                " weights. Remove the hook first (for offloading: place the whole model on one device)."
+                " weights. Remove the hook first (for offloading: place the whole model on one device, or call transform(model,"
+                ' capture="opaque")).'
             )
 
 
