@@ -11,7 +11,7 @@ import torch
 from tests.machine.life import DTYPES, run_scripts
 
 SCRIPTS = 8
-ALWAYS = (torch.float32, torch.bfloat16)
+ALWAYS = (torch.bfloat16,)
 
 
 @pytest.mark.filterwarnings("ignore:no step of context:bwcache_compile.CacheWarning")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -116,6 +117,7 @@ class Valid(OneStream):
         return super().forward(x, t) * sum(kept) * len(range(int(count)))
 
 
+@pytest.mark.slow
 def test_sizes_are_open_beside_values_that_python_reads() -> None:
     mask, other, longer = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 0, 0]]), torch.ones(1, 4, dtype=torch.long)
     values = ((mask, 2), (other, 2), (longer, 2), (mask, 3), (mask, 2))

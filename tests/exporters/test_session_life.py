@@ -63,7 +63,7 @@ def call(session: Session, video: str, step: int, dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["pair", "guarded", "pt2", "openvino"])
-@pytest.mark.parametrize("broken_off", [2, 3, 5])
+@pytest.mark.parametrize("broken_off", [2, pytest.param(3, marks=pytest.mark.slow), 5])
 def test_a_request_after_one_that_was_broken_off(timed: Deployed, kind: str, broken_off: int) -> None:
     session = timed.session(kind)
     whole = [call(session, "second", step, timed.dtype) for step in range(8)]

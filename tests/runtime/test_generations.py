@@ -211,7 +211,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [None, "cond"])
-@pytest.mark.parametrize("broken_off", [2, 3, 5])
+@pytest.mark.parametrize("broken_off", [2, pytest.param(3, marks=pytest.mark.slow), 5])
 def test_a_time_against_the_run_is_proof_in_any_dtype(dtype: torch.dtype, name: str | None, broken_off: int) -> None:
     model = Timed().eval()
     cached = bw.transform(model, STATIC)

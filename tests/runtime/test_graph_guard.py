@@ -27,7 +27,7 @@ SCHEDULE = {"num_steps": 8, "threshold": math.inf, "reuse_interval": 2}
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-@pytest.mark.parametrize("reuse", ["output", "taylor"])
+@pytest.mark.parametrize("reuse", ["taylor", pytest.param("output", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", [OneStream(), TwoStream(), Interleaved()], ids=lambda m: type(m).__name__)
 @torch.no_grad()
 def test_contexts_and_generations_as_with_the_host(model: Tiny, reuse: Any) -> None:

@@ -86,6 +86,7 @@ def test_pytorchs_attention_switch_is_read_when_the_graph_runs(wan: nn.Module, r
     assert cached.report().captures == 1
 
 
+@pytest.mark.zoo
 def test_diffusers_attention_back_end_is_part_of_the_signature(wan: nn.Module) -> None:
     from diffusers import attention_backend
 
@@ -111,6 +112,7 @@ def test_diffusers_attention_back_end_is_part_of_the_signature(wan: nn.Module) -
 # -- the drop-in's methods ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.zoo
 def test_methods_that_change_the_model_are_noticed() -> None:
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 

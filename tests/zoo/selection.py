@@ -9,9 +9,7 @@ import pytest
 
 ALWAYS = {
     "wan": "one stream, rotary embeddings written in place",
-    "wan_vace": "hints from a parallel stack, added after some of the blocks",
     "flux": "two streams, joined for a second stack",
-    "chroma": "the output takes rows of the joined stream, and blocks differ by constants",
     "sd3": "the last block differs from the others",
     "latte": "spatial and temporal blocks in turn",
     "hunyuan_dit": "long skips between the blocks",
