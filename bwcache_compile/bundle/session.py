@@ -59,7 +59,7 @@ class Session(ContextMethods):
         """Run a bundle's graphs, the pair or the one that decides by itself."""
         self.manifest: Manifest = bundle.manifest
         self.cache_config: CacheConfig = bundle.manifest.config
-        self.guarded, self._runner = guarded, runner
+        self.guarded, self._bundle, self._runner = guarded, bundle, runner
         self._contexts = ContextTable(SessionContext)
         settings = policy_inputs(self.cache_config)
         self._taken = {kind: [item for item in settings if item.name in graph.inputs] for kind, graph in self.manifest.graphs.items()}
@@ -209,6 +209,17 @@ class Session(ContextMethods):
         if config.decide == "joint":
             raise ConfigError("decide='joint' is not supported by a bundle's session, whose contexts decide separately.")
         self.cache_config = config
+
+    def with_settings(self, **changes: Any) -> Session:
+        """Return another session of the same graphs and weights, with policy settings and contexts of its own.
+
+        Raises:
+            ConfigError: A value is bad, or the setting is built into the graphs.
+        """
+        other = Session(self._bundle, self._runner, guarded=self.guarded)
+        other.cache_config = self.cache_config
+        other.configure(**changes)
+        return other
 
     def report(self) -> Report:
         """Return what each context did in its current generation."""

@@ -96,3 +96,23 @@ def test_a_generation_frees_its_cache_at_its_last_step(timed: Deployed, kind: st
     with pytest.raises(bw.StateError, match=r"^context 'default' has no cache: it was not called yet, or its generation has ended"):
         session.state("default")
     assert session.report().contexts["default"].state_bytes > 0
+
+
+@pytest.mark.parametrize("kind", ["pair", "guarded", "pt2"])
+def test_sessions_of_other_settings_share_the_graphs(timed: Deployed, kind: str) -> None:
+    masks = {"half": (0, 1, 0, 1, 0, 1, 0, 1), "none": (0,) * 8}
+    first = timed.session(kind)
+    others = {name: first.with_settings(steps_mask=mask) for name, mask in masks.items()}
+    alone = {name: timed.session(kind) for name in masks}
+    for name, mask in masks.items():
+        alone[name].configure(steps_mask=mask)
+    for step in range(8):
+        call(first, "first", step, timed.dtype)
+        for name in masks:
+            mine, want = (call(session[name], "second", step, timed.dtype) for session in (others, alone))
+            assert torch.equal(mine, want), (name, step)
+    computed = {name: [r.computed for r in session.report().contexts["default"].steps] for name, session in others.items()}
+    assert computed == {name: [not reused for reused in mask] for name, mask in masks.items()}
+    assert [r.computed for r in first.report().contexts["default"].steps] == [not reused for reused in CONFIG.steps_mask or ()]
+    with pytest.raises(bw.ConfigError, match=r"the graphs depend on reuse"):
+        first.with_settings(reuse="residual")
