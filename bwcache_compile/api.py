@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -22,6 +22,9 @@ from bwcache_compile.passes import Guard
 from bwcache_compile.region import RegionModel
 from bwcache_compile.runtime import CachedModel, Toolchain
 from bwcache_compile.runtime.hooks import refuse_hooks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Capture = Literal["whole", "region", "opaque"]
 """What is captured: the model as one graph, its stacks of blocks, or nothing: then the calls of its blocks are guarded."""
@@ -78,6 +81,7 @@ def transform(
     example_args: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
     verify: Verify = "bitwise",
+    process_group: ProcessGroup | None = None,
     **settings: Any,
 ) -> OpaqueModel: ...
 
@@ -122,6 +126,7 @@ def transform(
     dynamic_shapes: Any = None,
     verify: Verify = "bitwise",
     capture: Capture | Literal["auto"] = "whole",
+    process_group: ProcessGroup | None = None,
     **settings: Any,
 ) -> Cached:
     """Return a drop-in for a diffusion transformer that reuses its blocks' outputs where they hardly change.
@@ -160,6 +165,9 @@ def transform(
             models whose blocks cannot be captured either, or have work of the model's own Python between them: the calls of the
             blocks' modules are guarded as they are, and nothing can be exported. "auto" takes the first of these that works on the
             examples, and warns where it is not "whole".
+        process_group: With "opaque": ranks that run the model together (tensor, sequence or context parallelism, FSDP, guidance branches
+            on ranks of their own) and must compute and reuse the same steps. A policy that measures takes one `all_reduce` for each
+            computed step. Masks need none.
         **settings: Single settings of `CacheConfig`, on top of `config`: `transform(model, threshold=0.1, num_steps=50)`.
 
     Returns:
@@ -199,6 +207,8 @@ def transform(
         raise ConfigError(
             f"capture={capture!r} finds the blocks itself and decides on the host: leave out blocks, guard and dynamic_shapes."
         )
+    if process_group is not None and capture != "opaque":
+        raise ConfigError(f'process_group requires capture="opaque", got capture={capture!r}. With a mask, ranks need no process group.')
     if capture == "auto":
         if example_args is None and example_kwargs is None:
             raise ConfigError('capture="auto" tries the ways of capturing one after the other: pass example_args or example_kwargs.')
@@ -207,7 +217,7 @@ def transform(
     if capture == "region":
         cached = RegionModel(model, config, _StackMaker(verify), verify)
     elif capture == "opaque":
-        cached = OpaqueModel(model, config, verify)
+        cached = OpaqueModel(model, config, verify, process_group)
     else:
         cached = CachedModel(model, config, _toolchain(blocks, guard), dynamic_shapes, verify)
     if example_args is not None or example_kwargs is not None:

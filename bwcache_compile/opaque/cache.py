@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,14 @@ from torch import Tensor
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.policy_tensors import policy_parameters
 from bwcache_compile.opaque.guards import BlockCall, CallPlace
+from bwcache_compile.opaque.ranks import mean_over_ranks
 from bwcache_compile.policies import INDICATORS, POLICIES
 from bwcache_compile.policies.definitions import SmallSlot, takes
 from bwcache_compile.policies.sampling import sampled_tokens
 from bwcache_compile.stepping import Cursor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Slots = Mapping[str, Tensor]
 """Kept tensors by the name of their slot."""
@@ -140,9 +144,20 @@ def _sample(config: CacheConfig, call: BlockCall, number: int) -> Tensor:
 
 
 def computed_state(
-    config: CacheConfig, state: OpaqueState, calls: Mapping[CallPlace, BlockCall], moment: Moment
+    config: CacheConfig,
+    state: OpaqueState,
+    calls: Mapping[CallPlace, BlockCall],
+    moment: Moment,
+    group: ProcessGroup | None = None,
 ) -> tuple[OpaqueState, Tensor | None]:
     """Return the state after a computed step, and what the indicator measured, float32[blocks].
+
+    Args:
+        config: The settings.
+        state: The state before the step.
+        calls: What the blocks returned.
+        moment: Where the step is.
+        group: The ranks over which the indicator is measured; None measures on this one.
 
     Raises:
         ConfigError: The policy needs the number of steps, and it is not known.
@@ -165,7 +180,8 @@ def computed_state(
         references = [state.references.get(place, torch.zeros_like(feature)) for place, feature in features.items()]
         alike = zip(references, features.values(), strict=True)
         references = [old if old.shape == new.shape else torch.zeros_like(new) for old, new in alike]
-        change = named["change"] = INDICATORS[config.indicator](list(features.values()), references)
+        change = INDICATORS[config.indicator](list(features.values()), references)
+        change = named["change"] = change if group is None else mean_over_ranks(change, references, group)
     names = [parameter.name for parameter in policy.parameters]
     named |= dict(zip(names, policy_parameters(config, moment.num_steps, device, names), strict=True))
     *slots, left = _tuple(policy.decide(*(named[name] for name in takes(policy.decide))))

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from bwcache_compile.runtime.watch import ModelWatch
 from bwcache_compile.step_events import StepEvent, step_event
 from bwcache_compile.stepping import StepInfo
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class OpaqueModel(UncapturedModel):
     """A drop-in for a model of which no graph can be made. Made by `transform(model, capture="opaque")`.
@@ -42,15 +45,17 @@ class OpaqueModel(UncapturedModel):
 
     compiles = "each block"
 
-    def __init__(self, model: nn.Module, config: CacheConfig, verify: Verify = "bitwise") -> None:
-        """Wrap a model; its blocks are found at the first call.
+    def __init__(
+        self, model: nn.Module, config: CacheConfig, verify: Verify = "bitwise", process_group: ProcessGroup | None = None
+    ) -> None:
+        """Wrap a model; its blocks are found at the first call. The ranks of `process_group` take the same decisions.
 
         Raises:
             ConfigError: A setting needs a graph.
         """
         super().__init__(model)
         _check(config)
-        self.cache_config, self._verify = config, verify
+        self.cache_config, self._verify, self._group = config, verify, process_group
         self._contexts = ContextTable(OpaqueContext)
         self._found: FoundBlocks | None = None
         self._found_in = -1
@@ -71,7 +76,7 @@ class OpaqueModel(UncapturedModel):
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         """Copy or pickle the model and the settings; the copy finds its blocks anew and starts without state."""
-        return OpaqueModel, (self._original, self.cache_config, self._verify)
+        return OpaqueModel, (self._original, self.cache_config, self._verify, self._group)
 
     @property
     def cached_blocks(self) -> tuple[str, ...]:
@@ -98,7 +103,8 @@ class OpaqueModel(UncapturedModel):
         Raises:
             CaptureError: At the first call: no modules repeat.
             UnsupportedGraphError: A block writes in place to what it is given.
-            StateError: The context is in use, or the model is in training mode or closed over by `torch.compile`.
+            StateError: The context is in use, the model is in training mode, or `torch.compile` was called on it; or a reused step calls
+                other blocks than the last computed step did, and there are other ranks.
         """
         self._check_call()
         config = self.cache_config
@@ -121,6 +127,11 @@ class OpaqueModel(UncapturedModel):
             try:
                 outputs, state, change = self._reuse(step, args, kwargs)
             except CallsChanged as changed:
+                if self._group is not None:
+                    raise StateError(
+                        f"{changed}. Other ranks may have reused step {step.advance.step} meanwhile, so it is not computed here."
+                        " Call cached.reset() on all ranks."
+                    ) from None
                 why = f"{changed}, so step {step.advance.step} was computed"
                 warn(f"{type(self._original).__name__}: {why}.")
                 computed, step = True, step.afresh(why)
@@ -172,7 +183,7 @@ class OpaqueModel(UncapturedModel):
         """Run every block."""
         calls = ComputeCalls()
         outputs = self._run(calls, args, kwargs)
-        state, change = computed_state(step.config, step.state, calls.done, step.moment)
+        state, change = computed_state(step.config, step.state, calls.done, step.moment, self._group)
         self._measured = tuple(str(place) for place in measured_calls(step.config, calls.done))
         return outputs, state, change
 

@@ -30,7 +30,7 @@ def refuse_hooks(model: nn.Module) -> None:
         if parameter.is_meta:
             raise ConfigError(
                 f"parameter {name} of {kind} is on the meta device: an offload hook moves its data in and out, and a captured"
-                " graph would keep copies of it. Place the whole model on one device first, or call transform(model, capture=\"opaque\")."
+                ' graph would keep copies of it. Place the whole model on one device first, or call transform(model, capture="opaque").'
             )
     for name, module in model.named_modules():
         if kinds := hook_kinds(module):
