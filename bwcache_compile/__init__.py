@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from bwcache_compile.html_report import write_node_data, write_report
     from bwcache_compile.ir.graph_text import graph_diff
     from bwcache_compile.ir.plan import BlockSearch, CachePlan
+    from bwcache_compile.opaque import OpaqueModel
     from bwcache_compile.pipelines import CapturedCall, capture_call, disable, enable
+    from bwcache_compile.region import RegionModel
     from bwcache_compile.report import Report
     from bwcache_compile.runtime import CachedModel, CacheState, GuardedState
     from bwcache_compile.step_events import StepEvent
@@ -47,6 +49,8 @@ _HOMES = {
     "CachedModel": "runtime",
     "CapturedCall": "pipelines",
     "GuardedState": "runtime",
+    "OpaqueModel": "opaque",
+    "RegionModel": "region",
     "calibrate": "calibration",
     "capture_call": "pipelines",
     "disable": "pipelines",
@@ -82,6 +86,8 @@ __all__ = [
     "InvariantError",
     "Manifest",
     "NoBlocksFoundError",
+    "OpaqueModel",
+    "RegionModel",
     "Report",
     "Session",
     "StateError",
