@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -93,10 +94,16 @@ class Recording:
     work: int
 
 
+def _int_mm_work(left: tuple[int, int], right: tuple[int, int], **_: Any) -> int:
+    """Return the multiplications and additions of a product of whole numbers, from the operands' shapes."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
     """Run a model once and write the calls down."""
     calls: list[ModuleCall] = []
-    counter = FlopCounterMode(display=False)
+    # quantized activations are multiplied as whole numbers, which the counter leaves out
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _int_mm_work})
     copies = with_modules(model, {path: _Recorder(module, path, calls, counter) for path, module in candidates(model).items()})
     with counter:
         returned = copies[""](*args, **kwargs)
