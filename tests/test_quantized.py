@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch import nn
 import bwcache_compile as bw
 from tests.models import OneStream
 
-logging.getLogger("torchao").setLevel(logging.CRITICAL)  # of kernels for other devices
-quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+quantization = pytest.importorskip("torchao.quantization", reason="needs the extra [quantized]")
 
 WEIGHTS = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
 ACTIVATIONS = "Int8DynamicActivationInt8WeightConfig"
