@@ -22,6 +22,7 @@ from bwcache_compile.passes import Guard
 from bwcache_compile.region import RegionModel
 from bwcache_compile.runtime import CachedModel, Toolchain
 from bwcache_compile.runtime.hooks import refuse_hooks
+from bwcache_compile.runtime.signature import leaves_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -250,8 +251,12 @@ def _first_that_works(
     Raises:
         CaptureError: None works.
     """
-    name, reasons = type(model).__name__, ""
-    for capture in CAPTURES:
+    name, reasons, captures = type(model).__name__, "", CAPTURES
+    try:
+        leaves_of(example_args, example_kwargs)
+    except ConfigError as error:  # an input that no graph of the model takes, such as a cache object
+        reasons, captures = f"\n  whole: {_beginning(error)}", CAPTURES[1:]
+    for capture in captures:
         try:
             cached = transform(model, config, verify=verify, capture=capture, example_args=example_args, example_kwargs=example_kwargs)
             if isinstance(cached, CachedModel):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import bwcache_compile as bw
 from tests.models import OneStream
 from tests.opaque.test_opaque import HostBlock, Resisting
-from tests.region.test_region import Branching
+from tests.region.test_region import Branching, Holding, Scale
 
 
 def example() -> tuple[Tensor, ...]:
@@ -47,6 +47,22 @@ def test_the_first_that_works(make: Callable[[], OneStream], kind: str, said: st
         (text,) = ours
         assert f"{make.__name__} is captured as {kind.removesuffix('Model').lower()!r}, since it cannot be captured otherwise:" in text
         assert re.search(said, text), text
+
+
+def test_an_input_that_no_graph_takes() -> None:
+    """It is built into no graph either: another one, and another value of the same one, count from the next run on."""
+    model, x_t = Holding().eval(), example()
+    said = r"Holding is captured as 'opaque', (.|\n)*\n  whole: scale: unsupported input type Scale(.|\n)*\n  region: (.|\n)*given a Scale"
+    with pytest.warns(bw.CacheWarning, match=said):
+        cached = bw.transform(
+            model, num_steps=4, threshold=0, capture="auto", example_kwargs=dict(zip(("x", "t"), x_t, strict=True), scale=Scale(3.0))
+        )
+    scale = Scale(0.5)
+    for value in (0.5, 4.0):
+        scale.value.fill_(value)
+        cached.reset()
+        with torch.no_grad():
+            assert torch.equal(cached(*x_t, scale=scale), model(*x_t, scale=scale))
 
 
 class WritingOnTheHost(Resisting):

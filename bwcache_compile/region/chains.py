@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bwcache_compile.ir.torch_compat import TreeSpec
 from bwcache_compile.region.calls import ModuleCall
+
+_CONSTANTS = (int, float, complex, str, bytes, slice, range, enum.Enum, torch.dtype, torch.device, type(None))
+"""What may be built into the graph of a stack. Any other object may hold tensors, whose values of one call would be built in with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +91,11 @@ class _Growing:
 
     def _add(self, call: ModuleCall) -> str:
         """Add a call; say why it cannot be added."""
-        leaves = []
+        leaves: list[Leaf] = []
         for leaf in call.leaves:
             if not isinstance(leaf, Tensor):
+                if not isinstance(leaf, _CONSTANTS):
+                    return f"{call.path} is given a {type(leaf).__name__}, and what it holds may be another thing at the next call"
                 leaves.append(leaf)
                 continue
             source = self._internal.get(id(leaf))

@@ -79,6 +79,32 @@ class Editing(OneStream):
         return self.head(h)
 
 
+class Scale:
+    """Holds a tensor, as cache objects do."""
+
+    def __init__(self, value: float) -> None:
+        self.value = torch.tensor(value)
+
+
+class Holding(OneStream):
+    """Hands an object to its blocks."""
+
+    def __init__(self) -> None:
+        class HoldingBlock(Block):
+            def forward(self, x: Tensor, temb: Tensor, scale: Scale) -> Tensor:  # type: ignore[override]
+                return super().forward(x, temb * scale.value)
+
+        super().__init__()
+        self.blocks = nn.ModuleList(HoldingBlock(8) for _ in range(3))
+        self.scale = Scale(2.0)
+
+    def forward(self, x: Tensor, t: Tensor, scale: Scale | None = None) -> Tensor:
+        h, temb = self.patch(x), self.embed(t)
+        for block in self.blocks:
+            h = block(h, temb, scale or self.scale)
+        return self.head(h)
+
+
 def inputs(step: int, batch: int = 2) -> tuple[Tensor, ...]:
     return OneStream().example(batch, step=step)
 
@@ -254,6 +280,7 @@ def test_blocks_that_are_left_out_later() -> None:
     [
         (Summing, r"Summing the model uses what blocks\.0 returns in aten\.add\.Tensor, and hands it not to the next block alone"),
         (PerBlock, r"blocks\.1 takes a tensor of shape \[2, 1, 8\] that neither blocks\.0 is given nor a block of the stack returned"),
+        (Holding, r"blocks\.0 is given a Scale, and what it holds may be another thing at the next call"),
         (Editing, r"a tensor of shape \[2, 6, 8\] is edited in place before blocks\.1 takes it"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), r"Sequential has no stack of blocks"),
     ],

@@ -1,9 +1,10 @@
-"""Print the table of `docs/zoo.md`: `python -m tests.zoo.table > docs/zoo.md`. Takes some minutes."""
+"""Print `docs/zoo.md`: `python -m tests.zoo.table > docs/zoo.md`. Takes some minutes; `--catalog` prints its last section alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 import warnings
 from typing import get_args
@@ -16,6 +17,7 @@ from bwcache_compile import passes
 from bwcache_compile.ir.compare import flat_outputs
 from bwcache_compile.runtime import Toolchain
 from tests.zoo import REFUSED, ZOO, Entry
+from tests.zoo.catalog_table import print_catalog
 
 HEAD = """\
 # The zoo
@@ -81,8 +83,7 @@ def _refusal(entry: Entry) -> str:
     return f"- {entry.model}: NOT REFUSED"
 
 
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
+def _print_zoo() -> None:
     print(HEAD)
     for entry in ZOO.values():
         print(_row(entry), flush=True)
@@ -90,3 +91,11 @@ if __name__ == "__main__":
     print("\nRefused, with the evidence that the error gives:\n")
     for entry in REFUSED.values():
         print(_refusal(entry), flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    if "--catalog" not in sys.argv:
+        _print_zoo()
+    print_catalog()
