@@ -8,7 +8,7 @@ from tests.zoo import REFUSED, ZOO
 from tests.zoo.catalog_entry import CatalogEntry
 from tests.zoo.catalog_image import CATALOG_IMAGE
 from tests.zoo.catalog_more import CATALOG_MORE
-from tests.zoo.catalog_video import CATALOG_VIDEO, WAN_ANIMATE2
+from tests.zoo.catalog_video import CATALOG_VIDEO
 from tests.zoo.entry import Entry
 
 
@@ -30,9 +30,3 @@ LEFT_OUT = {
     "MiniMaxMusic3RVQDepthDecoder": "no denoiser: it predicts the codebooks of one audio frame one after the other, and takes no time",
 }
 """Classes that are no diffusion denoisers."""
-
-NOT_CACHED = {
-    WAN_ANIMATE2.model: 'it is given a cache object, so no graph can be made of it or of its blocks; and while `capture="opaque"` counts'
-    " the work of its blocks torch refuses their flex_attention with a `TypeError`",
-}
-"""Classes that no way of capturing caches yet."""

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 import bwcache_compile as bw
-from tests.zoo.catalog import CATALOG, LEFT_OUT, NOT_CACHED
+from tests.zoo.catalog import CATALOG, LEFT_OUT
 from tests.zoo.catalog_entry import CatalogEntry, found_blocks
 
 HEAD = """\
@@ -47,9 +47,6 @@ def print_catalog() -> None:
     print(HEAD)
     for entry in sorted(CATALOG.values(), key=lambda entry: entry.model):
         print(_row(entry), flush=True)
-    print("\nNot cached yet:\n")
-    for name, reason in NOT_CACHED.items():
-        print(f"- {name}: {reason}.")
     print("\nLeft out:\n")
     for name, reason in LEFT_OUT.items():
         print(f"- {name}: {reason}.")

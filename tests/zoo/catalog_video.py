@@ -254,16 +254,14 @@ CATALOG_VIDEO = {
         },
         {"blocks": 4, "face_adapter": 2},
     ),
+    "wan_animate2": CatalogEntry(
+        "WanAnimate2Transformer3DModel",
+        {
+            "text_len": 6, "in_dim": 8, "dim": 24, "ffn_dim": 32, "freq_dim": 32, "text_dim": 16, "out_dim": 4, "num_heads": 2,
+            "num_layers": 3, "use_img_emb": False,
+        },
+        _animate2,
+        {"blocks": 3},
+        capture="opaque",
+    ),
 }  # fmt: skip
-
-# torch refuses flex_attention while the work of the blocks is counted, and its blocks need it
-WAN_ANIMATE2 = CatalogEntry(
-    "WanAnimate2Transformer3DModel",
-    {
-        "text_len": 6, "in_dim": 8, "dim": 24, "ffn_dim": 32, "freq_dim": 32, "text_dim": 16, "out_dim": 4, "num_heads": 2,
-        "num_layers": 3, "use_img_emb": False,
-    },
-    _animate2,
-    {"blocks": 3},
-    capture="opaque",
-)  # fmt: skip
