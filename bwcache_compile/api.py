@@ -261,10 +261,8 @@ def _first_that_works(
             cached = transform(model, config, verify=verify, capture=capture, example_args=example_args, example_kwargs=example_kwargs)
             if isinstance(cached, CachedModel):
                 _check_read_values(cached)
-        except (CaptureError, NoBlocksFoundError, UnsupportedGraphError) as error:
-            reasons += f"\n  {capture}: {_beginning(error)}"
-        except ConfigError as error:  # of a setting that needs a graph
-            if capture == "whole":
+        except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
+            if capture == "whole" and isinstance(error, ConfigError):  # it is wrong in any case; later ones are of what needs a graph
                 raise
             reasons += f"\n  {capture}: {_beginning(error)}"
         else:
