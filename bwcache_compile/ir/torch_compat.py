@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, is_concrete_int, statically_known_true
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import TreeSpec
 from torch.utils._sympy.printers import PythonPrinter
@@ -36,6 +37,7 @@ __all__ = [
     "OpOverloadPacket",
     "PythonPrinter",
     "ShapeEnv",
+    "TorchDispatchMode",
     "TreeSpec",
     "compile_package",
     "detect_fake_mode",

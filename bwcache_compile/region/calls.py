@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bwcache_compile.ir.compare import flat_outputs
 from bwcache_compile.ir.torch_compat import TreeSpec, pytree
 from bwcache_compile.region.copies import with_modules, write_back
+from bwcache_compile.region.work import WorkCounter
 from bwcache_compile.runtime.wrapper import ModelWrapper
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -29,7 +27,7 @@ class ModuleCall:
         outputs: Leaves of what it returned.
         out_spec: How they make it.
         versions: Of each tensor among the leaves and the outputs, when it was passed or returned: an edit in place shows.
-        work: Multiplications and additions of its matrix products, convolutions and attention; or its weights, where torch counts none.
+        work: Multiplications and additions of its matrix products, convolutions and attention.
     """
 
     path: str
@@ -49,21 +47,20 @@ def write_count(tensor: Tensor) -> int:
 class _Recorder(ModelWrapper):
     """Calls a module and writes the call down."""
 
-    def __init__(self, original: nn.Module, path: str, calls: list[ModuleCall], counter: FlopCounterMode | None) -> None:
+    def __init__(self, original: nn.Module, path: str, calls: list[ModuleCall], counter: WorkCounter) -> None:
         super().__init__(original)
         self.__dict__["_note"] = (path, calls, counter)
         self._seal()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         path, calls, counter = self.__dict__["_note"]
-        before = counter.get_total_flops() if counter else 0
+        before = counter.total
         leaves, spec = pytree.tree_flatten((args, kwargs))
         versions = {id(leaf): write_count(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
         returned = self._original(*args, **kwargs)
         outputs, out_spec = pytree.tree_flatten(returned)
         versions |= {id(leaf): write_count(leaf) for leaf in outputs if isinstance(leaf, Tensor)}
-        work = counter.get_total_flops() - before if counter else _size(self._original)
-        calls.append(ModuleCall(path, tuple(leaves), spec, tuple(outputs), out_spec, versions, work))
+        calls.append(ModuleCall(path, tuple(leaves), spec, tuple(outputs), out_spec, versions, counter.total - before))
         return returned
 
 
@@ -96,30 +93,12 @@ class Recording:
     work: int
 
 
-def _int_mm_work(left: tuple[int, int], right: tuple[int, int], **_: Any) -> int:
-    """Return the multiplications and additions of a product of whole numbers, from the operands' shapes."""
-    return 2 * left[0] * left[1] * right[1]
-
-
-def _size(module: nn.Module) -> int:
-    """Return how many weights a module has."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
-    """Run a model once and write the calls down. Where its work cannot be counted, the number of weights stands for it."""
-    # quantized activations are multiplied as whole numbers, which the counter leaves out
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _int_mm_work})
-    try:
-        return _recorded(model, args, kwargs, counter)
-    except Exception:  # torch refuses an operator under the counter, such as flex_attention; else the model says the same again
-        return _recorded(model, args, kwargs, None)
-
-
-def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], counter: FlopCounterMode | None) -> Recording:
+    """Run a model once and write the calls down."""
     calls: list[ModuleCall] = []
+    counter = WorkCounter()
     copies = with_modules(model, {path: _Recorder(module, path, calls, counter) for path, module in candidates(model).items()})
-    with counter or contextlib.nullcontext():
+    with counter:
         returned = copies[""](*args, **kwargs)
     write_back(model, copies)
-    return Recording(calls, flat_outputs(returned), counter.get_total_flops() if counter else _size(model))
+    return Recording(calls, flat_outputs(returned), counter.total)
