@@ -305,5 +305,5 @@ def plain(message: str) -> str:
     kind, _, text = message.partition(": ")
     lines = [line.strip() for line in text.splitlines()]
     reason = next((line for before, line in itertools.pairwise(lines) if before.startswith("Nearest candidate")), lines[0])
-    reason = re.sub(r"what .* continues.*", "what .. continues", re.sub("Drawn|Wrapped", "the model", reason))
+    reason = re.sub(r", and for .* no such input was found.*", "", re.sub("Drawn|Wrapped", "the model", reason))
     return f"{kind}: " + re.sub(r"`[^`]*`|\S*[0-9_.]\S*\w|\[[^]]*\]", "..", reason)
