@@ -14,7 +14,7 @@ from tests.drawn_cases import Case, cases
 from tests.drawn_check import Outcome, check, tally
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [6, pytest.param(300, marks=pytest.mark.slow)])
 def test_drawn_architectures(examples: int) -> None:
     outcomes: list[Outcome] = []
 

@@ -23,6 +23,7 @@ def run_as_one_script(text: str, folder: Path) -> subprocess.CompletedProcess[st
     return done
 
 
+@pytest.mark.slow
 def test_the_export_part_runs_as_one_script(tmp_path: Path) -> None:
     part = (ROOT / "README.md").read_text().split("### Export", 1)[1].split("\n## ", 1)[0]
     done = run_as_one_script(part, tmp_path)

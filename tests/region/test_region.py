@@ -293,6 +293,7 @@ def test_what_is_no_stack_is_refused(make: Callable[[], nn.Module], said: str) -
         cached(*args)
 
 
+@pytest.mark.zoo
 def test_a_model_that_no_exporter_captures() -> None:
     entry = REFUSED["cogvideox_other_size"]
     model = entry.make()

@@ -79,7 +79,7 @@ REFUSALS: dict[str, tuple[Callable[[OneStream], Any], type[Exception], str]] = {
         lambda m: bw.transform(OneStream().to("meta")),
         bw.ConfigError,
         "parameter patch.weight of OneStream is on the meta device: an offload hook moves its data in and out, and "
-        "a captured graph would keep copies of it. Place the whole model on one device first.",
+        'a captured graph would keep copies of it. Place the whole model on one device first, or call transform(model, capture="opaque").',
     ),
     "training": (
         lambda m: run(bw.transform(m.train(), STATIC), *m.example()),
@@ -203,7 +203,8 @@ def test_hooks_are_refused_at_any_time(hook: Callable[[Any], str], early: bool) 
     assert where in ("the top module", "module blocks.0", "module blocks.0.attn1.to_q")
     assert rest == (
         f"has a hook on its forward ({name}). Offloading, casting and other caches use such hooks; a captured graph would skip them"
-        " or keep copies of the weights. Remove the hook first (for offloading: place the whole model on one device)."
+        " or keep copies of the weights. Remove the hook first (for offloading: place the whole model on one device, or call"
+        ' transform(model, capture="opaque")).'
     )
 
 
@@ -220,7 +221,7 @@ def test_weights_that_are_kept_elsewhere_are_refused(early: bool) -> None:
         run(cached or bw.transform(model, STATIC), **ZOO["wan"].inputs(0))
     assert re.sub("parameter [^ ]*", "parameter P", str(caught.value)) == (
         "parameter P of WanTransformer3DModel is on the meta device: an offload hook moves its data in and out, and "
-        "a captured graph would keep copies of it. Place the whole model on one device first."
+        'a captured graph would keep copies of it. Place the whole model on one device first, or call transform(model, capture="opaque").'
     )
     remove_hook_from_submodules(cached or model)  # which puts the weights back
     assert torch.equal(run(cached or bw.transform(model, STATIC), **ZOO["wan"].inputs(0)).sample, whole)

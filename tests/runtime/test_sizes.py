@@ -130,6 +130,7 @@ def test_a_size_that_python_counts_has_a_program_for_each_value() -> None:
     assert counts(cached) == (3, 3), "the batch is open all the same"
 
 
+@pytest.mark.slow
 def test_programs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "MAX_PROGRAMS", 3)
     model = CountsInPython().eval()

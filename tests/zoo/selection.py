@@ -10,7 +10,6 @@ import pytest
 ALWAYS = {
     "wan": "one stream, rotary embeddings written in place",
     "flux": "two streams, joined for a second stack",
-    "sd3": "the last block differs from the others",
     "latte": "spatial and temporal blocks in turn",
     "hunyuan_dit": "long skips between the blocks",
     "z_image": "lists of tensors, blocks under autocast, refiners beside the main stack",
