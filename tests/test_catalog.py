@@ -18,8 +18,8 @@ from tests.zoo.catalog_entry import CatalogEntry, found_blocks
 from tests.zoo.selection import selected
 
 KINDS = {"whole": "CachedModel", "region": "RegionModel", "opaque": "OpaqueModel"}
-QUICK = ("prior", "hidream_image")
-"""For every run of the tests. The one class that is captured by region is in `tests/region`."""
+QUICK = ("prior",)
+"""For every run of the tests. The other ways of capturing have tests of their own in `tests/region` and `tests/opaque`."""
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> Any:

@@ -212,7 +212,7 @@ def test_what_is_built_in_is_refused_elsewhere(lengths_model: Lengths, tmp_path:
         cached(*call(0, 3, 4))
 
 
-@pytest.mark.parametrize("form", ["onnx", "pt2"])
+@pytest.mark.parametrize("form", ["onnx", pytest.param("pt2", marks=pytest.mark.slow)])
 def test_a_bundle_knows_what_is_built_in(lengths_model: Lengths, form: str, tmp_path: Path) -> None:
     cached = bw.transform(lengths_model, bw.CacheConfig(num_steps=3, threshold=math.inf, reuse_interval=2, tail=0))
     manifest = bw.export(cached, tmp_path / "bundle", form, signature=(call(0, 3, 5), {}))

@@ -145,13 +145,13 @@ def repeated(x: Tensor, lengths: Tensor) -> Tensor:
     "function",
     [
         zero_dim_in_a_view,
-        deep_copied,
+        pytest.param(deep_copied, marks=pytest.mark.slow),
         deep_copied_hidden_state,
-        largest_in_python,
+        pytest.param(largest_in_python, marks=pytest.mark.slow),
         longest_of_a_tensor,
-        zero_dim_in_a_slice,
+        pytest.param(zero_dim_in_a_slice, marks=pytest.mark.slow),
         one_row,
-        repeated,
+        pytest.param(repeated, marks=pytest.mark.slow),
     ],
 )
 def test_lengths_that_python_reads(function: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -136,7 +136,7 @@ def test_the_rule_continues_polynomials(anchors: int, order: int, there: int, da
     np.testing.assert_allclose(weights[:there] @ values, want, rtol=1e-3, atol=1e-3 * np.abs(weights).max())
 
 
-@pytest.mark.parametrize("cut", ["blocks", "output"])
+@pytest.mark.parametrize("cut", ["blocks", pytest.param("output", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
 def test_in_a_bundle(model: OneStream, format: str, cut: Any, tmp_path: Path) -> None:
     cached = bw.transform(model, **LINEAR, cut=cut, weights=WEIGHTS, example_args=model.example())

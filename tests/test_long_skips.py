@@ -131,7 +131,7 @@ def refused(model: Parts) -> str:
     return folded(str(refusal.value))
 
 
-@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("first", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "model",
     [

@@ -56,12 +56,8 @@ def generate(kind: str, settings: dict[str, Any], compiled: bool) -> Done:
 
 
 def kinds() -> list[Any]:
-    slow = pytest.mark.slow
     return [
-        pytest.param(kind, count, compiled, marks=() if (kind, count, compiled) == ("tokens", 2, False) else slow)
-        for kind in PARALLEL
-        for count in (2, 4)
-        for compiled in (False, True)
+        pytest.param(kind, count, compiled, marks=pytest.mark.slow) for kind in PARALLEL for count in (2, 4) for compiled in (False, True)
     ]
 
 

@@ -88,7 +88,7 @@ def test_each_block_decides_for_itself() -> None:
     assert record.indicator == pytest.approx(float(record.change[0]))
 
 
-@pytest.mark.parametrize("granularity", ["stack", "block"])
+@pytest.mark.parametrize("granularity", ["block", pytest.param("stack", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_step_is_one_graph(granularity: Any) -> None:
     model = OneStream(depth=2).eval()
