@@ -96,7 +96,7 @@ class Recording:
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
     """Run a model once and write the calls down."""
     calls: list[ModuleCall] = []
-    counter = WorkCounter()
+    counter = WorkCounter()  # type: ignore[no-untyped-call]
     copies = with_modules(model, {path: _Recorder(module, path, calls, counter) for path, module in candidates(model).items()})
     with counter:
         returned = copies[""](*args, **kwargs)

@@ -19,7 +19,7 @@ def _int_mm(left: torch.Tensor, right: torch.Tensor, **_: Any) -> int:
 _WORK: Mapping[Any, Any] = {**flop_registry, torch.ops.aten._int_mm: _int_mm}
 
 
-class WorkCounter(TorchDispatchMode):
+class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts work while it is entered.
 
     torch's own counter cannot be entered around flex_attention that is not compiled. Here such an operator runs as it is and counts
@@ -30,11 +30,7 @@ class WorkCounter(TorchDispatchMode):
     """
 
     supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        """Start at 0."""
-        super().__init__()
-        self.total = 0
+    total = 0
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
