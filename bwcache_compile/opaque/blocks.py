@@ -6,6 +6,7 @@ import dataclasses
 from collections import defaultdict
 
 from bwcache_compile.region.calls import ModuleCall, Recording
+from bwcache_compile.region.work import is_worth_caching
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ def find_blocks(recording: Recording) -> FoundBlocks:
     work = {path: sum(call.work for call in calls) for path, calls in containers.items()}
     repeated = [path for path, calls in containers.items() if len(calls) > 1 and work[path] > 0]
     largest = max((work[path] for path in repeated), default=0)
-    large = {path for path in repeated if 5 * work[path] >= largest}
+    large = {path for path in repeated if is_worth_caching(work[path], largest)}
     left_out = [
         f"the modules of {path} have less than a fifth of the work of the largest container" for path in repeated if path not in large
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +34,7 @@ class OpaqueState:
         calls: The blocks' calls at the last computed step.
         kept: For each call, for each leaf of its output: the slots of the way of reusing; None where the leaf is held as it is.
         shared: The slots that all outputs share.
-        references: Measured features of the last computed step.
+        references: Measured features of the last computed step, in the order of what the indicator returns.
         policy: The policy's own slots.
     """
 
@@ -82,7 +82,9 @@ def _kept(slots: Slots) -> dict[str, Tensor]:
     return {f"kept_{name}": tensor for name, tensor in slots.items()}
 
 
-def _tuple(returned: Any) -> tuple[Any, ...]:
+def _call(function: Callable[..., Any], operands: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """Call a function of a policy or of a way of reusing on what it takes; return its results."""
+    returned = function(*(operands[name] for name in takes(function)))
     return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
 
 
@@ -94,7 +96,7 @@ def _keep(config: CacheConfig, output: Any, before: Slots | None, moment: Moment
     if before is None or next(iter(before.values())).shape != output.shape:
         before = dict.fromkeys(way.slots, output.new_zeros(()).expand_as(output))
     operands = {"output": output, **_kept(before), **moment.operands}
-    return dict(zip(way.slots, _tuple(way.keep(*(operands[name] for name in takes(way.keep)))), strict=True))
+    return dict(zip(way.slots, _call(way.keep, operands), strict=True))
 
 
 class ReusedOutputs:
@@ -113,13 +115,12 @@ class ReusedOutputs:
         for held, slots in zip(self._state.calls[place].outputs, self._state.kept[place], strict=True):
             leaf = held
             if slots is not None:
-                operands = {**_kept(slots), **self._shared}
-                leaf = self._way.reuse(*(operands[name] for name in takes(self._way.reuse)))
+                (leaf,) = _call(self._way.reuse, {**_kept(slots), **self._shared})
             leaves.append(leaf.clone() if isinstance(leaf, Tensor) else leaf)
         return tuple(leaves)
 
 
-def measured_calls(config: CacheConfig, calls: Mapping[CallPlace, BlockCall]) -> list[CallPlace]:
+def _measured_calls(config: CacheConfig, calls: Mapping[CallPlace, BlockCall]) -> list[CallPlace]:
     """Return the calls whose output is measured: `indicator_blocks` of them, spread evenly and ending with the last."""
     places = [place for place, call in calls.items() if _feature(call) is not None]
     if not POLICIES[config.policy].measures or not places:
@@ -171,9 +172,8 @@ def computed_state(
         )
     shared: Slots = state.shared or _fresh(way.shared, device)
     if way.keep_shared is not None:
-        operands = {**_kept(shared), **moment.operands}
-        shared = dict(zip(shared, _tuple(way.keep_shared(*(operands[name] for name in takes(way.keep_shared)))), strict=True))
-    features = {place: _sample(config, calls[place], number) for number, place in enumerate(measured_calls(config, calls))}
+        shared = dict(zip(shared, _call(way.keep_shared, {**_kept(shared), **moment.operands}), strict=True))
+    features = {place: _sample(config, calls[place], number) for number, place in enumerate(_measured_calls(config, calls))}
     change = None
     named = {"step": moment.step, **(state.policy or _fresh(policy.slots, device))}
     if features:
@@ -184,6 +184,6 @@ def computed_state(
         change = named["change"] = change if group is None else mean_over_ranks(change, references, group)
     names = [parameter.name for parameter in policy.parameters]
     named |= dict(zip(names, policy_parameters(config, moment.num_steps, device, names), strict=True))
-    *slots, left = _tuple(policy.decide(*(named[name] for name in takes(policy.decide))))
+    *slots, left = _call(policy.decide, named)
     after = dict(zip((slot.name for slot in policy.slots), slots, strict=True))
     return OpaqueState(state.cursor.computed(int(left)), dict(calls), kept, shared, features, after), change

@@ -19,7 +19,7 @@ from bwcache_compile.ir.compare import Verify, difference, flat_outputs
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.ir.work_share import WARN_ABOVE
 from bwcache_compile.opaque.blocks import FoundBlocks, find_blocks
-from bwcache_compile.opaque.cache import OpaqueState, ReusedOutputs, computed_state, measured_calls
+from bwcache_compile.opaque.cache import OpaqueState, ReusedOutputs, computed_state
 from bwcache_compile.opaque.guards import CallsChanged, ComputeCalls, Guard, ReuseCalls, StepCalls
 from bwcache_compile.opaque.step import OpaqueContext, OpaqueStep, moment_of, numbers_as_tensors, signature_of, state_for
 from bwcache_compile.region.calls import record
@@ -184,7 +184,7 @@ class OpaqueModel(UncapturedModel):
         calls = ComputeCalls()
         outputs = self._run(calls, args, kwargs)
         state, change = computed_state(step.config, step.state, calls.done, step.moment, self._group)
-        self._measured = tuple(str(place) for place in measured_calls(step.config, calls.done))
+        self._measured = tuple(map(str, state.references))
         return outputs, state, change
 
     def _reuse(self, step: OpaqueStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, OpaqueState, None]:

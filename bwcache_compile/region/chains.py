@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bwcache_compile.ir.torch_compat import TreeSpec
 from bwcache_compile.region.calls import ModuleCall
+from bwcache_compile.region.work import is_worth_caching
 
 _CONSTANTS = (int, float, complex, str, bytes, slice, range, enum.Enum, torch.dtype, torch.device, type(None))
 """What may be built into the graph of a stack. Any other object may hold tensors, whose values of one call would be built in with it."""
@@ -156,6 +157,6 @@ def chains(calls: Sequence[ModuleCall]) -> tuple[list[Chain], list[str]]:
     work = {call.path: call.work for call in calls}
     long = [Chain(tuple(links), sum(work[link.path] for link in links)) for links in found if len(links) > 1]
     largest = max((chain.work for chain in long), default=0)
-    small = [chain for chain in long if 5 * chain.work < largest]
+    small = [chain for chain in long if not is_worth_caching(chain.work, largest)]
     reasons += [f"the stack of {chain.paths[0]} has less than a fifth of the work of the largest one" for chain in small]
     return [chain for chain in long if chain not in small], reasons

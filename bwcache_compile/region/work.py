@@ -19,6 +19,11 @@ def _int_mm(left: torch.Tensor, right: torch.Tensor, **_: Any) -> int:
 _WORK: Mapping[Any, Any] = {**flop_registry, torch.ops.aten._int_mm: _int_mm}
 
 
+def is_worth_caching(work: int, largest: int) -> bool:
+    """Whether blocks do enough to be cached: a fifth of the largest group's work, or more."""
+    return 5 * work >= largest
+
+
 class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts work while it is entered.
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import bwcache_compile as bw
-from tests.opaque.test_opaque import MASK, STATIC, Resisting, computed, held, inputs, outputs, same
+from tests.opaque.test_opaque import Resisting, computed, held
+from tests.uncaptured import MASK, STATIC, inputs, outputs, same
 
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
 

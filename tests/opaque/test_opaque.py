@@ -15,11 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 import bwcache_compile as bw
 from tests.models import Block, OneStream, TwoStream, noise
-
-STEPS = 6
-MASK = (0, 0, 1, 0, 1, 1)
-STATIC = bw.CacheConfig(policy="static", steps_mask=MASK)
-COMPUTE = bw.CacheConfig(num_steps=STEPS, threshold=0)
+from tests.uncaptured import COMPUTE, MASK, STATIC, STEPS, check_contexts, inputs, outputs, same
 
 
 class HostBlock(Block):
@@ -73,19 +69,6 @@ class Plain(OneStream):
 
     def forward(self, x: Tensor, t: float) -> Tensor:  # type: ignore[override]
         return super().forward(x, torch.full((x.shape[0],), t))
-
-
-def inputs(step: int, batch: int = 2) -> tuple[Tensor, ...]:
-    return OneStream().example(batch, step=step)
-
-
-@torch.no_grad()
-def outputs(model: Any, steps: int = STEPS, **kwargs: Any) -> list[Tensor]:
-    return [model(*model.example(2, step=step), **kwargs) for step in range(steps)]
-
-
-def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def computed(cached: Any, name: str = "default") -> list[bool]:
@@ -175,24 +158,7 @@ def test_attributes_that_the_forward_sets_are_the_models() -> None:
 
 
 def test_contexts_and_runs_that_were_broken_off() -> None:
-    model = Resisting().eval()
-    cached = bw.transform(model, STATIC, capture="opaque")
-
-    def run(name: str, scale: float, steps: int = STEPS) -> list[Tensor]:
-        made = []
-        for step in range(steps):
-            x, t = inputs(step)
-            with torch.no_grad(), cached.cache_context(name):
-                made.append(cached(x * scale, t))
-        return made
-
-    alone = {name: run(name, scale) for name, scale in (("cond", 1.0), ("uncond", -0.5))}
-    run("cond", 3.0, steps=4)  # broken off
-    for step in range(STEPS):  # the calls of both contexts take turns
-        for name, scale in (("cond", 1.0), ("uncond", -0.5)):
-            x, t = inputs(step)
-            with torch.no_grad(), cached.cache_context(name):
-                assert torch.equal(cached(x * scale, t), alone[name][step]), (name, step)
+    check_contexts(bw.transform(Resisting().eval(), STATIC, capture="opaque"))
 
 
 def test_another_size_other_weights_and_other_modules() -> None:

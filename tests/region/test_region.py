@@ -14,12 +14,8 @@ from torch import Tensor, nn
 
 import bwcache_compile as bw
 from tests.models import Block, OneStream, TwoStream
+from tests.uncaptured import COMPUTE, MASK, STATIC, STEPS, check_contexts, inputs, outputs, same
 from tests.zoo.refused import REFUSED
-
-STEPS = 6
-MASK = (0, 0, 1, 0, 1, 1)
-STATIC = bw.CacheConfig(policy="static", steps_mask=MASK)
-COMPUTE = bw.CacheConfig(num_steps=STEPS, threshold=0)
 
 
 class Branching(OneStream):
@@ -105,15 +101,6 @@ class Holding(OneStream):
         return self.head(h)
 
 
-def inputs(step: int, batch: int = 2) -> tuple[Tensor, ...]:
-    return OneStream().example(batch, step=step)
-
-
-@torch.no_grad()
-def outputs(model: Any, steps: int = STEPS, **kwargs: Any) -> list[Tensor]:
-    return [model(*model.example(2, step=step), **kwargs) for step in range(steps)]
-
-
 def held(model: OneStream, reuse: str) -> list[Tensor]:
     """What a run on MASK returns, computed by hand."""
     made, kept = [], torch.zeros(0)
@@ -131,10 +118,6 @@ def held(model: OneStream, reuse: str) -> list[Tensor]:
             else:
                 made.append(model.head(kept if reuse == "output" else first + kept))
     return made
-
-
-def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("make", [Branching, TwoStream])
@@ -195,24 +178,7 @@ def test_every_stack_has_a_cache() -> None:
 
 
 def test_contexts_and_runs_that_were_broken_off() -> None:
-    model = Branching().eval()
-    cached = bw.transform(model, STATIC, capture="region")
-
-    def run(name: str, scale: float, steps: int = STEPS) -> list[Tensor]:
-        made = []
-        for step in range(steps):
-            x, t = inputs(step)
-            with torch.no_grad(), cached.cache_context(name):
-                made.append(cached(x * scale, t))
-        return made
-
-    alone = {name: run(name, scale) for name, scale in (("cond", 1.0), ("uncond", -0.5))}
-    run("cond", 3.0, steps=4)  # broken off
-    for step in range(STEPS):  # the calls of both contexts take turns
-        for name, scale in (("cond", 1.0), ("uncond", -0.5)):
-            x, t = inputs(step)
-            with torch.no_grad(), cached.cache_context(name):
-                assert torch.equal(cached(x * scale, t), alone[name][step]), (name, step)
+    check_contexts(bw.transform(Branching().eval(), STATIC, capture="region"))
 
 
 def test_another_size_and_other_weights() -> None:
