@@ -14,7 +14,9 @@ from types import TracebackType
 from torch import Tensor
 
 from bwcache_compile.bundle.manifest import FileEntry, WeightEntry
+from bwcache_compile.errors import ExportError
 from bwcache_compile.ir.layout import in_order, slot_order
+from bwcache_compile.ir.torch_compat import is_traceable_wrapper_subclass
 
 WEIGHTS = "weights.bin"
 _ALIGNMENT = 4096
@@ -69,7 +71,16 @@ class WeightFile:
         self._file.flush()
 
     def add(self, name: str, tensor: Tensor) -> str:
-        """Write a tensor and describe it for a reader; return its name, which is another where two tensors have the same."""
+        """Write a tensor and describe it for a reader; return its name, which is another where two tensors have the same.
+
+        Raises:
+            ExportError: The tensor is made of others, as quantized weights are.
+        """
+        if is_traceable_wrapper_subclass(tensor):
+            raise ExportError(
+                f"weight {name} is of type {type(tensor).__name__}, which is made of several tensors. Files of torch hold plain tensors:"
+                " call torchao.utils.unwrap_tensor_subclass(model) before bwcache_compile.transform. ONNX needs no such call."
+            )
         while name in self._named and self._named[name] is not tensor:
             name += "_"
         if name not in self._named:

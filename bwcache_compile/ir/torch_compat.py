@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, is_concrete_int, statically_known_true
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._pytree import TreeSpec
 from torch.utils._sympy.printers import PythonPrinter
@@ -47,6 +47,7 @@ __all__ = [
     "get_eval_frame_callback",
     "is_any_autocast_enabled",
     "is_concrete_int",
+    "is_traceable_wrapper_subclass",
     "load_package",
     "load_verifier",
     "make_fx",

@@ -61,7 +61,7 @@ def _encoder_layer(node: Node) -> int:
 
 
 _COUNTS: dict[str, Callable[[Node], int]] = {
-    **dict.fromkeys(("linear", "matmul", "mm", "bmm"), _product(0)),
+    **dict.fromkeys(("linear", "matmul", "mm", "bmm", "_int_mm", "_scaled_mm"), _product(0)),
     **dict.fromkeys(("addmm", "baddbmm"), _product(1)),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _encoder_layer),

@@ -227,6 +227,7 @@ class CachedModel(ModelWrapper, ContextMethods):
         if new.graph_settings != self.cache_config.graph_settings:
             self._programs.rebuild(new)
             self._contexts.clear()
+        self._programs.judge(new)
         self.cache_config = new
 
     def invalidate(self) -> None:

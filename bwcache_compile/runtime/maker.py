@@ -85,7 +85,8 @@ class ProgramMaker:
             raise
         self._alive.add(runnable)
         changed_by_forward = self._watch.accept_changes(self.addresses())
-        for text in notes.suspicious(runnable.program, changed_by_forward, getattr(self._model, notes.UNREAD_FIRST, 0)):
+        signs = notes.suspicious(runnable.program, changed_by_forward, getattr(self._model, notes.UNREAD_FIRST, 0))
+        for text in (*signs, *notes.amplified_noise(runnable.program, request.config)):
             warn(text)
         return runnable, first
 

@@ -7,11 +7,17 @@ from pathlib import PurePath
 
 from torch import Tensor
 
+from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.call_signature import Signature
+from bwcache_compile.ir.graph_text import op_name
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.sizes import CallSizes
+from bwcache_compile.policies.reuse.linear import noise_gain
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.watch import Forward
+
+_MOST_GAIN = 1.5
+"""Noise of quantized activations is about 1 % of a step; multiplied by more than this it comes near to what a step changes."""
 
 UNREAD_FIRST = "_bwcache_unread_first"
 """Attribute of a module of ours that says how many of its leading inputs are meant to be read by nothing."""
@@ -74,3 +80,19 @@ def suspicious(program: ModelProgram, forward: Forward, unread_first: int = 0) -
             " has that cache's decision at capture as a constant. Turn the model's own cache off."
         )
     return texts
+
+
+def amplified_noise(program: ModelProgram, config: CacheConfig) -> list[str]:
+    """Warn where reused steps multiply the noise of quantized activations: at each computed step it is another."""
+    gain = noise_gain(config)
+    if gain <= _MOST_GAIN:
+        return []
+    names = {op_name(node) for node in program.captured.graph.nodes if node.op == "call_function"}
+    found = sorted(name for name in names if name in ("_int_mm", "_scaled_mm") or ("quantize" in name and "dequantize" not in name))
+    if not found:
+        return []
+    return [
+        f"{program.model_name} quantizes its activations ({', '.join(found)}), and the weights of reused steps multiply the noise of"
+        f" that by up to {gain:.1f}: images may flicker. Calibrate the quantized model, which makes the weights smaller where noise"
+        ' matters, or use reuse="output".'
+    ]

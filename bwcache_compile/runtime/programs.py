@@ -20,6 +20,7 @@ from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.torch_compat import trace_artifact
 from bwcache_compile.runtime.gate import CaptureGate
 from bwcache_compile.runtime.maker import ProgramMaker, differ_in_sizes
+from bwcache_compile.runtime.notes import amplified_noise
 from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.signature import CallKey, call_key, generation_kind, leaves_of
 from bwcache_compile.runtime.trial import Request, Toolchain
@@ -267,6 +268,12 @@ class ProgramCache:
             last = self._last
             self._last = next((made[key] for key, runnable in self._kept.items() if runnable is last), None)
             self._kept = made
+
+    def judge(self, config: CacheConfig) -> None:
+        """Warn of settings that do not suit what is captured."""
+        for runnable in list(self._kept.values())[:1]:
+            for text in amplified_noise(runnable.program, config):
+                warn(text)
 
     def explain(self, config: CacheConfig) -> dict[str, GraphDiff]:
         """Return what each pass changed in the program used last."""

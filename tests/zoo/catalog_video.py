@@ -76,7 +76,7 @@ CATALOG_VIDEO = {
         "AnyFlowFARTransformer3DModel",
         {**_WAN, "rope_max_seq_len": 32, "chunk_partition": (2, 2)},
         _far,
-        {"__dict__['_modules']['blocks']": 3},  # the path of `blocks` in a strict capture
+        {"blocks": 3},
     ),
     "chronoedit": CatalogEntry(
         "ChronoEditTransformer3DModel",
@@ -166,7 +166,7 @@ CATALOG_VIDEO = {
             "axes_dims": (4, 6, 6),
         },
         lambda s: {"hidden_states": _video(s, 1, 2, 16, 16, 9), "timestep": time(s)},
-        {"__dict__['_modules']['visual_transformer_blocks']": 3},
+        {"visual_transformer_blocks": 3},
     ),
     "minimax_h3": CatalogEntry(
         "MiniMaxH3Transformer3DModel",

@@ -96,6 +96,14 @@ def _masked_select(values: Any, mask: Any) -> Any:
     return op.Compress(wide, op.Reshape(op.Expand(mask, op.Shape(wide)), [-1]))
 
 
+def _int_mm(left: Any, right: Any) -> Any:
+    """Translate `aten._int_mm`, the product of int8 matrices in int32 that quantized activations use and torch.onnx does not support."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+    return op.MatMulInteger(left, right)
+
+
 def onnx_graph(plain: PlainGraph, opset: int, shapes: Mapping[str, Sequence[int | str]]) -> OnnxGraph:
     """Write one graph as an ONNX model; `shapes` are those of its inputs and outputs.
 
@@ -106,7 +114,7 @@ def onnx_graph(plain: PlainGraph, opset: int, shapes: Mapping[str, Sequence[int 
         with tracing("torch.onnx", "onnxscript", "onnx_ir"):
             legalize(plain.exported, opset)
             exported = complex_as_pairs(plain.exported)
-            lacking: Any = {torch.ops.aten.masked_select.default: _masked_select}
+            lacking: Any = {torch.ops.aten.masked_select.default: _masked_select, torch.ops.aten._int_mm.default: _int_mm}
             program = torch.onnx.export(
                 exported, (), dynamo=True, opset_version=opset, verbose=False, optimize=False, custom_translation_table=lacking
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,9 +17,13 @@ from bwcache_compile.ir.torch_compat import HigherOrderOperator
 
 _PRODUCTS = {
     **dict.fromkeys(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"), 1),
+    **dict.fromkeys(("_int_mm", "_scaled_mm"), 1),  # of quantized activations
     "_native_multi_head_attention": 3,  # torch's fused modules hold the products of a whole attention, or of a layer
     "_transformer_encoder_layer_fwd": 5,
 }
+
+_LOOKED_UP = re.compile(r"__dict__\['_modules'\]\['(\w+)'\]")
+"""A module that was reached through the dictionary of another, as Dynamo writes it for a generator expression over modules."""
 
 REPEATED = "repeated operators"
 """The module type of units that are no modules."""
@@ -81,8 +86,12 @@ def live_outs(unit: Unit, streams: set[Node]) -> list[Node]:
 
 
 def user_path(path: object) -> str:
-    """Return a module's path as its user writes it: without the wrappers of `torch.compile`."""
-    return ".".join(part for part in str(path).split(".") if part != "_orig_mod")
+    """Return a module's path as its user writes it.
+
+    That is without the wrappers of `torch.compile`, and without how a strict capture looked it up.
+    """
+    written = _LOOKED_UP.sub(r"\1", str(path))
+    return ".".join(part for part in written.split(".") if part != "_orig_mod")
 
 
 def _class_name(kind: Any) -> str:

@@ -147,6 +147,23 @@ def _values(config: CacheConfig) -> dict[str, Values]:
     }
 
 
+def noise_gain(config: CacheConfig) -> float:
+    """Return what reused steps multiply the noise of the anchors by at most: the largest Euclidean norm of a row of weights.
+
+    The rule is counted where it goes least far, one step beyond anchors that follow one another.
+    """
+    anchors, mask = config.graph_settings.anchors, config.steps_mask or ()
+    if anchors == 1:
+        return 1.0
+    reused = [row for row, reuse in zip(config.weights or (None,) * len(mask), mask, strict=True) if reuse]
+    rows = [row for row in reused if row is not None]
+    if len(rows) < len(reused) or not mask:
+        order = min(config.order, anchors - 1)
+        both = [[(-1) ** k * math.comb(m + 1, k + 1) for k in range(anchors)] for m in (order, max(order - 1, 0))]
+        rows.append(tuple(config.damping * a + (1 - config.damping) * b for a, b in zip(*both, strict=True)))
+    return max((math.hypot(*row) for row in rows), default=1.0)
+
+
 @functools.cache
 def linear(anchors: int, residual: bool = False) -> Reuse:
     """Return the way of reusing that sums `anchors` anchors.
