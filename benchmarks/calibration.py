@@ -4,6 +4,9 @@
 
 The bundled model with guidance, 50 steps, Euler and UniPC. For each number of computed steps: PSNR against the full run of the
 same noise, mean over seeds that nothing was calibrated on, with the 95 % interval of the paired difference to fewer steps.
+
+The plan is verified on a few prompts of their own before (`verify_plan`), and what it then grants as a floor of PSNR is compared with the
+mean over the seeds that are measured.
 """
 
 from __future__ import annotations
@@ -49,9 +52,13 @@ def measure(solver: str, budgets: tuple[float, ...], seeds: list[int], args: arg
     def prompted(model: Any) -> Tensor:
         return tiny.sample(model, tokens, noise, args.steps, **how)
 
+    def other(seed: int) -> Any:
+        return lambda model: tiny.sample(model, *case(seed, args.clips), args.steps, **how)
+
     cached = bw.transform(model)
     plan = bw.calibrate(cached, prompted, budgets=budgets, effort=args.effort, cut=args.cut, progress=False)
     seconds = time.perf_counter() - began
+    plan = bw.verify_plan(plan, cached, [other(seed) for seed in range(args.verify_from, args.verify_from + args.verify)])
     print(f"\n{solver}: {plan}\ncost {plan.provenance.cost:.2f} full generations", flush=True)
     ours: dict[int, list[float]] = {entry.computed: [] for entry in plan.entries}
     fewer: dict[int, list[float]] = {entry.computed: [] for entry in plan.entries}
@@ -77,6 +84,8 @@ def row(entry: Any, ours: list[float], fewer: list[float]) -> dict[str, Any]:
         "gain": statistics.mean(gains),
         "interval": interval,
         "calibration_psnr": entry.psnr,
+        "floor": entry.expected_psnr,
+        "each_verified": [round(value, 2) for value in entry.unseen],
         "mask": "".join("#" if computed else "." for computed in entry.mask),
         "each": [round(value, 2) for value in ours],
         "each_fewer": [round(value, 2) for value in fewer],
@@ -91,6 +100,8 @@ def main() -> None:
     parser.add_argument("--computed", nargs="+", type=int, default=COMPUTED)
     parser.add_argument("--effort", choices=["quick", "thorough"], default="quick")
     parser.add_argument("--calibrate-on", type=int, default=3000, help="seed of the prompt that is calibrated on (default %(default)s)")
+    parser.add_argument("--verify", type=int, default=8, help="prompts that the plan is verified on (default %(default)s)")
+    parser.add_argument("--verify-from", type=int, default=4000, help="first seed of these (default %(default)s)")
     parser.add_argument("--first", type=int, default=5000, help="first seed of the prompts that are measured (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--clips", type=int, default=2, help="clips of each seed that is measured")
@@ -106,11 +117,12 @@ def main() -> None:
         result["measured"][solver] = measure(solver, budgets, seeds, args)
         if args.out:
             write_record(args.out, result)
-    print("\n| solver | computed | calibrated plan | fewer steps | gain |\n|---|---|---|---|---|")
+    print("\n| solver | computed | calibrated plan | floor | fewer steps | gain |\n|---|---|---|---|---|---|")
     for solver, found in result["measured"].items():
         for line in found["rows"]:
             gain = f"{line['gain']:+.1f} ± {line['interval']:.1f}"
-            print(f"| {solver} | {line['computed']} | {line['psnr']:.1f} dB | {line['fewer_steps']:.1f} dB | {gain} |")
+            quality = f"{line['psnr']:.1f} dB | {line['floor']:.1f} dB | {line['fewer_steps']:.1f} dB"
+            print(f"| {solver} | {line['computed']} | {quality} | {gain} |")
 
 
 if __name__ == "__main__":

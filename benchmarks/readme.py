@@ -49,11 +49,12 @@ def equal_schedule(record: dict[str, Any]) -> str:
 
 def calibration(record: dict[str, Any]) -> str:
     """Return a row for each solver and number of computed steps."""
-    lines = ["| solver | computed | calibrated | plain steps | gain |", "|---" * 5 + "|"]
+    lines = ["| solver | computed | calibrated | floor | plain steps | gain |", "|---" * 6 + "|"]
     for solver, found in record["measured"].items():
         for row in found["rows"]:
             gain = f"{row['gain']:+.1f} ± {row['interval']:.1f}"
-            lines.append(f"| {SOLVERS[solver]} | {row['computed']} | {row['psnr']:.1f} dB | {row['fewer_steps']:.1f} dB | {gain} |")
+            quality = f"{row['psnr']:.1f} dB | {row['floor']:.1f} dB | {row['fewer_steps']:.1f} dB"
+            lines.append(f"| {SOLVERS[solver]} | {row['computed']} | {quality} | {gain} |")
     return "\n".join(lines)
 
 

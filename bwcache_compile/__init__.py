@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bwcache_compile.bundle.load import load
     from bwcache_compile.bundle.manifest import Manifest
     from bwcache_compile.bundle.session import Session
-    from bwcache_compile.calibration import CalibrationPlan, calibrate
+    from bwcache_compile.calibration import CalibrationPlan, calibrate, verify_plan
     from bwcache_compile.html_report import write_node_data, write_report
     from bwcache_compile.ir.graph_text import graph_diff
     from bwcache_compile.ir.plan import BlockSearch, CachePlan
@@ -65,6 +65,7 @@ _HOMES = {
     "load": "bundle.load",
     "trace_steps": "step_trace",
     "transform": "api",
+    "verify_plan": "calibration",
     "write_node_data": "html_report",
     "write_report": "html_report",
 }
@@ -103,6 +104,7 @@ __all__ = [
     "load",
     "trace_steps",
     "transform",
+    "verify_plan",
     "write_node_data",
     "write_report",
 ]

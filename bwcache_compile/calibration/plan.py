@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bwcache_compile.atomic_write import write_atomically
 from bwcache_compile.calibration.masks import mask_text
+from bwcache_compile.calibration.plan_entry import PlanEntry
 from bwcache_compile.calibration.rules import RULES
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import UNNAMED_PREFIX
 from bwcache_compile.errors import ConfigError, warn
 
 FORMAT = "bwcache-calibration"
-VERSION = 2
+VERSION = 3
 LARGE_NORM = 8.0
 """Norm of the weights above which a plan warns. On the bundled model, fits at 10 to 20 of 50 steps stay at or below 7.3."""
 MARGIN = 1.35
@@ -28,58 +28,6 @@ with three times, where they do not.
 """
 Value = TypeVar("Value")
 _BUDGET_SLACK = 0.02
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanEntry:
-    """What to do for one budget.
-
-    Attributes:
-        mask: For each step, whether it is computed.
-        weights: For each step, the weights of the anchors, newest first; zeros where the step is computed.
-        psnr: PSNR in dB on the calibration prompt, against the generation in which every step is computed.
-        rule: How the weights were found: "fitted", or a fixed rule ("hold", "linear", "damped").
-        fewer_steps_psnr: PSNR of the plain model with as many steps as this entry computes; None where it was not measured.
-        indicators: For each step, the mean of the contexts' indicators on the calibration prompt; None at steps that measure nothing,
-            and for all where the plan was not calibrated to be guarded.
-    """
-
-    mask: tuple[bool, ...]
-    weights: tuple[tuple[float, ...], ...]
-    psnr: float
-    rule: str = "fitted"
-    fewer_steps_psnr: float | None = None
-    indicators: tuple[float | None, ...] | None = None
-
-    @property
-    def computed(self) -> int:
-        """Number of computed steps."""
-        return sum(self.mask)
-
-    @property
-    def budget(self) -> float:
-        """Share of computed steps."""
-        return self.computed / len(self.mask)
-
-    @property
-    def speedup(self) -> float:
-        """Speed-up of the model's calls if a reused step cost nothing."""
-        return len(self.mask) / self.computed
-
-    @property
-    def amplification(self) -> tuple[float, int]:
-        """The largest norm of a reused step's weights, by which noise in the anchors is amplified, and the step."""
-        return max((math.hypot(*row), step) for step, row in enumerate(self.weights))
-
-    @property
-    def fewer_steps_wins(self) -> bool:
-        """Whether the plain model with as many steps is closer to the full generation, as far as it was measured."""
-        return self.fewer_steps_psnr is not None and self.fewer_steps_psnr > self.psnr
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the entry as plain data, with what follows from its mask and its figures."""
-        follows = ("computed", "budget", "speedup", "fewer_steps_wins")
-        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in follows}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +107,7 @@ class CalibrationPlan:
             advice = f"  advice: run {entry.computed} plain steps instead" if entry.fewer_steps_wins else ""
             numbers = f"{entry.computed:9} {entry.speedup:8.2f}x {entry.psnr:6.1f} dB {fewer:>12}"
             lines.append(f"{numbers}  {entry.rule:7}  {mask_text(entry.mask)}{advice}")
+        lines += [entry.verified for entry in self.entries if entry.unseen]
         for entry in self.entries:
             norm, step = entry.amplification
             if norm > LARGE_NORM:
@@ -222,7 +171,8 @@ class CalibrationPlan:
 
         Args:
             budget: Share of computed steps.
-            psnr: Least PSNR in dB on the calibration prompt; the entry with the fewest computed steps is returned.
+            psnr: Least PSNR in dB, as `PlanEntry.expected_psnr` has it: on the calibration prompt, or after `verify_plan` on unseen
+                ones. The entry with the fewest computed steps is returned.
             speedup: Least speed-up by skipped steps; the entry with the highest PSNR is returned.
 
         Raises:
@@ -235,18 +185,18 @@ class CalibrationPlan:
             entry = min(self.entries, key=lambda e: abs(e.budget - budget))
             met = abs(entry.budget - budget) <= max(_BUDGET_SLACK, 0.5 / self.steps)
         elif psnr is not None:
-            good = [e for e in self.entries if e.psnr >= psnr]
-            entry = min(good, key=lambda e: e.computed) if good else max(self.entries, key=lambda e: e.psnr)
+            good = [e for e in self.entries if e.expected_psnr >= psnr]
+            entry = min(good, key=lambda e: e.computed) if good else max(self.entries, key=lambda e: e.expected_psnr)
             met = bool(good)
         else:
             fast = [e for e in self.entries if e.speedup >= (speedup or 0)]
-            entry = max(fast, key=lambda e: e.psnr) if fast else max(self.entries, key=lambda e: e.speedup)
+            entry = max(fast, key=lambda e: e.expected_psnr) if fast else max(self.entries, key=lambda e: e.speedup)
             met = bool(fast)
         if not met:
             ((name, value),) = targets.items()
             warn(
                 f"no entry of this plan meets {name}={value:g}; the nearest one computes {entry.computed} of {self.steps} steps"
-                f" ({entry.psnr:.1f} dB, {entry.speedup:.2f}x). Calibrate with other budgets, or choose from the plan:\n{self}"
+                f" ({entry.expected_psnr:.1f} dB, {entry.speedup:.2f}x). Calibrate with other budgets, or choose from the plan:\n{self}"
             )
         return entry
 
@@ -292,7 +242,8 @@ def _entry(read: dict[str, Any]) -> PlanEntry:
     if len(weights) != len(read["mask"]) or len({len(row) for row in weights}) != 1:
         raise TypeError("the weights do not fit the mask")
     indicators = None if read["indicators"] is None else tuple(read["indicators"])
-    return PlanEntry(**{**read, "mask": tuple(map(bool, read["mask"])), "weights": weights, "indicators": indicators})
+    lists = {name: tuple(map(float, read[name])) for name in ("unseen", "unseen_fewer_steps")}
+    return PlanEntry(**{**read, **lists, "mask": tuple(map(bool, read["mask"])), "weights": weights, "indicators": indicators})
 
 
 def _provenance(read: dict[str, Any]) -> Provenance:

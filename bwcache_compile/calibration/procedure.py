@@ -17,7 +17,8 @@ from bwcache_compile.calibration.bounds import with_indicators
 from bwcache_compile.calibration.cut_model import CutModel, OutputCut
 from bwcache_compile.calibration.evaluate import Candidate, Evaluator, Generate, fixed_rule
 from bwcache_compile.calibration.graph_cut import GraphCut
-from bwcache_compile.calibration.plan import CalibrationPlan, PlanEntry, Provenance
+from bwcache_compile.calibration.plan import CalibrationPlan, Provenance
+from bwcache_compile.calibration.plan_entry import PlanEntry
 from bwcache_compile.calibration.progress import Progress
 from bwcache_compile.calibration.recording import RecordedStep, context_names
 from bwcache_compile.calibration.sampler_map import TOLERANCE, SamplerMap, first_difference, recover_map

@@ -95,7 +95,7 @@ def test_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("bwcache-calibration", "other", "is not a calibration plan"),
-        ('"version": 2', '"version": 1', r"has plan version 1, but this release reads 2\. Calibrate again\."),
+        ('"version": 3', '"version": 1', r"has plan version 1, but this release reads 3\. Calibrate again\."),
         ('"mask"', '"masks"', "is damaged"),
         ("{", "", "is damaged"),
     ],
