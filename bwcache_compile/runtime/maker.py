@@ -14,10 +14,14 @@ from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.sizes import VaryingSizes
 from bwcache_compile.runtime import notes
-from bwcache_compile.runtime.runnable import RunnableProgram
+from bwcache_compile.runtime.runnable import RunnableProgram, make_room
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.trial import Request, Toolchain, Trial
 from bwcache_compile.runtime.watch import ModelWatch
+
+MAX_SIBLINGS = 8
+"""Programs of one capture that are kept. FX keeps the text of every graph as long as the process lives, so to make them at each switch
+would grow without end."""
 
 
 def differ_in_sizes(one: CallKey, other: CallKey) -> bool:
@@ -115,12 +119,23 @@ class ProgramMaker:
         signature, key = program.signature, request.key
         others = [other.sizes for other in kept if other.kind == key.kind]
         noted = [*notes.built_in(signature), *notes.fixed_sizes(signature, key, others, self.fixed.get(key.kind, ""))]
-        return self._runnable(program, key._replace(values=signature.values), tuple(noted))
+        made = self._runnable(program, key._replace(values=signature.values), tuple(noted))
+        made.siblings[request.config.graph_settings] = made
+        return made
 
     def rebuild(self, runnable: RunnableProgram, config: CacheConfig) -> RunnableProgram:
-        """Return a program with graphs for other settings, made from the same capture; it is not compared with the model yet."""
-        again = self._runnable(self._toolchain.build(runnable.program.fresh(), config), runnable.key, runnable.notes)
-        again.checked.clear()
+        """Return the program with graphs for other settings that is made from the same capture.
+
+        A new one is not compared with the model yet. The last few are kept: settings that come back make and compile nothing.
+        """
+        siblings, settings = runnable.siblings, config.graph_settings
+        again = siblings.pop(settings, None)
+        if again is None:
+            again = self._runnable(self._toolchain.build(runnable.program.fresh(), config), runnable.key, runnable.notes)
+            again.checked.clear()
+            make_room(siblings, MAX_SIBLINGS)
+            again.siblings = siblings
+        siblings[settings] = again
         self._alive.add(again)
         return again
 

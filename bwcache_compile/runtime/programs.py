@@ -271,9 +271,8 @@ class ProgramCache:
 
     def judge(self, config: CacheConfig) -> None:
         """Warn of settings that do not suit what is captured."""
-        for runnable in list(self._kept.values())[:1]:
-            for text in amplified_noise(runnable.program, config):
-                warn(text)
+        for text in amplified_noise(self._last.program, config) if self._last else ():
+            warn(text)
 
     def explain(self, config: CacheConfig) -> dict[str, GraphDiff]:
         """Return what each pass changed in the program used last."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_in, cache_out
+from bwcache_compile.graph_settings import GraphSettings
 from bwcache_compile.ir.compare import same
 from bwcache_compile.ir.policy_tensors import policy_parameters
 from bwcache_compile.ir.program import OURS, ModelProgram
@@ -57,7 +58,7 @@ def _uses_cuda_graphs(options: Mapping[str, Any]) -> bool:
     return mode in ("reduce-overhead", "max-autotune") or bool(chosen.get("triton.cudagraphs"))
 
 
-def _make_room(table: dict[Any, Any], most: int) -> None:
+def make_room(table: dict[Any, Any], most: int) -> None:
     """Drop the oldest entry of a full table."""
     while len(table) >= most:
         table.pop(next(iter(table)), None)
@@ -73,6 +74,8 @@ class RunnableProgram:
         graphs: The same again, compiled where asked for.
         addresses: Where the tensors lie in memory that the graphs hold.
         notes: What the capture adds to the notes of the plan.
+        siblings: The programs that are made from the same capture, this one among them, by the settings that shape their graphs; the last
+            used is the last.
         input_kinds: Shape and dtype of each of the user's inputs; None where it is no tensor or a size is open.
     """
 
@@ -81,6 +84,7 @@ class RunnableProgram:
         self.program, self.key, self.notes = program, key, notes
         self.checked = {key.sizes}
         self.refused: set[CallSizes] = set()
+        self.siblings: dict[GraphSettings, RunnableProgram] = {}
         self.plan = program.planned()
         self.guarded = program.guarded is not None
         kinds = ("guarded",) if self.guarded else ("compute", "reuse")
@@ -146,7 +150,7 @@ class RunnableProgram:
         """Return int64[1] on the device; those of the last steps are kept."""
         tensor = self._steps.get(step)
         if tensor is None:
-            _make_room(self._steps, _MOST_STEPS)
+            make_room(self._steps, _MOST_STEPS)
             tensor = self._steps[step] = torch.tensor([step], dtype=torch.int64, device=self.plan.device)
         return tensor
 
@@ -167,7 +171,7 @@ class RunnableProgram:
         key = (config, num_steps, kind)
         found = self._settings.get(key)
         if found is None:
-            _make_room(self._settings, _MOST_SETTINGS)
+            make_room(self._settings, _MOST_SETTINGS)
             found = self._settings[key] = policy_parameters(config, num_steps, self.plan.device, names)
         self._last_settings[kind] = config, num_steps, found
         return found

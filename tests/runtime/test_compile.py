@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import bwcache_compile as bw
+from bwcache_compile.runtime.maker import MAX_SIBLINGS
 from tests.models import OneStream, TwoStream, noise
 from tests.zoo import ZOO
 
@@ -67,6 +68,28 @@ def test_another_plan_compiles_nothing() -> None:
     cached.configure(weights=None, order=2, damping=0.4)
     generation(compiled, cached, model, 6, "cond")
     assert graphs() == 2
+
+
+def test_settings_that_come_back_make_and_compile_nothing() -> None:
+    """Those of another policy or way of reusing have other graphs; the last few of each capture are kept."""
+    model = OneStream().eval()
+    settings: list[dict[str, Any]] = [
+        {"policy": "static", "steps_mask": (0, 0, 1, 0), "reuse": "output"},
+        {"policy": "static", "steps_mask": (0, 0, 1, 0), "reuse": "taylor"},
+    ]
+    cached = bw.transform(model, settings[0])
+    compiled, programs = torch.compile(cached), []
+    for turn in range(6):
+        cached.configure(settings[turn % 2])
+        generation(compiled, cached, model, 4, "cond")
+        programs.append(cached.program)
+        assert graphs() == (2 if turn == 0 else 4)
+    assert programs == [programs[0], programs[1]] * 3
+    assert programs[0] is not programs[1]
+    for length in range(5, 5 + MAX_SIBLINGS):
+        cached.configure(steps_mask=(0,) * length)
+    cached.configure(settings[0])
+    assert cached.program is not programs[0], "after many others they are made anew"
 
 
 @pytest.mark.parametrize("reuse", ["output", "residual", "taylor"])
