@@ -84,7 +84,7 @@ def row(entry: Any, ours: list[float], fewer: list[float]) -> dict[str, Any]:
         "gain": statistics.mean(gains),
         "interval": interval,
         "calibration_psnr": entry.psnr,
-        "floor": entry.expected_psnr,
+        "floor": entry.psnr_floor,
         "each_verified": [round(value, 2) for value in entry.unseen],
         "mask": "".join("#" if computed else "." for computed in entry.mask),
         "each": [round(value, 2) for value in ours],

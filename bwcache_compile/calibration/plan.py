@@ -171,7 +171,7 @@ class CalibrationPlan:
 
         Args:
             budget: Share of computed steps.
-            psnr: Least PSNR in dB, as `PlanEntry.expected_psnr` has it: on the calibration prompt, or after `verify_plan` on unseen
+            psnr: Least PSNR in dB, as `PlanEntry.psnr_floor` has it: on the calibration prompt, or after `verify_plan` on unseen
                 ones. The entry with the fewest computed steps is returned.
             speedup: Least speed-up by skipped steps; the entry with the highest PSNR is returned.
 
@@ -185,18 +185,18 @@ class CalibrationPlan:
             entry = min(self.entries, key=lambda e: abs(e.budget - budget))
             met = abs(entry.budget - budget) <= max(_BUDGET_SLACK, 0.5 / self.steps)
         elif psnr is not None:
-            good = [e for e in self.entries if e.expected_psnr >= psnr]
-            entry = min(good, key=lambda e: e.computed) if good else max(self.entries, key=lambda e: e.expected_psnr)
+            good = [e for e in self.entries if e.psnr_floor >= psnr]
+            entry = min(good, key=lambda e: e.computed) if good else max(self.entries, key=lambda e: e.psnr_floor)
             met = bool(good)
         else:
             fast = [e for e in self.entries if e.speedup >= (speedup or 0)]
-            entry = max(fast, key=lambda e: e.expected_psnr) if fast else max(self.entries, key=lambda e: e.speedup)
+            entry = max(fast, key=lambda e: e.psnr_floor) if fast else max(self.entries, key=lambda e: e.speedup)
             met = bool(fast)
         if not met:
             ((name, value),) = targets.items()
             warn(
                 f"no entry of this plan meets {name}={value:g}; the nearest one computes {entry.computed} of {self.steps} steps"
-                f" ({entry.expected_psnr:.1f} dB, {entry.speedup:.2f}x). Calibrate with other budgets, or choose from the plan:\n{self}"
+                f" ({entry.psnr_floor:.1f} dB, {entry.speedup:.2f}x). Calibrate with other budgets, or choose from the plan:\n{self}"
             )
         return entry
 

@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 
+_STUDENT_95 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
+"""Student's t for one side, 95 %, of 1 degree of freedom, 2, and so on; the last serves all more."""
+
+
 def _standard_error(values: Sequence[float]) -> float:
     """Return the standard error of a mean; 0 for a single value, of which nothing is known."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
@@ -60,9 +64,12 @@ class PlanEntry:
         return max((math.hypot(*row), step) for step, row in enumerate(self.weights))
 
     @property
-    def expected_psnr(self) -> float:
-        """PSNR in dB to count on: the mean over unseen prompts less its standard error, else that on the calibration prompt."""
-        return statistics.mean(self.unseen) - _standard_error(self.unseen) if self.unseen else self.psnr
+    def psnr_floor(self) -> float:
+        """PSNR in dB that the mean over prompts is above, with 95 % confidence, by the unseen ones; else that on the calibration prompt."""
+        if not self.unseen:
+            return self.psnr
+        quantile = _STUDENT_95[min(len(self.unseen) - 1, len(_STUDENT_95)) - 1]
+        return statistics.mean(self.unseen) - quantile * _standard_error(self.unseen)
 
     @property
     def fewer_steps_wins(self) -> bool:
@@ -81,5 +88,5 @@ class PlanEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as plain data, with what follows from its mask and its figures."""
-        follows = ("computed", "budget", "speedup", "expected_psnr", "fewer_steps_wins")
+        follows = ("computed", "budget", "speedup", "psnr_floor", "fewer_steps_wins")
         return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in follows}}
