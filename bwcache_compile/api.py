@@ -5,49 +5,37 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from bwcache_compile import passes
+from bwcache_compile.api_arguments import CAPTURES, Capture, block_names, check_arguments, check_model
 from bwcache_compile.capture.capture import capture as capture_graph
 from bwcache_compile.capture.flatten import flat_program
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError, warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.plan import BlockSearch
+from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.opaque import OpaqueModel
 from bwcache_compile.passes import Guard
 from bwcache_compile.region import RegionModel
 from bwcache_compile.runtime import CachedModel, Toolchain
-from bwcache_compile.runtime.hooks import refuse_hooks
 from bwcache_compile.runtime.signature import leaves_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Capture = Literal["whole", "region", "opaque"]
-"""What is captured: the model as one graph, its stacks of blocks, or nothing: then the calls of its blocks are guarded."""
-
-CAPTURES: tuple[Capture, ...] = get_args(Capture)
-
 Cached = CachedModel | RegionModel | OpaqueModel
 """What `transform` returns, by what is captured."""
 
 
-def _names(blocks: Sequence[str] | None) -> tuple[str, ...]:
-    if blocks is None:
-        return ()
-    if isinstance(blocks, str) or not blocks or not all(isinstance(name, str) for name in blocks):
-        raise ConfigError(f'blocks must be a list of module paths, such as ["transformer_blocks"], got {blocks!r}.')
-    return tuple(blocks)
-
-
-def _toolchain(blocks: Sequence[str] | None, guard: Guard) -> Toolchain:
-    choices: dict[str, Any] = {"blocks": _names(blocks), "guard": guard}
+def _toolchain(blocks: Sequence[str] | None, guard: Guard, ranks: Ranks | None) -> Toolchain:
+    choices: dict[str, Any] = {"blocks": block_names(blocks), "guard": guard, "ranks": ranks}
     build, explain = functools.partial(passes.build, **choices), functools.partial(passes.explain, **choices)
-    return Toolchain(capture=capture_graph, build=build, explain=explain, guard=guard)
+    return Toolchain(capture=capture_graph, build=build, explain=explain, guard=guard, ranks=ranks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +43,10 @@ class _StackMaker:
     """Makes a cached model of a stack; a value, so that what holds it can be pickled."""
 
     verify: Verify
+    ranks: Ranks | None
 
     def __call__(self, stack: nn.Module, config: CacheConfig) -> CachedModel:
-        return CachedModel(stack, config, _toolchain(None, "host"), None, self.verify)
+        return CachedModel(stack, config, _toolchain(None, "host", self.ranks), None, self.verify)
 
 
 @overload
@@ -69,6 +58,8 @@ def transform(
     example_args: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
     verify: Verify = "bitwise",
+    process_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     **settings: Any,
 ) -> RegionModel: ...
 
@@ -83,6 +74,7 @@ def transform(
     example_kwargs: dict[str, Any] | None = None,
     verify: Verify = "bitwise",
     process_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     **settings: Any,
 ) -> OpaqueModel: ...
 
@@ -96,6 +88,8 @@ def transform(
     example_args: tuple[Any, ...] | None = None,
     example_kwargs: dict[str, Any] | None = None,
     verify: Verify = "bitwise",
+    process_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     **settings: Any,
 ) -> Cached: ...
 
@@ -112,6 +106,8 @@ def transform(
     dynamic_shapes: Any = None,
     verify: Verify = "bitwise",
     capture: Literal["whole"] = "whole",
+    process_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     **settings: Any,
 ) -> CachedModel: ...
 
@@ -128,6 +124,7 @@ def transform(
     verify: Verify = "bitwise",
     capture: Capture | Literal["auto"] = "whole",
     process_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     **settings: Any,
 ) -> Cached:
     """Return a drop-in for a diffusion transformer that reuses its blocks' outputs where they hardly change.
@@ -166,61 +163,39 @@ def transform(
             models whose blocks cannot be captured either, or have work of the model's own Python between them: the calls of the
             blocks' modules are guarded as they are, and nothing can be exported. "auto" takes the first of these that works on the
             examples, and warns where it is not "whole".
-        process_group: With "opaque": ranks that run the model together (tensor, sequence or context parallelism, FSDP, guidance branches
-            on ranks of their own) and must compute and reuse the same steps. A policy that measures takes one `all_reduce` for each
-            computed step. Masks need none.
+        process_group: Ranks that run the model together (tensor, sequence or context parallelism, FSDP, guidance branches on ranks of their
+            own) and must compute and reuse the same steps. A policy that measures takes one `all_reduce` of two numbers a block for each
+            computed step (of each stack, with "region"), in the graph of a computed step where there is one. Masks need none.
+        sequence_group: The ranks that hold equal parts of the sequence, in its order (dimension 1 of what the blocks return), each of
+            them one. The tokens that are measured are then chosen in the whole sequence, as one process would.
         **settings: Single settings of `CacheConfig`, on top of `config`: `transform(model, threshold=0.1, num_steps=50)`.
 
     Returns:
         A module that is called like `model`, and returns what `model` returns.
 
     Raises:
-        ConfigError: `model` is no module, is compiled already, or has offload hooks.
+        ConfigError: `model` is no module, is compiled already, has offload hooks, or holds sharded weights, which only "opaque" takes.
         StateError: `model` is a cached model already.
         CaptureError, NoBlocksFoundError, UnsupportedGraphError: With examples, what the first call would raise.
     """
     if isinstance(model, Cached):
         raise StateError("this model is already transformed. Use it as it is, or transform the original model again with other settings.")
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"transform expects a torch.nn.Module, got {type(model).__name__}.")
-    if hasattr(model, "_orig_mod"):
-        raise ConfigError("this model is already compiled. Call transform on the original model, then torch.compile on the result.")
-    if getattr(model, "_compiled_call_impl", None) is not None:
-        raise ConfigError(
-            "this model was compiled in place with model.compile(). Call transform on the model before it is compiled, then compile the"
-            " result."
-        )
-    if capture != "opaque":  # which calls the modules as they are
-        refuse_hooks(model)
+    check_model(model, capture)
     config = CacheConfig.of(config, **settings) if config is not None or settings else CacheConfig.recommended()
-    if guard not in get_args(Guard):
-        raise ConfigError(f"guard must be one of {', '.join(map(repr, get_args(Guard)))}, got {guard!r}.")
-    config.check_guard(guard)
-    if verify not in get_args(Verify):
-        raise ConfigError(f"verify must be one of {', '.join(map(repr, get_args(Verify)))}, got {verify!r}.")
-    if isinstance(dynamic_shapes, str) and dynamic_shapes != "auto":
-        raise ConfigError(f'dynamic_shapes must be "auto", None or what torch.export.export takes, got {dynamic_shapes!r}.')
-    if not isinstance(example_args, (tuple, list, type(None))):
-        raise ConfigError(f"example_args must be a tuple, such as (latents, timestep), got {type(example_args).__name__}.")
-    if capture not in (*CAPTURES, "auto"):
-        raise ConfigError(f"capture must be one of {', '.join(map(repr, (*CAPTURES, 'auto')))}, got {capture!r}.")
-    if capture != "whole" and (blocks is not None or guard != "host" or dynamic_shapes is not None):
-        raise ConfigError(
-            f"capture={capture!r} finds the blocks itself and decides on the host: leave out blocks, guard and dynamic_shapes."
-        )
-    if process_group is not None and capture != "opaque":
-        raise ConfigError(f'process_group requires capture="opaque", got capture={capture!r}. With a mask, ranks need no process group.')
+    ranks = Ranks.of(process_group, sequence_group)
+    check_arguments(config, capture, guard, verify, dynamic_shapes, example_args, blocks, ranks is not None)
     if capture == "auto":
         if example_args is None and example_kwargs is None:
             raise ConfigError('capture="auto" tries the ways of capturing one after the other: pass example_args or example_kwargs.')
-        return _first_that_works(model, config, verify, tuple(example_args or ()), example_kwargs or {})
+        groups = {"process_group": process_group, "sequence_group": sequence_group}
+        return _first_that_works(model, config, verify, tuple(example_args or ()), example_kwargs or {}, groups)
     cached: Cached
     if capture == "region":
-        cached = RegionModel(model, config, _StackMaker(verify), verify)
+        cached = RegionModel(model, config, _StackMaker(verify, ranks), verify, ranks)
     elif capture == "opaque":
-        cached = OpaqueModel(model, config, verify, process_group)
+        cached = OpaqueModel(model, config, verify, ranks)
     else:
-        cached = CachedModel(model, config, _toolchain(blocks, guard), dynamic_shapes, verify)
+        cached = CachedModel(model, config, _toolchain(blocks, guard, ranks), dynamic_shapes, verify)
     if example_args is not None or example_kwargs is not None:
         cached.prepare(tuple(example_args or ()), example_kwargs or {})
     return cached
@@ -244,7 +219,12 @@ def _check_read_values(cached: CachedModel) -> None:
 
 
 def _first_that_works(
-    model: nn.Module, config: CacheConfig, verify: Verify, example_args: tuple[Any, ...], example_kwargs: dict[str, Any]
+    model: nn.Module,
+    config: CacheConfig,
+    verify: Verify,
+    example_args: tuple[Any, ...],
+    example_kwargs: dict[str, Any],
+    groups: dict[str, Any],
 ) -> Cached:
     """Transform a model by the first way of capturing that works on the examples, and warn where it is not "whole".
 
@@ -258,7 +238,8 @@ def _first_that_works(
         reasons, captures = f"\n  whole: {_beginning(error)}", CAPTURES[1:]
     for capture in captures:
         try:
-            cached = transform(model, config, verify=verify, capture=capture, example_args=example_args, example_kwargs=example_kwargs)
+            examples: dict[str, Any] = {"example_args": example_args, "example_kwargs": example_kwargs}
+            cached = transform(model, config, verify=verify, capture=capture, **examples, **groups)
             if isinstance(cached, CachedModel):
                 _check_read_values(cached)
         except (CaptureError, NoBlocksFoundError, UnsupportedGraphError, ConfigError) as error:
@@ -292,7 +273,7 @@ def find_blocks(
         CaptureError: The model could not be captured.
         ConfigError: `blocks` names nothing in the model, or what cannot be a chain of blocks.
     """
-    names = _names(blocks)
+    names = block_names(blocks)
     if isinstance(model, ExportedProgram):
         program = flat_program(model, "the exported program")
     elif isinstance(model, CachedModel) and model.cached_programs and not (example_args or example_kwargs):

@@ -109,6 +109,11 @@ def export(
         raise ConfigError("export writes a graph of the model, and this one is captured as opaque: there is no graph.")
     if not isinstance(cached, CachedModel):
         raise ConfigError(f"export expects the result of transform, got {type(given).__name__}.")
+    if cached.ranks is not None:
+        raise ConfigError(
+            "export writes graphs for one process, and this model decides over the ranks of a process group. Transform a model that is"
+            " whole on this rank without process_group, and export that."
+        )
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
     if guarded and format != "onnx":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from bwcache_compile.bundle.call import PAIRS
 from bwcache_compile.bundle.files import DTYPES
@@ -25,6 +26,16 @@ def _refuse_settings(config: CacheConfig) -> None:
             "decide='joint' cannot be exported: the contexts of a bundle decide separately.\n"
             "  Use decide='separate', or call the model once with the contexts batched."
         )
+
+
+def _refuse_collectives(program: ModelProgram) -> None:
+    for module in program.compute.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            if getattr(node.target, "namespace", "") in ("c10d", "_c10d_functional"):
+                raise ExportError(
+                    f"{program.model_name} communicates with other ranks in its forward (`{node.name}`), and a bundle runs in one"
+                    " process.\n  Export the model without parallelism, with all of its weights and inputs on one rank."
+                )
 
 
 def _refuse_writes(program: ModelProgram) -> None:
@@ -74,10 +85,11 @@ def refuse(program: ModelProgram, config: CacheConfig) -> None:
     """Refuse what cannot be exported.
 
     Raises:
-        ExportError: A guard per block, contexts that decide together, a model that writes to its buffers or inputs, an open
-            Python number, or a dtype that bundles do not have.
+        ExportError: A guard per block, contexts that decide together, a model that communicates with other ranks or writes to its
+            buffers or inputs, an open Python number, or a dtype that bundles do not have.
     """
     _refuse_settings(config)
+    _refuse_collectives(program)
     _refuse_writes(program)
     _refuse_inputs(program)
     _refuse_results(program)

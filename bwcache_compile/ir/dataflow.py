@@ -15,7 +15,9 @@ from torch.fx import Graph, GraphModule, Node
 from bwcache_compile.ir.torch_compat import OpOverload
 
 # They may return their input itself, and their schema does not say so.
-_SILENT_ALIASES = frozenset({"aten::type_as", "aten::dropout", "aten::feature_dropout", "aten::alpha_dropout"})
+_SILENT_ALIASES = frozenset({
+    "aten::type_as", "aten::dropout", "aten::feature_dropout", "aten::alpha_dropout", "_c10d_functional::wait_tensor"
+})  # fmt: skip
 
 T = TypeVar("T", bound=Hashable)
 

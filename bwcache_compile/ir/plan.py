@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bwcache_compile.graph_settings import GraphSettings
 from bwcache_compile.ir.layout import Order, in_order
+from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.sizes import Shape, Size
 from bwcache_compile.ir.work_share import WorkShare
 from bwcache_compile.size_expressions import evaluated
@@ -120,12 +121,16 @@ class CacheSlot:
 
 @dataclasses.dataclass(frozen=True)
 class IndicatorProbe:
-    """A feature that the indicator measures: block name, node, token slice (dimension 1) or None, sampling stride."""
+    """A feature that the indicator measures: block name, node, token slice (dimension 1) or None, sampling stride.
+
+    `ranks` measure it together; None for one process.
+    """
 
     block: str
     node: str
     token_range: tuple[Size, Size] | None
     stride: int | None
+    ranks: Ranks | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +266,8 @@ class CachePlan:
             f"policy {settings.policy}, reuse {settings.reuse}"
             + (f" from {settings.anchors} computed steps" if settings.anchors > 1 else "")
             + f", {len(self.measured)} blocks measured"
-            + (f", one token in {settings.indicator_tokens}" if settings.indicator_tokens != "all" else ", every token"),
+            + (f", one token in {settings.indicator_tokens}" if settings.indicator_tokens != "all" else ", every token")
+            + (", with one reduction over the ranks" if any(probe.ranks for probe in self.measured) else ""),
             f"state per context: {self.state_bytes / mib:.2f} MiB = {self.hidden_states:.2f} hidden states"
             f" ({outputs / mib:.2f} MiB outputs, {references / mib:.2f} MiB indicator);"
             f" {self.transient_bytes / mib:.2f} MiB while a step computes",

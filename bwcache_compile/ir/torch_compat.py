@@ -55,6 +55,7 @@ __all__ = [
     "pytree",
     "skip",
     "statically_known_true",
+    "sum_over_ranks",
     "trace_artifact",
     "wrapper_tensor",
 ]
@@ -73,6 +74,13 @@ def wrapper_tensor(kind: type[Tensor], like: Tensor) -> Any:
 def function_homes() -> tuple[Any, ...]:
     """Return where PyTorch's own Python bindings of ATen operators are, in the order to look."""
     return torch._C._VariableFunctions, torch._C._nn, Tensor
+
+
+def sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
+    """Return the sum of a tensor over the ranks of a process group, by its name: functional collectives, which graphs can hold."""
+    collectives = torch.ops._c10d_functional
+    summed: Tensor = collectives.wait_tensor(collectives.all_reduce(tensor, "sum", group))
+    return summed
 
 
 def force_stride_order() -> OpOverload:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.policy_tensors import policy_parameters
+from bwcache_compile.ir.ranks import Ranks, mean_over_ranks
 from bwcache_compile.opaque.guards import BlockCall, CallPlace
-from bwcache_compile.opaque.ranks import mean_over_ranks
 from bwcache_compile.policies import INDICATORS, POLICIES
 from bwcache_compile.policies.definitions import SmallSlot, takes
-from bwcache_compile.policies.sampling import sampled_tokens
+from bwcache_compile.policies.sampling import sampled_of_part, sampled_tokens
 from bwcache_compile.stepping import Cursor
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 Slots = Mapping[str, Tensor]
 """Kept tensors by the name of their slot."""
@@ -134,14 +131,17 @@ def _feature(call: BlockCall) -> Tensor | None:
     return next((leaf for leaf in call.outputs if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1), None)
 
 
-def _sample(config: CacheConfig, call: BlockCall, number: int) -> Tensor:
+def _sample(config: CacheConfig, call: BlockCall, number: int, ranks: Ranks | None) -> Tensor:
     """Take the measured tokens of a call."""
     feature = _feature(call)
     assert feature is not None
     if config.indicator_tokens == "all":
         return feature
-    rows = feature.reshape(-1, feature.shape[-1])
-    return rows[sampled_tokens(len(rows), config.indicator_tokens, number, feature.device)]
+    rows, stride, device = feature.reshape(-1, feature.shape[-1]), config.indicator_tokens, feature.device
+    if ranks is None or ranks.parts == 1:
+        return rows[sampled_tokens(len(rows), stride, number, device)]
+    batch = feature.shape[0] if feature.dim() > 2 else 1
+    return rows[sampled_of_part(batch, len(rows) // batch, stride, number, ranks.parts, ranks.part, device)]
 
 
 def computed_state(
@@ -149,7 +149,7 @@ def computed_state(
     state: OpaqueState,
     calls: Mapping[CallPlace, BlockCall],
     moment: Moment,
-    group: ProcessGroup | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[OpaqueState, Tensor | None]:
     """Return the state after a computed step, and what the indicator measured, float32[blocks].
 
@@ -158,7 +158,7 @@ def computed_state(
         state: The state before the step.
         calls: What the blocks returned.
         moment: Where the step is.
-        group: The ranks over which the indicator is measured; None measures on this one.
+        ranks: Those over which the indicator is measured; None measures on this one.
 
     Raises:
         ConfigError: The policy needs the number of steps, and it is not known.
@@ -173,7 +173,7 @@ def computed_state(
     shared: Slots = state.shared or _fresh(way.shared, device)
     if way.keep_shared is not None:
         shared = dict(zip(shared, _call(way.keep_shared, {**_kept(shared), **moment.operands}), strict=True))
-    features = {place: _sample(config, calls[place], number) for number, place in enumerate(_measured_calls(config, calls))}
+    features = {place: _sample(config, calls[place], number, ranks) for number, place in enumerate(_measured_calls(config, calls))}
     change = None
     named = {"step": moment.step, **(state.policy or _fresh(policy.slots, device))}
     if features:
@@ -181,7 +181,7 @@ def computed_state(
         alike = zip(references, features.values(), strict=True)
         references = [old if old.shape == new.shape else torch.zeros_like(new) for old, new in alike]
         change = INDICATORS[config.indicator](list(features.values()), references)
-        change = named["change"] = change if group is None else mean_over_ranks(change, references, group)
+        change = named["change"] = change if ranks is None else mean_over_ranks(change, references, ranks)
     names = [parameter.name for parameter in policy.parameters]
     named |= dict(zip(names, policy_parameters(config, moment.num_steps, device, names), strict=True))
     *slots, left = _call(policy.decide, named)

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify, difference, flat_outputs
+from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.ir.work_share import WARN_ABOVE
 from bwcache_compile.opaque.blocks import FoundBlocks, find_blocks
@@ -31,9 +32,6 @@ from bwcache_compile.runtime.watch import ModelWatch
 from bwcache_compile.step_events import StepEvent, step_event
 from bwcache_compile.stepping import StepInfo
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 class OpaqueModel(UncapturedModel):
     """A drop-in for a model of which no graph can be made. Made by `transform(model, capture="opaque")`.
@@ -45,17 +43,15 @@ class OpaqueModel(UncapturedModel):
 
     compiles = "each block"
 
-    def __init__(
-        self, model: nn.Module, config: CacheConfig, verify: Verify = "bitwise", process_group: ProcessGroup | None = None
-    ) -> None:
-        """Wrap a model; its blocks are found at the first call. The ranks of `process_group` take the same decisions.
+    def __init__(self, model: nn.Module, config: CacheConfig, verify: Verify = "bitwise", ranks: Ranks | None = None) -> None:
+        """Wrap a model; its blocks are found at the first call. `ranks` take the same decisions.
 
         Raises:
             ConfigError: A setting needs a graph.
         """
         super().__init__(model)
         _check(config)
-        self.cache_config, self._verify, self._group = config, verify, process_group
+        self.cache_config, self._verify, self._ranks = config, verify, ranks
         self._contexts = ContextTable(OpaqueContext)
         self._found: FoundBlocks | None = None
         self._found_in = -1
@@ -76,7 +72,7 @@ class OpaqueModel(UncapturedModel):
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         """Copy or pickle the model and the settings; the copy finds its blocks anew and starts without state."""
-        return OpaqueModel, (self._original, self.cache_config, self._verify, self._group)
+        return OpaqueModel, (self._original, self.cache_config, self._verify, self._ranks)
 
     @property
     def cached_blocks(self) -> tuple[str, ...]:
@@ -127,7 +123,7 @@ class OpaqueModel(UncapturedModel):
             try:
                 outputs, state, change = self._reuse(step, args, kwargs)
             except CallsChanged as changed:
-                if self._group is not None:
+                if self._ranks is not None:
                     raise StateError(
                         f"{changed}. Other ranks may have reused step {step.advance.step} meanwhile, so it is not computed here."
                         " Call cached.reset() on all ranks."
@@ -183,7 +179,7 @@ class OpaqueModel(UncapturedModel):
         """Run every block."""
         calls = ComputeCalls()
         outputs = self._run(calls, args, kwargs)
-        state, change = computed_state(step.config, step.state, calls.done, step.moment, self._group)
+        state, change = computed_state(step.config, step.state, calls.done, step.moment, self._ranks)
         self._measured = tuple(map(str, state.references))
         return outputs, state, change
 

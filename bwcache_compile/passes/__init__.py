@@ -8,6 +8,7 @@ from typing import Literal
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.graph_text import GraphDiff, graph_diff, snapshot
 from bwcache_compile.ir.program import ModelProgram, PassResult
+from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes.arrange_sources import arrange_sources
 from bwcache_compile.passes.canonicalize import canonicalize
@@ -82,6 +83,7 @@ def build(
     after_pass: AfterPass | None = None,
     blocks: Sequence[str] = (),
     guard: Guard = "host",
+    ranks: Ranks | None = None,
 ) -> ModelProgram:
     """Turn a captured program into its cached form: find the blocks, plan, rewrite.
 
@@ -91,6 +93,7 @@ def build(
         after_pass: See `run_pipeline`.
         blocks: Names of the blocks to cache instead of those that are found; see `find_blocks`.
         guard: "host" makes the `compute` and `reuse` graphs, "graph" the `guarded` one.
+        ranks: Those that run the model together and decide alike; None for one process.
 
     Raises:
         NoBlocksFoundError: There is nothing to cache.
@@ -98,11 +101,13 @@ def build(
         UnsupportedGraphError: A cached step could not reproduce what the graph does.
     """
     program = _edited(program, TIDY_PIPELINE, after_pass)
-    program = program.replace(plan=plan_cache(program, find_blocks(program, blocks), config))
+    program = program.replace(plan=plan_cache(program, find_blocks(program, blocks), config, ranks))
     return run_pipeline(program, CACHE_PIPELINE if guard == "host" else GUARD_PIPELINE, after_pass)
 
 
-def explain(program: ModelProgram, config: CacheConfig, blocks: Sequence[str] = (), guard: Guard = "host") -> dict[str, GraphDiff]:
+def explain(
+    program: ModelProgram, config: CacheConfig, blocks: Sequence[str] = (), guard: Guard = "host", ranks: Ranks | None = None
+) -> dict[str, GraphDiff]:
     """Build a captured program pass by pass and return what each changed, by name, and all together as "whole".
 
     `specialize` and "whole" compare with the graph of a reused step: what is missing there is what reuse saves. With the
@@ -117,6 +122,6 @@ def explain(program: ModelProgram, config: CacheConfig, blocks: Sequence[str] = 
         diffs[name] = graph_diff(latest, now, name)
         latest = now
 
-    plan = build(program, config, record, blocks, guard).planned()
+    plan = build(program, config, record, blocks, guard, ranks).planned()
     diffs["whole"] = graph_diff(first, latest, "whole", blocks=len(plan.blocks))
     return diffs

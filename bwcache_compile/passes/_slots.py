@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.errors import ConfigError
 from bwcache_compile.ir.edit import size_values
 from bwcache_compile.ir.layout import Order, slot_order
 from bwcache_compile.ir.plan import CacheSlot, IndicatorProbe, Region
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.sizes import hint, size_of
 from bwcache_compile.policies import POLICIES, SmallSlot
+from bwcache_compile.policies.sampling import sampled_of_part
 from bwcache_compile.size_expressions import evaluated, largest
 
 
@@ -26,13 +28,38 @@ def _slot(
     return CacheSlot(name, role, tuple(map(size_of, sizes)), dtype, tuple(map(hint, sizes)), order or tuple(range(len(sizes))), fill)
 
 
-def _reference_slot(program: ModelProgram, name: str, measured: IndicatorProbe, value: Tensor) -> CacheSlot:
+def own_tokens(shape: Sequence[int | SymInt], measured: IndicatorProbe, index: int) -> Tensor | None:
+    """Return which rows of a feature this rank measures, where the ranks hold parts of the tokens; None where each chooses alone.
+
+    Args:
+        shape: Of the feature: batch, this rank's tokens, channels.
+        measured: What is measured, by a stride.
+        index: Position among the measured features.
+
+    Raises:
+        ConfigError: A size is open.
+    """
+    ranks, stride = measured.ranks, measured.stride
+    if ranks is None or ranks.parts == 1:
+        return None
+    assert stride is not None
+    batch, tokens = shape[0] if len(shape) > 2 else 1, math.prod(shape[1:-1] if len(shape) > 2 else shape[:-1])
+    if not isinstance(batch, int) or not isinstance(tokens, int):
+        raise ConfigError(
+            f"indicator_tokens={stride} with sequence_group chooses among the tokens of all ranks, which takes fixed sizes. Leave out"
+            ' dynamic_shapes, or set indicator_tokens="all".'
+        )
+    return sampled_of_part(batch, tokens, stride, index, ranks.parts, ranks.part)
+
+
+def _reference_slot(program: ModelProgram, name: str, measured: IndicatorProbe, value: Tensor, index: int) -> CacheSlot:
     shape = list(value.shape)
     if measured.token_range is not None:
         start, stop = evaluated(measured.token_range, size_values(program))
         shape[1] = stop - start
     if measured.stride is not None:
-        shape = [largest(1, math.prod(shape[:-1]) // measured.stride), shape[-1]]
+        own = own_tokens(shape, measured, index)
+        shape = [largest(1, math.prod(shape[:-1]) // measured.stride) if own is None else len(own), shape[-1]]
     return _slot(name, "reference", shape, value.dtype)
 
 
@@ -50,5 +77,5 @@ def region_slots(program: ModelProgram, config: CacheConfig, region: Region, nod
     slots = [like_output(i, value, kind) for kind in way.slots for i, value in enumerate(values)]
     slots += map(small, way.shared)
     for i, m in enumerate(region.measured):
-        slots.append(_reference_slot(program, region.slot("reference", i), m, nodes[m.node].meta["val"]))
+        slots.append(_reference_slot(program, region.slot("reference", i), m, nodes[m.node].meta["val"], i))
     return (*slots, *map(small, policy.slots))

@@ -14,8 +14,10 @@ from bwcache_compile.ir.edit import call_traced, check_results, fake, inserted, 
 from bwcache_compile.ir.graph_text import called_graph
 from bwcache_compile.ir.plan import IndicatorProbe, Region
 from bwcache_compile.ir.program import OURS, ModelProgram, PassResult
+from bwcache_compile.ir.ranks import mean_over_ranks
 from bwcache_compile.ir.sizes import Size, size_of
 from bwcache_compile.ir.torch_compat import OpOverload
+from bwcache_compile.passes._slots import own_tokens
 from bwcache_compile.policies import INDICATORS
 from bwcache_compile.policies.sampling import sampled_tokens
 
@@ -44,15 +46,15 @@ def _passed_in(program: ModelProgram, call: Node, size: Size) -> Node | int:
         return new_input(graph, outer.name, outer.meta["val"])
 
 
-def _places(program: ModelProgram, call: Node, before: Node, measured: IndicatorProbe, index: int) -> Node:
+def _places(program: ModelProgram, call: Node, before: Node, shape: torch.Size, measured: IndicatorProbe, index: int) -> Node:
     """Say which rows of a feature are measured: a constant, or worked out in the graph where their number is open."""
     stride, device, inner = measured.stride, program.planned().device, called_graph(program.compute, call)
     assert stride is not None
-    rows = _passed_in(program, call, size_of(before.meta["val"].shape[0]))
+    rows, own = _passed_in(program, call, size_of(before.meta["val"].shape[0])), own_tokens(shape, measured, index)
     with inner.graph.inserting_before(before):
         if isinstance(rows, Node):
             return call_traced(inner, f"tokens_{index}", lambda n: sampled_tokens(n, stride, index, device), [rows])
-        places = sampled_tokens(rows, stride, index).to(device)
+        places = (sampled_tokens(rows, stride, index) if own is None else own).to(device)
         inner.register_buffer(f"{OURS}tokens_{index}", places, persistent=False)
         node = inner.graph.get_attr(f"{OURS}tokens_{index}")
     node.meta["val"] = before.meta["val"].new_empty(len(places), dtype=torch.int64)  # of the graph's own fake mode
@@ -69,7 +71,7 @@ def _sample(program: ModelProgram, call: Node, node: Node, measured: IndicatorPr
         return _append(node, aten.clone.default, (), f"sample_{index}", memory_format=torch.contiguous_format)
     rows, channels = (_passed_in(program, call, size_of(size)) for size in (math.prod(value.shape[:-1]), value.shape[-1]))
     node = _append(node, aten.reshape.default, ([rows, channels],), f"rows_{index}")
-    return _append(node, aten.index_select.default, (0, _places(program, call, node, measured, index)), f"sample_{index}")
+    return _append(node, aten.index_select.default, (0, _places(program, call, node, value.shape, measured, index)), f"sample_{index}")
 
 
 def _measure(program: ModelProgram, region: Region) -> None:
@@ -89,11 +91,12 @@ def _measure(program: ModelProgram, region: Region) -> None:
             anchor = result(call, len(region.outputs) + i, region.slot("feature", i))
         features.append(anchor)
     slots = [slot for i in range(len(samples)) for slot in plan.slots if slot.name == region.slot("reference", i)]
-    references = [read_slot(program, slot) for slot in slots]
+    references, ranks = [read_slot(program, slot) for slot in slots], region.measured[0].ranks
 
     def change(*tensors: Tensor) -> Tensor:
-        returned: Tensor = INDICATORS[plan.settings.indicator](tensors[: len(slots)], tensors[len(slots) :])
-        return returned
+        before = tensors[len(slots) :]
+        returned: Tensor = INDICATORS[plan.settings.indicator](tensors[: len(slots)], before)
+        return returned if ranks is None else mean_over_ranks(returned, before, ranks)
 
     operands = [*features, *references]
     with graph.inserting_before(graph.output_node()):
@@ -107,7 +110,8 @@ def insert_indicator(program: ModelProgram) -> PassResult:
     """Make `change` what the indicator finds of each measured block, float32[blocks], against the reference slots.
 
     The region returns the measured rows behind its outputs; each becomes the next value of its reference slot. For a
-    policy that measures nothing the graph stays as it is. With guards per block each has its own `change0` ...
+    policy that measures nothing the graph stays as it is. With guards per block each has its own `change0` ... Ranks that
+    run the model together get one `change`, by one reduction in the graph.
     """
     measuring = [region for region in program.planned().regions if region.measured]
     for region in measuring:

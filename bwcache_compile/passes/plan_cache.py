@@ -17,6 +17,7 @@ from bwcache_compile.ir.edit import is_early
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.plan import Block, BlockSearch, CachePlan, IndicatorProbe, Region
 from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.sizes import has_no_size, hint, hint_shape, shape_of
 from bwcache_compile.ir.source_lines import node_line
 from bwcache_compile.passes._arrangement import arrangement
@@ -171,7 +172,9 @@ def _sources(
     return dataclasses.replace(region, sources=sources, arrangements=arrangements)
 
 
-def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfig, nodes: dict[str, Node]) -> tuple[IndicatorProbe, ...]:
+def _measured(
+    blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfig, nodes: dict[str, Node], ranks: Ranks | None
+) -> tuple[IndicatorProbe, ...]:
     if not POLICIES[config.policy].measures:
         return ()
     count = len(blocks) if config.indicator_blocks == "all" else min(config.indicator_blocks, len(blocks))
@@ -179,7 +182,7 @@ def _measured(blocks: tuple[Block, ...], search: BlockSearch, config: CacheConfi
     shape = shape_of(nodes[search.blocks[-1].feature].meta["val"])
     stride = None if config.indicator_tokens == "all" else config.indicator_tokens
     return tuple(
-        IndicatorProbe(b.name, b.feature, search.token_range if shape_of(nodes[b.feature].meta["val"]) == shape else None, stride)
+        IndicatorProbe(b.name, b.feature, search.token_range if shape_of(nodes[b.feature].meta["val"]) == shape else None, stride, ranks)
         for b in chosen
     )
 
@@ -237,12 +240,12 @@ def _notes(
     return tuple(notes)
 
 
-def plan_cache(program: ModelProgram, search: BlockSearch, config: CacheConfig) -> CachePlan:
+def plan_cache(program: ModelProgram, search: BlockSearch, config: CacheConfig, ranks: Ranks | None = None) -> CachePlan:
     """Choose the regions, their inputs and outputs, what is measured, and every slot of the state.
 
     A region is all that depends on a block and that a block depends on; before it is the prologue, after it the
     epilogue. There is one, or with `granularity="block"` one per block. Of a stream that holds text and video rows, the
-    indicator measures those that the epilogue takes, where that is proved.
+    indicator measures those that the epilogue takes, where that is proved. What `ranks` measure, they measure together.
 
     Raises:
         NoBlocksFoundError: The search found none.
@@ -253,7 +256,7 @@ def plan_cache(program: ModelProgram, search: BlockSearch, config: CacheConfig) 
     flow = DataFlow(program.compute.graph)
     nodes = {node.name: node for node in flow.nodes}
     _check_sizes((nodes[block.feature] for block in blocks), program)
-    measured = _measured(blocks, search, config, nodes)
+    measured = _measured(blocks, search, config, nodes, ranks)
     if config.granularity == "block":
         own = [tuple(m for m in measured if m.block == block.name) for block in blocks]
         each = enumerate(zip(blocks, own, strict=True))

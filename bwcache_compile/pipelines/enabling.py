@@ -8,7 +8,8 @@ from typing import Any, Literal, overload
 
 from torch import nn
 
-from bwcache_compile.api import Cached, Capture, transform
+from bwcache_compile.api import Cached, transform
+from bwcache_compile.api_arguments import Capture
 from bwcache_compile.calibration import CalibrationPlan
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, StateError, UnsupportedGraphError

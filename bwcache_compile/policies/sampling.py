@@ -32,3 +32,26 @@ def sampled_tokens(count: int | torch.SymInt, stride: int, block: int, device: t
     width = smallest(stride, count)
     mixed = (strata + 7919 * block + 1) * 2654435761 % 2**32  # Knuth's multiplicative hash
     return strata * stride + quotient(mixed * width, 2**32)
+
+
+def sampled_of_part(
+    batch: int, tokens: int, stride: int, block: int, parts: int, part: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """Return those of the tokens that `sampled_tokens` chooses of whole sequences which a rank holds.
+
+    Args:
+        batch: Sequences.
+        tokens: Tokens of each sequence that a rank holds.
+        stride: Tokens per stratum.
+        block: Position of the block among the measured ones.
+        parts: Ranks that hold a part of each sequence, in its order.
+        part: Which of them is asked about.
+        device: Where the places are wanted.
+
+    Returns:
+        int64, increasing, within [0, batch * tokens); it may be empty.
+    """
+    places = sampled_tokens(batch * tokens * parts, stride, block, device)
+    within = places % (tokens * parts)
+    mine = within // tokens == part
+    return (places // (tokens * parts) * tokens + within % tokens)[mine]

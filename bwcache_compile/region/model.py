@@ -16,6 +16,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify, difference, flat_outputs
+from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.ir.work_share import WARN_ABOVE
 from bwcache_compile.region.calls import record
@@ -59,15 +60,17 @@ class RegionModel(UncapturedModel):
 
     compiles = "its stacks"
 
-    def __init__(self, model: nn.Module, config: CacheConfig, make: MakeCached, verify: Verify = "bitwise") -> None:
-        """Wrap a model; nothing is found yet.
+    def __init__(
+        self, model: nn.Module, config: CacheConfig, make: MakeCached, verify: Verify = "bitwise", ranks: Ranks | None = None
+    ) -> None:
+        """Wrap a model; nothing is found yet. `make` makes stacks that decide with `ranks`.
 
         Raises:
             ConfigError: The settings cut at the model's output, where there is no graph.
         """
         super().__init__(model)
         _check(config)
-        self.cache_config, self._make, self._verify = config, make, verify
+        self.cache_config, self._make, self._verify, self._ranks = config, make, verify, ranks
         self._contexts = ContextTable(ModelContext)
         self._stacks: dict[str, _Held] = {}
         self._share, self._finding = 0.0, threading.RLock()
@@ -87,7 +90,7 @@ class RegionModel(UncapturedModel):
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         """Copy or pickle the model and the settings; the copy finds its stacks anew and starts without state."""
-        return RegionModel, (self._original, self.cache_config, self._make, self._verify)
+        return RegionModel, (self._original, self.cache_config, self._make, self._verify, self._ranks)
 
     @property
     def stacks(self) -> Mapping[str, CachedModel]:
@@ -141,6 +144,11 @@ class RegionModel(UncapturedModel):
         try:
             return self._run(stacks, args, kwargs)
         except ChainBroken as broken:
+            if self._ranks is not None:
+                raise StateError(
+                    f"{type(self._original).__name__} {broken}. Other ranks may have reused this step meanwhile, so its stacks are not"
+                    ' looked for again here. Call transform anew on all ranks, with capture="opaque" if it goes on to change.'
+                ) from None
             warn(
                 f"{type(self._original).__name__} {broken}. Its stacks are looked for again: this step is computed, and the steps count"
                 " from 0 unless cache_context(..., step_index=...) says which one it is."

@@ -20,6 +20,7 @@ from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.pass_files import write_pass_files
 from bwcache_compile.ir.plan import CachePlan
 from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.report import Report
 from bwcache_compile.runtime.context import ModelContext
@@ -84,6 +85,11 @@ class CachedModel(ModelWrapper, ContextMethods):
     def guard(self) -> str:
         """Who decides at each step: "host" or "graph"."""
         return self._toolchain.guard
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks that decide together with this one; None without a process group."""
+        return self._toolchain.ranks
 
     def with_settings(self, config: CacheConfig) -> CachedModel:
         """Return another cached model of the same model: its settings, programs and contexts are its own.

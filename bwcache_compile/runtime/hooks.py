@@ -12,11 +12,16 @@ HOOK_REGISTRY = "_diffusers_hook"
 """Attribute in which diffusers keeps the hooks of a module; a pipeline leaves it behind after a run, even without hooks."""
 
 
+_CONTEXT_PARALLEL = frozenset({"ContextParallelSplitHook", "ContextParallelGatherHook"})
+"""Hooks of diffusers that only cut tensors and gather them over ranks: a graph holds these operators like the model's own."""
+
+
 def hook_kinds(module: nn.Module) -> list[str]:
-    """Return the classes of the hooks that accelerate and diffusers put on a module."""
+    """Return the classes of the hooks that accelerate and diffusers put on a module; those of `enable_parallelism` are left out."""
     hook = getattr(module, "_hf_hook", None)
     registry = getattr(module, HOOK_REGISTRY, None)
-    return [type(h).__name__ for h in (hook, *(getattr(registry, "hooks", None) or {}).values()) if h is not None]
+    kinds = [type(h).__name__ for h in (hook, *(getattr(registry, "hooks", None) or {}).values()) if h is not None]
+    return [kind for kind in kinds if kind not in _CONTEXT_PARALLEL]
 
 
 def refuse_hooks(model: nn.Module) -> None:

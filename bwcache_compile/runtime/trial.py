@@ -13,6 +13,7 @@ from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedG
 from bwcache_compile.ir.compare import Reference
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.signature import CallKey
 
@@ -27,12 +28,14 @@ class Toolchain:
         build: A captured program, which it consumes, and settings to a cached one.
         explain: The same to the diff of each pass.
         guard: Where the guard of a program is that `build` makes: "host" or "graph".
+        ranks: Those that decide together by the programs that `build` makes; None for one process.
     """
 
     capture: Callable[..., ModelProgram]
     build: Callable[[ModelProgram, CacheConfig], ModelProgram]
     explain: Callable[[ModelProgram, CacheConfig], dict[str, GraphDiff]]
     guard: str = "host"
+    ranks: Ranks | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,56 +14,72 @@ from torch.nn import functional
 
 from tests.models import Block, OneStream, noise
 
-DEPTH, TOKENS, WIDTH = 3, 12, 8
+DEPTH, TOKENS, WIDTH, HEADS = 3, 48, 8, 4
+
+Inputs = tuple[Tensor, ...]
+Call = Callable[[nn.Module, Inputs], Tensor]
+"""Calls the model on this rank's part of the inputs, and returns the whole output."""
 
 
-class AttentionBlock(Block):
-    """Attends to the tokens of all ranks: keys and values are gathered."""
+def ranks() -> int:
+    """Return how many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class UlyssesBlock(Block):
+    """Attends to all tokens with some of the heads: functional collectives change tokens for heads and back."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.qkv = nn.Linear(width, 3 * width)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        x = x + functional.scaled_dot_product_attention(q, self.gathered(k), self.gathered(v))
-        return super().forward(x, temb)
+        qkv = self.qkv(x).unflatten(-1, (3 * HEADS, -1)).unflatten(2, (3, HEADS))
+        if ranks() > 1:
+            qkv = self.exchanged(qkv.unflatten(3, (ranks(), -1)).movedim(3, 0)).movedim(0, 1).flatten(1, 2)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        if ranks() > 1:
+            mixed = self.exchanged(mixed.unflatten(1, (ranks(), -1)).movedim(1, 0)).movedim(0, 2).flatten(2, 3)
+        return super().forward(x + mixed.flatten(2), temb)
 
     @staticmethod
-    def gathered(local: Tensor) -> Tensor:
-        if not dist.is_initialized():
-            return local
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts, dim=1)
+    def exchanged(parts: Tensor) -> Tensor:
+        """Send each rank its part, and return what the ranks sent, in their order."""
+        from torch.distributed._functional_collectives import all_to_all_single
+
+        return all_to_all_single(parts.contiguous(), None, None, dist.group.WORLD)
 
 
-class Video(OneStream):
+class Ulysses(OneStream):
     """One stack of blocks that attend."""
 
     def __init__(self) -> None:
         super().__init__(DEPTH, WIDTH)
-        self.blocks = nn.ModuleList(AttentionBlock(WIDTH) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(UlyssesBlock(WIDTH) for _ in range(DEPTH))
 
 
-def inputs(step: int, steps: int, name: str = "x") -> tuple[Tensor, Tensor]:
-    """Return the whole inputs of a step."""
-    return noise(name, step, 1, TOKENS, 4), torch.full((1,), 1 - step / steps)
+class ShardedBlock(Block):
+    """Holds some of the features of the inner layer as plain tensors, and sums over the ranks."""
+
+    def __init__(self, whole: Block) -> None:
+        nn.Module.__init__(self)
+        rank, share = dist.get_rank(), WIDTH // ranks()
+        mine = slice(rank * share, (rank + 1) * share)
+        self.up, self.down = nn.Linear(WIDTH, share), nn.Linear(share, WIDTH, bias=False)
+        self.up.weight, self.up.bias = nn.Parameter(whole.up.weight[mine]), nn.Parameter(whole.up.bias[mine])
+        self.down.weight, self.bias = nn.Parameter(whole.down.weight[:, mine]), whole.down.bias
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        from torch.distributed._functional_collectives import all_reduce
+
+        return x + all_reduce(self.down(functional.gelu(self.up(x * temb))), "sum", dist.group.WORLD) + self.bias
 
 
-Run = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
-"""Calls the model on this rank's part of the inputs, and returns the whole output."""
-
-
-def whole(model: nn.Module, args: tuple[Tensor, Tensor]) -> Tensor:
-    """Every rank has all inputs."""
-    return model(*args)
-
-
-def by_tokens(model: nn.Module, args: tuple[Tensor, Tensor]) -> Tensor:
-    """Each rank has some of the tokens."""
-    x, t = args
-    return AttentionBlock.gathered(model(x.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].contiguous(), t))
+def sharded(model: OneStream) -> OneStream:
+    """Shard each block as Megatron does."""
+    model.blocks = nn.ModuleList(ShardedBlock(block) for block in model.blocks)  # type: ignore[arg-type]
+    return model
 
 
 def tensor_parallel(model: nn.Module) -> nn.Module:
@@ -86,26 +104,85 @@ def fully_sharded(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """Leave the weights as they are."""
-    return model
+def wan() -> nn.Module:
+    """Return a tiny Wan."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_layers": DEPTH, "num_attention_heads": 4, "attention_head_dim": 12, "text_dim": 8, "ffn_dim": 32}
+    return WanTransformer3DModel(**sizes, in_channels=4, out_channels=4, freq_dim=32, patch_size=(1, 2, 2))
 
 
-PARALLEL: dict[str, tuple[Callable[[nn.Module], nn.Module], Run]] = {
-    "tokens": (plain, by_tokens),
-    "tensor": (tensor_parallel, whole),
-    "fsdp": (fully_sharded, whole),
+def context_parallel(**degrees: int) -> Callable[[nn.Module], nn.Module]:
+    """Return what puts the hooks of diffusers' context parallelism on a model."""
+
+    def parallelized(model: Any) -> nn.Module:
+        from diffusers import ContextParallelConfig
+
+        with mock.patch("torch.accelerator.device_count", return_value=1):  # diffusers divides by it, also on the CPU
+            model.enable_parallelism(config=ContextParallelConfig(**{name: ranks() for name in degrees}))
+        return model
+
+    return parallelized
+
+
+def inputs(step: int, steps: int, name: str = "x") -> Inputs:
+    """Return the whole inputs of a step."""
+    return noise(name, step, 1, TOKENS, 4), torch.full((1,), 1 - step / steps)
+
+
+def wan_inputs(step: int, steps: int) -> Inputs:
+    """Return the whole inputs of a step of Wan."""
+    return noise("x", step, 1, 4, 2, 8, 8), torch.full((1,), 1000 * (1 - step / steps)), noise("text", 0, 1, 8, 8)
+
+
+def whole(model: nn.Module, args: Inputs) -> Tensor:
+    """Every rank has all inputs."""
+    return model(*args)
+
+
+def first(model: nn.Module, args: Inputs) -> Tensor:
+    """Every rank has all inputs, and the model returns a tuple."""
+    out: Tensor = model(*args, return_dict=False)[0]
+    return getattr(out, "wait", lambda: out)()
+
+
+def by_tokens(model: nn.Module, args: Inputs) -> Tensor:
+    """Each rank has some of the tokens."""
+    if ranks() == 1:
+        return model(*args)
+    x, t = args
+    mine = model(x.chunk(ranks(), dim=1)[dist.get_rank()].contiguous(), t).contiguous()
+    parts = [torch.empty_like(mine) for _ in range(ranks())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts, dim=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One way of running a model on several ranks: how the model is made, parallelized and called."""
+
+    make: Callable[[], nn.Module]
+    parallelize: Callable[[Any], nn.Module]
+    call: Call = whole
+    inputs: Callable[[int, int], Inputs] = inputs
+
+    def model(self) -> nn.Module:
+        """Return the model, with the same weights on every rank."""
+        made = self.make().eval().requires_grad_(False)
+        return self.parallelize(made) if dist.is_initialized() else made
+
+
+def one_stream() -> nn.Module:
+    """Return blocks without attention, so that nothing is gathered."""
+    return OneStream(DEPTH, WIDTH)
+
+
+KINDS = {
+    "ulysses": Kind(Ulysses, lambda model: model, by_tokens),
+    "megatron": Kind(one_stream, sharded),
+    "dtensor": Kind(one_stream, tensor_parallel),
+    "fsdp": Kind(one_stream, fully_sharded),
+    "wan_ulysses": Kind(wan, context_parallel(ulysses_degree=1), first, wan_inputs),
+    "wan_ring": Kind(wan, context_parallel(ring_degree=1), first, wan_inputs),
 }
-
-
-class OneRank(OneStream):
-    """Blocks without attention, so that nothing is gathered."""
-
-    def __init__(self) -> None:
-        super().__init__(DEPTH, WIDTH)
-
-
-def model_of(kind: str) -> nn.Module:
-    """Return the model for a kind of parallelism, with the same weights on every rank."""
-    made: Any = Video() if kind == "tokens" else OneRank()
-    return made.eval().requires_grad_(False)

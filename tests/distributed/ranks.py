@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import pickle
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ def _rank(function: Callable[..., Any], rank: int, count: int, folder: str, args
     try:
         made: Any = function(*args)
     except Exception as error:
+        error.add_note(traceback.format_exc())
         made = error
     Path(folder, f"{rank}.tmp").write_bytes(pickle.dumps(made))
     Path(folder, f"{rank}.tmp").rename(Path(folder, f"{rank}"))

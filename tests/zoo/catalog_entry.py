@@ -7,7 +7,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from bwcache_compile.api import Cached, Capture
+from bwcache_compile.api import Cached
+from bwcache_compile.api_arguments import Capture
 from bwcache_compile.runtime import CachedModel
 from tests.zoo.entry import Entry
 
