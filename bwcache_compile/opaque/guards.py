@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from bwcache_compile.errors import UnsupportedGraphError
 from bwcache_compile.ir.torch_compat import TreeSpec, pytree
 from bwcache_compile.region.calls import write_count
+from bwcache_compile.runtime.runnable import uses_cuda_graphs
 from bwcache_compile.runtime.wrapper import ModelWrapper
 
 
@@ -60,6 +62,21 @@ class StepCalls(Protocol):
 
 def _given(leaves: list[Any], spec: TreeSpec) -> Hashable:
     return str(spec), tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+
+
+def compiled_block(block: nn.Module, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compile a block with these options of `torch.compile`; where CUDA graphs are replayed, copy what it returns.
+
+    The next replay, that of another block, overwrites what the one before it returned.
+    """
+    compiled: Callable[..., Any] = torch.compile(block, **options)
+    if not uses_cuda_graphs(options):
+        return compiled
+
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        return pytree.tree_map_only(Tensor, Tensor.clone, compiled(*args, **kwargs))
+
+    return copied
 
 
 class ComputeCalls:

@@ -21,7 +21,7 @@ from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.ir.work_share import WARN_ABOVE
 from bwcache_compile.opaque.blocks import FoundBlocks, find_blocks
 from bwcache_compile.opaque.cache import OpaqueState, ReusedOutputs, computed_state
-from bwcache_compile.opaque.guards import CallsChanged, ComputeCalls, Guard, ReuseCalls, StepCalls
+from bwcache_compile.opaque.guards import CallsChanged, ComputeCalls, Guard, ReuseCalls, StepCalls, compiled_block
 from bwcache_compile.opaque.step import OpaqueContext, OpaqueStep, moment_of, numbers_as_tensors, signature_of, state_for
 from bwcache_compile.region.calls import record
 from bwcache_compile.region.copies import with_modules, write_back
@@ -57,7 +57,7 @@ class OpaqueModel(UncapturedModel):
         self._found_in = -1
         self._watch = ModelWatch(model)
         self._lock = threading.RLock()
-        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._compiled: dict[str, tuple[nn.Module, Callable[..., Any]]] = {}
         self._compile_options: dict[str, Any] | None = None
         self._measured: tuple[str, ...] = ()
         self._seal()
@@ -212,10 +212,10 @@ class OpaqueModel(UncapturedModel):
         """Return what runs a block."""
         if self._compile_options is None:
             return block
-        compiled = self._compiled.get(path)
-        if compiled is None or getattr(compiled, "_orig_mod", None) is not block:
-            compiled = self._compiled[path] = torch.compile(block, **self._compile_options)
-        return compiled
+        held = self._compiled.get(path)
+        if held is None or held[0] is not block:
+            held = self._compiled[path] = block, compiled_block(block, self._compile_options)
+        return held[1]
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Find the blocks on a run of the model, and return the leaves of what it returned.

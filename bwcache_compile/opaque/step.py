@@ -81,7 +81,7 @@ def moment_of(flat: list[Any], step: int, num_steps: int | None) -> Moment:
     """Return where a step is: the time is the one float32 input of rank 0 or 1, else the index."""
     tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
     device = max(tensors, key=Tensor.numel).device if tensors else torch.device("cpu")
-    index = torch.tensor([step], device=device)
+    index = torch.full((1,), step, dtype=torch.int64, device=device)  # filled there: a copy from the host would wait for the device
     short = [leaf for leaf in tensors if leaf.dim() <= 1]
     told = len(short) == 1 and short[0].dtype == torch.float32 and short[0].numel() > 0
     return Moment(short[0].reshape(-1)[:1].to(device) if told else index.float(), index, num_steps)

@@ -152,9 +152,9 @@ class CachedModel(ModelWrapper, ContextMethods):
             # entering the mode once more, inside a pipeline's, would cost as much as a small operator
             with torch.no_grad() if torch.is_grad_enabled() else _NO_MODE:
                 # the graph is the only frame that an outer torch.compile compiles
-                graph = call.match.runnable.graph(call.kind)
-                returned = call.first if call.first is not None else call_directly(graph, call.operands)
-            outputs = stepper.finish(call, returned)
+                runnable = call.match.runnable
+                returned = call.first if call.first is not None else call_directly(runnable.graph(call.kind), call.operands)
+            outputs = stepper.finish(call, returned, call.first is None and runnable.replays())
         finally:
             stepper.end(call)
         if call.told is not None:

@@ -14,7 +14,7 @@ from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.runtime.frames import call_directly
 from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
-from bwcache_compile.runtime.runnable import RunnableProgram
+from bwcache_compile.runtime.runnable import RunnableProgram, owned
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.size_expressions import evaluated
 
@@ -65,7 +65,7 @@ def functional_step(
     own = runnable.parameters(config, config.steps, kind) if parameters is None else runnable.taken(kind, parameters)
     with programs.gate.running():
         if isinstance(state, GuardedState):
-            return _guarded_step(runnable, flat, state, own)
+            return _guarded_step(runnable, flat, state, own, runnable.replays())
         return _host_step(runnable, kind, flat, state, own)
 
 
@@ -104,16 +104,17 @@ def _host_step(
     """Run the graph that the state asks for, on those of the settings that it takes."""
     with torch.no_grad():
         returned = call_directly(runnable.graph(kind), runnable.operands(flat, state, parameters))
-    outputs, following, _ = runnable.split(returned, state)
+    outputs, following, _ = runnable.split(returned, state, runnable.replays())
     return outputs, following
 
 
 def _guarded_step(
-    runnable: RunnableProgram, flat: Sequence[Any], state: GuardedState, parameters: tuple[Tensor, ...]
+    runnable: RunnableProgram, flat: Sequence[Any], state: GuardedState, parameters: tuple[Tensor, ...], replayed: bool = False
 ) -> tuple[Any, GuardedState]:
-    """Run the graph that contains the guard. An outer `torch.compile(fullgraph=True)` can trace this function."""
+    """Run the graph that contains the guard. An outer `torch.compile(fullgraph=True)` can trace this function, which copies nothing."""
     io = runnable.io["guarded"]
     operands = io.pack(runnable.named(io, flat, state.slots, parameters, state.step))
     with torch.no_grad():
-        returned = io.unpack(runnable.graphs["guarded"](*operands))
+        values = runnable.graphs["guarded"](*operands)
+        returned = io.unpack(owned(values, state.slots) if replayed else values)
     return runnable.results(io, returned), GuardedState(tuple(runnable.written(returned)), state.step + 1, state.version)

@@ -82,11 +82,12 @@ def _decide(members: list[ModelContext], config: CacheConfig, num_steps: int | N
     with torch.no_grad():
         change = torch.cat([c.to(step.device) for c in changes if c is not None])
         kept, left = runnable.decide(change, kept, step, *runnable.parameters(config, num_steps, "compute"))
+    reuse_until = computed_at + int(left)
     for member in members:
         assert member.state is not None
         assert member.match is not None
         roles = [slot.role for slot in member.match.runnable.plan.slots]
         slots = tuple(kept[names.index(r)] if r in names else slot for r, slot in zip(roles, member.state.slots, strict=True))
-        cursor = dataclasses.replace(member.state.cursor, reuse_until=computed_at + int(left))
+        cursor = dataclasses.replace(member.state.cursor, reuse_until=reuse_until)
         member.state = dataclasses.replace(member.state, slots=slots, cursor=cursor)
         member.agreed_at, member.decided = computed_at, kept

@@ -49,13 +49,19 @@ def _kind(value: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
     return tuple(value.shape), value.dtype
 
 
-def _uses_cuda_graphs(options: Mapping[str, Any]) -> bool:
+def uses_cuda_graphs(options: Mapping[str, Any]) -> bool:
     """Whether `torch.compile` with these options replays CUDA graphs."""
     mode, chosen = options.get("mode"), options.get("options") or {}
     backend = options.get("backend", "inductor")
     if backend != "inductor":
         return backend == "cudagraphs"
     return mode in ("reduce-overhead", "max-autotune") or bool(chosen.get("triton.cudagraphs"))
+
+
+def owned(values: Sequence[Any], ours: Sequence[Tensor]) -> list[Any]:
+    """Copy tensors that a CUDA graph returned, which its next replay overwrites; what lies in our own memory is kept as it is."""
+    places = {tensor.data_ptr() for tensor in ours} - {0}  # of tensors that wrap others
+    return [value.clone() if isinstance(value, Tensor) and value.data_ptr() not in places else value for value in values]
 
 
 def make_room(table: dict[Any, Any], most: int) -> None:
@@ -94,7 +100,7 @@ class RunnableProgram:
         }
         self.graphs = dict(self.eager)
         self._is_compiled = False
-        self._replays = self.plan.device.type == "cuda"  # an outer torch.compile may use CUDA graphs, and does not say so
+        self._uses_cuda_graphs = False
         self.slots = self.plan.guard_slots if self.guarded else self.plan.slots
         inputs = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
         self.input_kinds = [_kind(node.meta.get("val")) for node in inputs]
@@ -131,7 +137,7 @@ class RunnableProgram:
 
     def compile(self, options: dict[str, Any]) -> None:
         """Compile the graphs with these options of `torch.compile`; each is compiled whole at its first run."""
-        self._replays = self.plan.device.type == "cuda" and _uses_cuda_graphs(options)
+        self._uses_cuda_graphs = uses_cuda_graphs(options)
         if self.program.signature.sizes is not None:
             options = {"dynamic": True, **options}
         self._is_compiled = True
@@ -142,6 +148,16 @@ class RunnableProgram:
         """Return what runs a graph. An outer `torch.compile` gets the module's code, whose weights it finds on the module."""
         return self.modules[kind].forward if get_eval_frame_callback() and not self._is_compiled else self.graphs[kind]
 
+    @left_out
+    def replays(self) -> bool:
+        """Whether what a graph returns now may be overwritten by its next run, since a CUDA graph is replayed.
+
+        An outer `torch.compile` may do so and does not say: it counts as if it does.
+        """
+        if self.plan.device.type != "cuda":
+            return False
+        return self._uses_cuda_graphs if self._is_compiled else bool(get_eval_frame_callback())
+
     def fresh(self, sizes: Mapping[str, int], step: int = 0) -> CacheState:
         """Return the state of a context that has computed nothing, at these sizes; its next step is `step`."""
         return CacheState(tuple(slot.fresh(sizes, self.plan.device) for slot in self.slots), Cursor(step))
@@ -151,6 +167,7 @@ class RunnableProgram:
         tensor = self._steps.get(step)
         if tensor is None:
             make_room(self._steps, _MOST_STEPS)
+            # copied from the host, which waits once for each index: filled on one stream, another could read it too early
             tensor = self._steps[step] = torch.tensor([step], dtype=torch.int64, device=self.plan.device)
         return tensor
 
@@ -233,32 +250,36 @@ class RunnableProgram:
             return not state.reuses_next
         return torch.cat(state.slots[len(self.plan.slots) :]) < state.step
 
-    def split(self, returned: Any, state: CacheState) -> tuple[Any, CacheState, Tensor | None]:
+    def split(self, returned: Any, state: CacheState, replayed: bool) -> tuple[Any, CacheState, Tensor | None]:
         """Part a graph's results into the model's output, the next state and the measured change.
 
-        Reads `reuse_left` on the host after a computed step: the only synchronisation, and none with the guard in the graph.
+        Reads `reuse_left` on the host after a computed step: the only synchronization, and none with the guard in the graph.
+
+        Args:
+            returned: What the graph returned.
+            state: The state that it ran on.
+            replayed: Whether its next run may overwrite that (see `replays`): what is kept or handed out is copied then.
         """
-        io = self.io[self.kind(state)]
-        if state.reuses_next and not self._replays:
+        if state.reuses_next and not replayed:
             return pytree.tree_unflatten(returned, self.program.signature.out_spec), state.reused(), None
-        named = io.unpack(returned)
-        if self._replays:  # the next replay of a CUDA graph overwrites what it returned before
-            named = {name: value.clone() if isinstance(value, Tensor) else value for name, value in named.items()}
-        outputs = self.results(io, named)
+        kind = self.kind(state)
+        named = self.io[kind].unpack(owned(returned, state.slots) if replayed else returned)
+        outputs = self.results(self.io[kind], named)
         if state.reuses_next:
             return outputs, state.reused(), None
-        slots, change = self.written(named), named.get(INDICATOR)
         left = 0 if self.guarded else int(named[REUSE_LEFT])
-        return outputs, state.computed(tuple(slots), left), change
+        return outputs, state.computed(tuple(self.written(named)), left), named.get(INDICATOR)
 
 
 @left_out
 def run_all(runnable: RunnableProgram, flat: Sequence[Any], fresh: CacheState, parameters: tuple[Tensor, ...]) -> None:
     """Run every graph on a fresh state and drop what it returns; an outer torch.compile compiles them here.
 
+    Where CUDA graphs are replayed each graph runs twice: the first run compiles, the second one records.
     `parameters` are what all graphs take of the settings.
     """
     with torch.no_grad():
         for state in (fresh, dataclasses.replace(fresh, cursor=Cursor(step=1, computed_at=0, reuse_until=1))):
             kind = runnable.kind(state)
-            runnable.graph(kind)(*runnable.operands(flat, state, runnable.taken(kind, parameters)))
+            for _ in range(2 if runnable.replays() else 1):
+                runnable.graph(kind)(*runnable.operands(flat, state, runnable.taken(kind, parameters)))

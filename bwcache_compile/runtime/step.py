@@ -151,11 +151,11 @@ class Stepper:
                 other.lock.release()
 
     @hidden
-    def finish(self, call: StepCall, returned: Any) -> Any:
-        """Store what the graph returned, and return the model's output."""
+    def finish(self, call: StepCall, returned: Any, replayed: bool) -> Any:
+        """Store what the graph returned, and return the model's output; see `RunnableProgram.split` for `replayed`."""
         before, context, runnable = call.state, call.context, call.match.runnable
         fresh = before.cursor.computed_at < 0
-        outputs, state, change = runnable.split(returned, before)
+        outputs, state, change = runnable.split(returned, before, replayed)
         if fresh:  # what was decided together before belongs to another cache
             context.release()
         context.state, context.match = state, call.match

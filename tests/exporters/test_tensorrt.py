@@ -117,6 +117,26 @@ def test_each_stream_has_an_execution_context(trt: Double, deployed: Exported, t
     assert not used[1] & used[2]
 
 
+def test_a_stream_that_is_captured_borrows_a_context(
+    trt: Double, deployed: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None can be made while a CUDA graph is captured; the stream gets its own at the first run outside of a capture."""
+    tensorrt.build(deployed.folder, tmp_path)
+    session = tensorrt.load(deployed.folder, tmp_path, device="cpu")
+    runner: Any = session._runner
+    runner._device = torch.device("cuda")
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    first, second = (runner._context("compute", stream) for stream in (1, 2))
+    assert first is not second
+    capturing = True
+    assert runner._context("compute", 2) is second
+    assert runner._context("compute", 3) is first
+    capturing = False
+    assert all(runner._context("compute", 3) is not other for other in (first, second))
+    assert runner._context("reuse", 1) is not first
+
+
 def test_engines_that_do_not_fit_are_refused(trt: Double, deployed: Exported, tmp_path: Path) -> None:
     tensorrt.build(deployed.folder, tmp_path, kinds=("compute", "reuse"), profiles=[{"x[1]": (2, 6, 8)}], version_compatible=True)
     session = tensorrt.load(deployed.folder, tmp_path, allow_code=True, device="cpu")

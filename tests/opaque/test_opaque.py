@@ -297,3 +297,29 @@ def test_what_cannot_be_guarded_is_refused(make: Callable[[], nn.Module], error:
     args = inputs(0)[: 1 if isinstance(model, nn.Sequential) else 2]
     with pytest.raises(error, match=said), torch.no_grad():
         cached(*args)
+
+
+def test_what_a_block_returned_outlives_the_replay_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks replay CUDA graphs over the same memory, and the model hands the output of one to the next."""
+    pool: list[Tensor] = []
+
+    def replaying(block: nn.Module, **options: Any) -> Callable[..., Any]:
+        def call(*args: Any) -> Tensor:
+            for tensor in pool:
+                tensor.data.fill_(torch.nan)  # as a replay does, which no version counts
+            pool.append(block(*args))
+            return pool[-1]
+
+        return call
+
+    model = Resisting().eval()
+    expected = outputs(bw.transform(model, STATIC, capture="opaque"))
+    monkeypatch.setattr(torch, "compile", replaying)
+    for options, alike in (({"mode": "reduce-overhead"}, True), ({}, False)):
+        cached = bw.transform(model, STATIC, capture="opaque")
+        cached.compile(**options)
+        if alike:
+            assert same(outputs(cached), expected)
+        else:
+            with pytest.raises(bw.CaptureError, match="returns something else than by itself"):
+                outputs(cached)

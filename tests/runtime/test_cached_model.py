@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 import bwcache_compile as bw
-from bwcache_compile.runtime.runnable import RunnableProgram
 from tests.models import OneStream, TwoStream
 from tests.runtime.helpers import STATIC, generation, pattern, run
 
@@ -240,35 +236,3 @@ def test_a_call_that_cannot_be_captured_costs_other_contexts_nothing() -> None:
         cached(*model.example(), branch=True)
     run(cached, *model.example(step=2))
     assert (cached.report().captures, cached.report().contexts["default"].reused) == (1, 2)
-
-
-@pytest.mark.parametrize(
-    ("options", "replays"),
-    [
-        (None, True),  # an outer torch.compile may replay
-        ({}, False),
-        ({"mode": "max-autotune-no-cudagraphs"}, False),
-        ({"mode": "reduce-overhead"}, True),
-        ({"mode": "max-autotune"}, True),
-        ({"options": {"triton.cudagraphs": True}}, True),
-        ({"backend": "cudagraphs"}, True),
-        ({"backend": "eager"}, False),
-    ],
-)
-def test_what_a_replayed_cuda_graph_returned_is_copied(model: OneStream, options: dict[str, Any] | None, replays: bool) -> None:
-    """A replay overwrites what the one before it returned, the outputs that the caller holds too."""
-    cached = bw.transform(model, bw.CacheConfig(num_steps=4), example_args=model.example())
-    program = cached.program
-    on_cuda = program.replace(plan=dataclasses.replace(program.planned(), device=torch.device("cuda")))
-    runnable = RunnableProgram(on_cuda, cached._programs.latest.key)
-    if options is not None:
-        runnable.compile(options)
-    state = cached.init_state(model.example())
-    assert isinstance(state, bw.CacheState)
-    returned = program.compute(*cached._programs.latest.operands(model.example(), state, cached.policy_parameters()))
-    output, following, change = runnable.split(returned, state)
-    assert change is not None
-    owned = {value.data_ptr() for value in returned}
-    kept = {value.data_ptr() for value in [output, *following.slots, change]}
-    assert not owned & kept if replays else kept <= owned
-    assert torch.equal(change, returned[-1])

@@ -69,6 +69,12 @@ class OrtRunner:
                 self._sessions[kind] = ort.InferenceSession(str(path), options, providers=providers)
             except Exception as error:  # onnxruntime's errors have no common class of their own
                 raise BundleError(f"{first} cannot run {path}: {first_line(error)}{self._advice(first)}") from error
+            if first not in (started := self._sessions[kind].get_providers()):  # onnxruntime logs that and goes on without it
+                raise ConfigError(
+                    f"{first} could not start, and onnxruntime would run {path} on {', '.join(started)}. Its log says why: a library"
+                    " of CUDA, cuDNN or TensorRT of another version than it was built for, or no driver. Install what it needs, or choose"
+                    " another device."
+                )
             self._check(kind)
         half = [item.name for item in self._manifest.outputs.items if item.dtype == "bfloat16"]
         if half and outputs == "numpy":
