@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bwcache_compile as bw
-from tests.distributed.models import KINDS, inputs, one_stream
+from tests.distributed.models import KINDS
 from tests.distributed.ranks import run
 
 STEPS = 30
