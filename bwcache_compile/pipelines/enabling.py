@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
@@ -19,6 +19,9 @@ from bwcache_compile.pipelines.scheduler_run import SchedulerRun
 from bwcache_compile.runtime import CachedModel
 from bwcache_compile.runtime.hooks import hook_kinds
 from bwcache_compile.step_events import StepEvent
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LOGGER = logging.getLogger("bwcache_compile")
 
@@ -127,6 +130,8 @@ def enable(
     *,
     capture: Literal["region", "opaque"],
     verify: Verify = "bitwise",
+    process_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     **settings: Any,
 ) -> dict[str, Cached]: ...
 
@@ -140,6 +145,8 @@ def enable(
     dynamic_shapes: Any = None,
     verify: Verify = "bitwise",
     capture: Literal["whole"] = "whole",
+    process_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     **settings: Any,
 ) -> dict[str, CachedModel]: ...
 
@@ -152,6 +159,8 @@ def enable(
     dynamic_shapes: Any = None,
     verify: Verify = "bitwise",
     capture: Capture = "whole",
+    process_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     **settings: Any,
 ) -> dict[str, CachedModel] | dict[str, Cached]:
     """Cache every transformer of a diffusers pipeline; the pipeline is called as before.
@@ -171,6 +180,8 @@ def enable(
         dynamic_shapes: See `transform`.
         verify: See `transform`.
         capture: See `transform`.
+        process_group: See `transform`.
+        sequence_group: See `transform`.
         **settings: Single settings of `CacheConfig`, on top of `plan_or_config`: `enable(pipe, threshold=0.1)`.
 
     Returns:
@@ -190,6 +201,7 @@ def enable(
         try:
             config = _settings(given, settings, guard, capture)
             options: dict[str, Any] = {"guard": guard, "dynamic_shapes": dynamic_shapes, "verify": verify, "capture": capture}
+            options |= {"process_group": process_group, "sequence_group": sequence_group}
             made[name] = transform(modules[name], config, **options)
         except (ConfigError, StateError, CaptureError, NoBlocksFoundError, UnsupportedGraphError) as error:
             raise type(error)(f"pipe.{name}: {error}") from error

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+TIMEOUT = datetime.timedelta(seconds=60)
+"""How long a rank waits for the others."""
+
 
 def _rank(function: Callable[..., Any], rank: int, count: int, folder: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count, timeout=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count, timeout=TIMEOUT)
     try:
         made: Any = function(*args)
     except Exception as error:
@@ -38,7 +40,7 @@ def run(function: Callable[..., Any], count: int, folder: Path, *args: Any) -> l
     for process in processes:
         process.start()
     for process in processes:
-        process.join(240)
+        process.join(900)
         if process.is_alive():
             process.kill()
     return [pickle.loads((folder / f"{rank}").read_bytes()) if (folder / f"{rank}").exists() else None for rank in range(count)]
