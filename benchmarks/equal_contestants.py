@@ -8,7 +8,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, WanTransformer3DModel
@@ -31,19 +31,63 @@ MODES: tuple[Mode, ...] = ("eager", "whole", "regional")
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-    """How models are compiled: the mode, and the backend of `torch.compile`."""
+    """How models are compiled: the mode, the backend of `torch.compile`, and whether it replays CUDA graphs."""
 
     mode: Mode
     backend: str = "inductor"
+    cuda_graphs: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `torch.compile` is called with."""
+        graphs = self.cuda_graphs and self.backend == "inductor"
+        return {"backend": self.backend, **({"mode": "reduce-overhead"} if graphs else {})}
+
+
+class Shape(Protocol):
+    """What a contestant takes of a model and its input.
+
+    Attributes:
+        blocks: Blocks of the model.
+        latents: Shape of its input and output.
+        text: Tokens and width of the prompt.
+        contexts: Names of the calls of a step.
+        device: Where it runs.
+        dtype: Of the model, its input and the prompt.
+        warm_up: Generations before anything is measured.
+    """
+
+    @property
+    def blocks(self) -> int: ...  # noqa: D102
+    @property
+    def latents(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def text(self) -> tuple[int, int]: ...  # noqa: D102
+    @property
+    def contexts(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    @property
+    def warm_up(self) -> int: ...  # noqa: D102
+
+    def model(self, blocks: int | None = None) -> Any:
+        """Build the model with random weights, the same at each call; `blocks` keeps the first ones alone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and its input: tokens, width and blocks, as in "1024x256x12"."""
+    """A model in float32 on the CPU and its input: tokens, width and blocks, as in "1024x256x12"."""
 
     tokens: int
     width: int
     blocks: int
+    text: tuple[int, int] = (16, 64)
+    contexts: tuple[str, ...] = ("cond", "uncond")
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    warm_up: int = 3
 
     @classmethod
     def parse(cls, text: str) -> Size:
@@ -73,18 +117,17 @@ class Size:
         """Bytes of the hidden states of one call, in float32."""
         return 4 * self.tokens * self.width
 
-
-def wan(size: Size, blocks: int | None = None) -> Any:
-    """Build a Wan model with random weights, the same at each call."""
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        patch_size=(1, PATCH, PATCH), num_attention_heads=size.width // 64, attention_head_dim=64, in_channels=CHANNELS,
-        out_channels=CHANNELS, text_dim=64, freq_dim=64, ffn_dim=4 * size.width, num_layers=size.blocks, cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
-    )  # fmt: skip
-    if blocks is not None:
-        model.blocks = model.blocks[:blocks]
-    return model.eval().requires_grad_(False)
+    def model(self, blocks: int | None = None) -> Any:
+        """Build a Wan model with random weights, the same at each call."""
+        torch.manual_seed(0)
+        model = WanTransformer3DModel(
+            patch_size=(1, PATCH, PATCH), num_attention_heads=self.width // 64, attention_head_dim=64, in_channels=CHANNELS,
+            out_channels=CHANNELS, text_dim=self.text[1], freq_dim=64, ffn_dim=4 * self.width, num_layers=self.blocks,
+            cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
+        )  # fmt: skip
+        if blocks is not None:
+            model.blocks = model.blocks[:blocks]
+        return model.eval().requires_grad_(False)
 
 
 def nothing(*_: Any) -> None:
@@ -102,6 +145,9 @@ class Contestant:
         force: Prepares a step where the tool has no mask of steps; not timed.
         finish: Ends a generation; timed.
         state_bytes: Returns the bytes that the tool keeps between two steps, of all contexts.
+        runs_aten: Whether its blocks run torch's own attention, whose calls the profiler sees.
+        keeps: Lives as long as the contestant.
+        notes: What a record says of it besides.
     """
 
     model: Callable[..., Any]
@@ -110,6 +156,9 @@ class Contestant:
     force: Callable[[int], None] = nothing
     finish: Callable[[], Any] = nothing
     state_bytes: Callable[[], int] = lambda: 0
+    runs_aten: bool = True
+    keeps: Any = None
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def held_bytes(*roots: Any) -> int:
@@ -136,18 +185,27 @@ def held_bytes(*roots: Any) -> int:
 def compiled(model: Any, how: Compilation) -> Any:
     """Compile a diffusers model as the mode says, and return what is to be called."""
     if how.mode == "regional" and len(model.blocks):
-        model.compile_repeated_blocks(backend=how.backend)
-    return torch.compile(model, backend=how.backend) if how.mode == "whole" else model
+        model.compile_repeated_blocks(**how.options)
+    if how.mode != "whole":
+        return model
+    whole = torch.compile(model, **how.options)
+    if not how.cuda_graphs:
+        return whole
+
+    def copied(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:  # the call of another context overwrites what this one returned
+        return tuple(output.clone() for output in whole(*args, **kwargs))
+
+    return copied
 
 
-def plain(size: Size, how: Compilation) -> Contestant:
+def plain(size: Shape, how: Compilation) -> Contestant:
     """Compute every step."""
-    return Contestant(compiled(wan(size), how))
+    return Contestant(compiled(size.model(), how))
 
 
-def shell(size: Size, how: Compilation) -> Contestant:
+def shell(size: Shape, how: Compilation) -> Contestant:
     """Run prologue and epilogue alone."""
-    return Contestant(compiled(wan(size, blocks=0), how))
+    return Contestant(compiled(size.model(blocks=0), how))
 
 
 def linear_weights() -> tuple[tuple[float, ...] | None, ...]:
@@ -160,22 +218,40 @@ def linear_weights() -> tuple[tuple[float, ...] | None, ...]:
     return tuple(rows)
 
 
-def ours(**settings: Any) -> Callable[[Size, Compilation], Contestant]:
-    """Return a maker of our drop-in. It finds the step by the time, and its report is read at the end."""
+def check_report(report: Any) -> None:
+    """Refuse a generation of ours whose report tells of other steps than those of the mask.
 
-    def make(size: Size, how: Compilation) -> Contestant:
-        cached: Any = bw.transform(wan(size), bw.CacheConfig(policy="static", steps_mask=MASK, **settings))
+    Raises:
+        RuntimeError: It is such a generation.
+    """
+    for context in report.contexts.values():
+        pattern = tuple(int(not record.computed) for record in context.steps)
+        if pattern != MASK:
+            raise RuntimeError(f"the report says {pattern}, the mask is {MASK}")
 
-        def report() -> None:
-            pattern = tuple(int(not record.computed) for record in cached.report().contexts["uncond"].steps)
-            if pattern != MASK:
-                raise RuntimeError(f"the report says {pattern}, the mask is {MASK}")
 
+def report_bytes(report: Any) -> int:
+    """Return the bytes that a report says are kept, of all contexts."""
+    return sum(context.state_bytes for context in report.contexts.values())
+
+
+def ours(indexed: bool = False, **settings: Any) -> Callable[[Shape, Compilation], Contestant]:
+    """Return a maker of our drop-in, whose report is read at the end of a generation.
+
+    Args:
+        indexed: Tell it the index of each step, as `bw.enable` does in a pipeline; without, it finds the step by the time.
+        settings: Of the cache.
+    """
+
+    def make(size: Shape, how: Compilation) -> Contestant:
+        cached: Any = bw.transform(size.model(), bw.CacheConfig(policy="static", steps_mask=MASK, **settings))
+        now: dict[str, int] = {}
         return Contestant(
-            cached if how.mode == "eager" else torch.compile(cached, backend=how.backend),
-            scope=cached.cache_context,
-            finish=report,
-            state_bytes=lambda: sum(context.state_bytes for context in cached.report().contexts.values()),
+            cached if how.mode == "eager" else torch.compile(cached, **how.options),
+            scope=lambda context: cached.cache_context(context, **now),
+            force=(lambda step: now.update(step_index=step)) if indexed else nothing,
+            finish=lambda: check_report(cached.report()),
+            state_bytes=lambda: report_bytes(cached.report()),
         )
 
     return make
@@ -199,9 +275,9 @@ def of_diffusers(model: Any, how: Compilation, force: Callable[[int], None] = no
     )
 
 
-def first_block_cache(size: Size, how: Compilation) -> Contestant:
+def first_block_cache(size: Shape, how: Compilation) -> Contestant:
     """Force diffusers' FirstBlockCache by its threshold; it runs the first block at each step."""
-    model = wan(size)
+    model = size.model()
     model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     hook = model.blocks[0]._diffusers_hook.get_hook("fbc_leader_block_hook")
 
@@ -211,9 +287,9 @@ def first_block_cache(size: Size, how: Compilation) -> Contestant:
     return of_diffusers(model, how, force)
 
 
-def mag_cache(size: Size, how: Compilation) -> Contestant:
+def mag_cache(size: Shape, how: Compilation) -> Contestant:
     """Force diffusers' MagCache: with ratios of 1 it skips as many steps as it may."""
-    model = wan(size)
+    model = size.model()
     ratios, warm_up = [1.0] * STEPS, MASK.index(1) / STEPS
     model.enable_cache(
         MagCacheConfig(mag_ratios=ratios, num_inference_steps=STEPS, threshold=1e9, max_skip_steps=LONGEST, retention_ratio=warm_up)
@@ -221,11 +297,11 @@ def mag_cache(size: Size, how: Compilation) -> Contestant:
     return of_diffusers(model, how)
 
 
-def taylor_seer(**choices: Any) -> Callable[[Size, Compilation], Contestant]:
+def taylor_seer(**choices: Any) -> Callable[[Shape, Compilation], Contestant]:
     """Return a maker of diffusers' TaylorSeer of order 1; its hooks are told at each step whether to compute."""
 
-    def make(size: Size, how: Compilation) -> Contestant:
-        model = wan(size)
+    def make(size: Shape, how: Compilation) -> Contestant:
+        model = size.model()
         never = 10**9
         model.enable_cache(
             TaylorSeerCacheConfig(cache_interval=never, disable_cache_before_step=-1, taylor_factors_dtype=torch.float32, **choices)
@@ -244,11 +320,11 @@ def taylor_seer(**choices: Any) -> Callable[[Size, Compilation], Contestant]:
     return make
 
 
-def cache_dit(size: Size, how: Compilation) -> Contestant:
+def cache_dit(size: Shape, how: Compilation) -> Contestant:
     """Give cache-dit the mask of steps; it runs the first block at each step, and takes contexts by turns."""
     import cache_dit as library
 
-    model = wan(size)
+    model = size.model()
     if how.mode != "eager":
         library.set_compile_configs()
     config = library.DBCacheConfig(
@@ -267,7 +343,7 @@ PLAIN, SHELL = "plain", "prologue and epilogue"
 OURS_OUTPUT, OURS_LINEAR, OURS_CUT = "ours, output", "ours, linear", "ours, linear, cut=output"
 _MODULES = [r"blocks\.\d+\.attn1", r"blocks\.\d+\.attn2", r"blocks\.\d+\.ffn"]
 
-CONTESTANTS: dict[str, Callable[[Size, Compilation], Contestant]] = {
+CONTESTANTS: dict[str, Callable[[Shape, Compilation], Contestant]] = {
     PLAIN: plain,
     SHELL: shell,
     OURS_OUTPUT: ours(reuse="output"),

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from benchmarks.equal_contestants import (
     Size,
     left_out,
 )  # fmt: skip
-from benchmarks.equal_worker import CONTEXTS, serve
+from benchmarks.equal_worker import Worker, serve
 from benchmarks.overhead import versions
 from benchmarks.record import write_record
 
@@ -63,20 +64,24 @@ GOALS = (
 class Process:
     """A contestant's process, asked one thing at a time."""
 
-    def __init__(self, name: str, size: Size, how: Compilation) -> None:
-        """Start it. It is a fresh one, not a copy of this one."""
+    def __init__(self, make: Callable[[], Any], threads: int | None = 1, cache: str | None = None) -> None:
+        """Start it. It is a fresh one, not a copy of this one; see `serve` for what it takes."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.equal_worker"])
+        context.set_forkserver_preload(["benchmarks.equal_worker"])  # imports torch and diffusers once
         self._connection: Connection
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, name, size, how), daemon=True)
+        self._process = context.Process(target=serve, args=(other, make, threads, cache), daemon=True)
         self._process.start()
         other.close()
 
-    def ask(self, method: str) -> tuple[Any, str]:
-        """Run a method of its `Worker` and return the result, or None and why there is none."""
+    def ask(self, method: str, seconds: float | None = None) -> tuple[Any, str]:
+        """Run a method of its `Worker` and return the result, or None and why there is none: it may take that many seconds."""
         try:
             self._connection.send(method)
+            if not self._connection.poll(seconds):
+                self._process.kill()
+                self._process.join(10)
+                return None, f"stopped: {method} took more than {seconds:.0f} s"
             return self._connection.recv()
         except (EOFError, OSError):
             self._process.join(10)
@@ -87,6 +92,7 @@ class Process:
         if self._process.is_alive():
             self._connection.send(None)
         self._process.join(60)
+        self._process.kill()
 
 
 def row(seconds: Sequence[float], of_plain: Sequence[float], of_shell: Sequence[float]) -> dict[str, float]:
@@ -111,7 +117,7 @@ def row(seconds: Sequence[float], of_plain: Sequence[float], of_shell: Sequence[
 def measure(size: Size, how: Compilation, repeats: int, names: Sequence[str]) -> dict[str, Any]:
     """Compare everybody at one size compiled in one way."""
     began = time.perf_counter()
-    processes = {name: Process(name, size, how) for name in names}
+    processes = {name: Process(functools.partial(Worker, name, size, how)) for name in names}
     facts: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
     try:
@@ -140,7 +146,7 @@ def measure(size: Size, how: Compilation, repeats: int, names: Sequence[str]) ->
     rows = {}
     for name, seconds in medians.items():
         rows[name] = {**row(seconds, medians[PLAIN], medians[SHELL]), **facts[name]}
-        rows[name]["state_over_hidden_state"] = facts[name]["state_bytes"] / len(CONTEXTS) / size.hidden_bytes
+        rows[name]["state_over_hidden_state"] = facts[name]["state_bytes"] / len(size.contexts) / size.hidden_bytes
     return {
         "size": str(size),
         "mode": how.mode,

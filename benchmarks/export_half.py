@@ -18,26 +18,14 @@ from typing import Any
 
 import onnxruntime
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bwcache_compile as bw
 from benchmarks import zoo_runs
+from benchmarks.half import halved
 from tests.zoo import ZOO
-
-
-def halved(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast a model in place, but for the modules that its class keeps in float32."""
-    kept = getattr(model, "_keep_in_fp32_modules", None) or []
-    for path, module in model.named_modules():
-        if not any(part in path.split(".") for part in kept):
-            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                if tensor.dtype == torch.float32 and name not in kept:
-                    cast = tensor.detach().to(dtype)
-                    setattr(module, name, nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast)
-    return model
 
 
 def run(dtype: torch.dtype, opsets: list[int], name: str) -> dict[str, Any]:

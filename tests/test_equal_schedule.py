@@ -7,10 +7,9 @@ import torch
 
 from benchmarks.equal_contestants import ANCHORS, CONTESTANTS, MASK, OURS_CUT, PLAIN, SHELL, Compilation, Size, held_bytes, linear_weights
 from benchmarks.equal_schedule import GOAL_SIZE, goals, row, table
-from benchmarks.equal_worker import ATTENTIONS, CONTEXTS, Worker, blocks_run, peak, refusal
+from benchmarks.equal_worker import ATTENTIONS, STEP, Worker, blocks_run, peak, refusal
 
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
-STEP = "equal_schedule_step"
 TINY = Size.parse("16x64x4")
 
 
@@ -40,8 +39,8 @@ def test_held_bytes_count_a_storage_once_and_no_module():
 
 
 def test_blocks_are_counted_by_their_attention_kernels():
-    one_block = [ATTENTION] * ATTENTIONS * len(CONTEXTS)
-    assert blocks_run([ATTENTION, STEP, *one_block * 4, "aten::mm", STEP, STEP, *one_block]) == [4, 0, 1]
+    one_block = [ATTENTION] * ATTENTIONS * 2
+    assert blocks_run([ATTENTION, STEP, *one_block * 4, "aten::mm", STEP, STEP, *one_block], 2) == [4, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_every_tool_follows_the_mask(name, blocks, anchors):
     assert facts["graphs"] == facts["graph_breaks"] == facts["recompiles"] == 0
     if anchors:  # of the output's size, and the time and the index of each
         output = 4 * torch.Size(TINY.latents).numel()
-        assert facts["state_bytes"] == len(CONTEXTS) * anchors * (output + 8)
+        assert facts["state_bytes"] == len(TINY.contexts) * anchors * (output + 8)
 
 
 def test_a_tool_that_computes_every_step_is_refused(monkeypatch):
