@@ -98,6 +98,7 @@ class Worker:
         self.compiled_before_timing = 0
         dynamo.set_compilation_metrics_limit(1 << 20)
         dynamo.counters.clear()
+        dynamo.clear_compilation_metrics()
 
     def wait(self) -> None:
         """Wait for the device."""
