@@ -47,7 +47,7 @@ def _names(blocks: Sequence[str] | None) -> tuple[str, ...]:
 def _toolchain(blocks: Sequence[str] | None, guard: Guard) -> Toolchain:
     choices: dict[str, Any] = {"blocks": _names(blocks), "guard": guard}
     build, explain = functools.partial(passes.build, **choices), functools.partial(passes.explain, **choices)
-    return Toolchain(capture=capture_graph, build=build, explain=explain, guard=guard)
+    return Toolchain(capture_graph, build, explain, guard, passes.outlined)
 
 
 @dataclasses.dataclass(frozen=True)

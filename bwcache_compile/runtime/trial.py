@@ -27,12 +27,14 @@ class Toolchain:
         build: A captured program, which it consumes, and settings to a cached one.
         explain: The same to the diff of each pass.
         guard: Where the guard of a program is that `build` makes: "host" or "graph".
+        outlined: A cached program to one whose blocks are calls of the graphs that they share; None leaves it as it is.
     """
 
     capture: Callable[..., ModelProgram]
     build: Callable[[ModelProgram, CacheConfig], ModelProgram]
     explain: Callable[[ModelProgram, CacheConfig], dict[str, GraphDiff]]
     guard: str = "host"
+    outlined: Callable[[ModelProgram], ModelProgram] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
