@@ -35,7 +35,7 @@ Cached = CachedModel | RegionModel | OpaqueModel
 def _toolchain(blocks: Sequence[str] | None, guard: Guard, ranks: Ranks | None) -> Toolchain:
     choices: dict[str, Any] = {"blocks": block_names(blocks), "guard": guard, "ranks": ranks}
     build, explain = functools.partial(passes.build, **choices), functools.partial(passes.explain, **choices)
-    return Toolchain(capture=capture_graph, build=build, explain=explain, guard=guard, ranks=ranks)
+    return Toolchain(capture_graph, build, explain, guard, passes.outlined, ranks)
 
 
 @dataclasses.dataclass(frozen=True)

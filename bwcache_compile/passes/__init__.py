@@ -7,7 +7,7 @@ from typing import Literal
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.graph_text import GraphDiff, graph_diff, snapshot
-from bwcache_compile.ir.program import ModelProgram, PassResult
+from bwcache_compile.ir.program import ModelProgram, PassResult, graph_module_copy
 from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.verify import verify
 from bwcache_compile.passes.arrange_sources import arrange_sources
@@ -19,6 +19,7 @@ from bwcache_compile.passes.insert_cond import insert_cond
 from bwcache_compile.passes.insert_indicator import insert_indicator
 from bwcache_compile.passes.insert_policy import insert_policy
 from bwcache_compile.passes.lift_cache_state import lift_cache_state
+from bwcache_compile.passes.outline_blocks import outline_blocks
 from bwcache_compile.passes.plan_cache import plan_cache
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.passes.split_region import split_region
@@ -47,8 +48,21 @@ GUARD_PIPELINE: tuple[Pass, ...] = (
     lift_cache_state,
     insert_cond,
 )
+COMPILE_PIPELINE: tuple[Pass, ...] = (outline_blocks,)
+"""What a finished program goes through so that a compiler compiles its blocks once."""
 
-__all__ = ["CACHE_PIPELINE", "TIDY_PIPELINE", "build", "canonicalize", "explain", "find_blocks", "plan_cache", "run_pipeline"]
+__all__ = [
+    "CACHE_PIPELINE",
+    "COMPILE_PIPELINE",
+    "TIDY_PIPELINE",
+    "build",
+    "canonicalize",
+    "explain",
+    "find_blocks",
+    "for_compilers",
+    "plan_cache",
+    "run_pipeline",
+]
 
 
 def run_pipeline(program: ModelProgram, passes: tuple[Pass, ...], after_pass: AfterPass | None = None) -> ModelProgram:
@@ -103,6 +117,11 @@ def build(
     program = _edited(program, TIDY_PIPELINE, after_pass)
     program = program.replace(plan=plan_cache(program, find_blocks(program, blocks), config, ranks))
     return run_pipeline(program, CACHE_PIPELINE if guard == "host" else GUARD_PIPELINE, after_pass)
+
+
+def outlined(program: ModelProgram) -> ModelProgram:
+    """Return a finished program whose blocks are calls of the graphs that they share; the program itself stays as it is."""
+    return run_pipeline(program.replace(compute=graph_module_copy(program.compute)), COMPILE_PIPELINE)
 
 
 def explain(

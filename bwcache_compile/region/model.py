@@ -285,6 +285,11 @@ class RegionModel(UncapturedModel):
         for stack in self.stacks.values():
             stack.compile(**options)
 
+    def compile_repeated_blocks(self, **options: Any) -> None:
+        """Compile as `compile` does, and blocks that are alike once; see `CachedModel.compile_repeated_blocks`."""
+        for stack in self.stacks.values():
+            stack.compile_repeated_blocks(**options)
+
     def report(self) -> Report:
         """Return what each context did in its current generation; with several stacks, what each of them did: `cond (blocks.0)`."""
         contexts: dict[str, ContextReport] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.context_methods import ContextMethods
 from bwcache_compile.contexts import ContextTable
-from bwcache_compile.errors import warn
+from bwcache_compile.errors import ConfigError, warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.pass_files import write_pass_files
@@ -251,6 +251,19 @@ class CachedModel(ModelWrapper, ContextMethods):
     def compile(self, **options: Any) -> None:
         """Compile each program's graphs with `torch.compile(**options)`, those captured later too."""
         self._programs.compile(options)
+
+    def compile_repeated_blocks(self, **options: Any) -> None:
+        """Compile as `compile` does, and blocks that are alike once, so that compiling takes about as long for a model of any depth.
+
+        Operators of one block are not fused with those of the next. A block that is like no other is compiled for itself; the log says
+        which and why.
+
+        Raises:
+            ConfigError: The guard is in the graph.
+        """
+        if self._toolchain.guard == "graph":
+            raise ConfigError('compile_repeated_blocks needs guard="host". Call compile(), which compiles each block for itself.')
+        self._programs.compile(options, blocks_once=True)
 
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
         """Run every graph once for inputs like these, so that whatever compiles does so now. No state is touched."""

@@ -41,6 +41,7 @@ class ProgramMaker:
         self._model, self._toolchain, self._shapes, self._watch = model, toolchain, dynamic_shapes, watch
         self._alive: weakref.WeakSet[RunnableProgram] = weakref.WeakSet()
         self._compile_options: dict[str, Any] | None = None
+        self._blocks_once = False
         self._ran = False
         self.fixed: dict[Hashable, str] = {}
 
@@ -48,11 +49,20 @@ class ProgramMaker:
         """Return the addresses of the tensors that programs hold."""
         return frozenset().union(*(runnable.addresses for runnable in self._alive))
 
-    def compile(self, options: dict[str, Any]) -> None:
-        """Compile every program with these options of `torch.compile`, those made later too."""
-        self._compile_options = options
+    def compile(self, options: dict[str, Any], blocks_once: bool) -> None:
+        """Compile every program with these options of `torch.compile`, those made later too.
+
+        Args:
+            options: Of `torch.compile`.
+            blocks_once: Whether blocks that are alike are compiled once.
+        """
+        self._compile_options, self._blocks_once = options, blocks_once
         for runnable in self._alive:
-            runnable.compile(options)
+            self._compile(runnable, options)
+
+    def _compile(self, runnable: RunnableProgram, options: dict[str, Any]) -> None:
+        outlined = self._toolchain.outlined if self._blocks_once else None
+        runnable.compile(options, None if outlined is None else outlined(runnable.program))
 
     def make(self, request: Request, kept: Collection[CallKey]) -> tuple[RunnableProgram, list[Any] | None]:
         """Capture the model for a call and make a program; with dynamic sizes where a call of another size was captured before.
@@ -141,7 +151,8 @@ class ProgramMaker:
 
     def _runnable(self, program: ModelProgram, key: CallKey, noted: tuple[str, ...]) -> RunnableProgram:
         plan = program.planned()
-        runnable = RunnableProgram(program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted))), key, noted)
+        program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted)))
+        runnable = RunnableProgram(program, key, noted)
         if self._compile_options is not None:
-            runnable.compile(self._compile_options)
+            self._compile(runnable, self._compile_options)
         return runnable

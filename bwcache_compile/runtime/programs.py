@@ -278,10 +278,10 @@ class ProgramCache:
         """Return what each pass changed in the program used last."""
         return self._toolchain.explain(self.latest.program.fresh(), config)
 
-    def compile(self, options: dict[str, Any]) -> None:
-        """Compile every program with these options of `torch.compile`, those captured later too."""
+    def compile(self, options: dict[str, Any], blocks_once: bool = False) -> None:
+        """Compile every program with these options of `torch.compile`, those captured later too; see `ProgramMaker.compile`."""
         with self._lock:
-            self._maker.compile(options)
+            self._maker.compile(options, blocks_once)
 
     def touch(self) -> None:
         """Treat the weights as changed: a method was called that may write to them without a version counter showing it."""

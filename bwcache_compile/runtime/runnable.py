@@ -135,13 +135,17 @@ class RunnableProgram:
             return {} if key.sizes == self.key.sizes else None
         return sizes.bind(key.sizes)
 
-    def compile(self, options: dict[str, Any]) -> None:
-        """Compile the graphs with these options of `torch.compile`; each is compiled whole at its first run."""
+    def compile(self, options: dict[str, Any], instead: ModelProgram | None = None) -> None:
+        """Compile the graphs with these options of `torch.compile`; each is compiled whole at its first run.
+
+        The graphs of `instead`, which compute the same, are compiled if it is given.
+        """
         self._uses_cuda_graphs = uses_cuda_graphs(options)
         if self.program.signature.sizes is not None:
             options = {"dynamic": True, **options}
         self._is_compiled = True
-        self.graphs = {kind: torch.compile(module, **options) for kind, module in self.modules.items()}
+        modules = self.modules if instead is None else {kind: getattr(instead, kind) for kind in self.modules}
+        self.graphs = {kind: torch.compile(module, **options) for kind, module in modules.items()}
 
     @left_out
     def graph(self, kind: str) -> Callable[..., Any]:

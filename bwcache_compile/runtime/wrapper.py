@@ -125,6 +125,13 @@ class ModelWrapper(nn.Module):
         self._touched()
         return result
 
+    def compile_repeated_blocks(self, **options: Any) -> None:
+        """Compile what the drop-in runs in the blocks' place; a subclass may compile blocks that are alike once.
+
+        diffusers' method of that name compiles the original's modules, which no graph calls.
+        """
+        self.compile(**options)
+
     def get_submodule(self, target: str) -> nn.Module:
         """Look in the original, some of whose modules may be called like methods of the wrapper."""
         return self._original.get_submodule(target)

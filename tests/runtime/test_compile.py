@@ -110,6 +110,26 @@ def test_each_graph_compiles_whole(reuse: Any) -> None:
     assert graphs() == 2, "warm-up compiled everything"
 
 
+def test_repeated_blocks_are_compiled_once() -> None:
+    """diffusers' method of that name, on a drop-in."""
+    model = OneStream(depth=4).eval()
+    config = bw.CacheConfig(policy="static", steps_mask=(0, 0, 1))
+    eager, cached = (bw.transform(model, config, dynamic_shapes="auto") for _ in range(2))
+    cached.compile_repeated_blocks(fullgraph=True)
+    for batch, tokens in ((2, 6), (3, 9)):
+        for step in range(3):
+            x, t = noise("x", step, batch, tokens, 4), torch.full((batch,), 1 - step / 8)
+            with torch.no_grad():
+                torch.testing.assert_close(cached(x, t), eager(x, t), rtol=1e-5, atol=1e-5)
+    assert graphs() == 2
+
+
+def test_compile_repeated_blocks_refuses_a_guard_in_the_graph() -> None:
+    cached = bw.transform(OneStream().eval(), guard="graph", num_steps=3)
+    with pytest.raises(bw.ConfigError, match=r'compile_repeated_blocks needs guard="host"'):
+        cached.compile_repeated_blocks()
+
+
 def test_the_compiled_error_is_the_plainly_compiled_models_own() -> None:
     """Wan's rotary embedding writes in place, which the compiler makes functional: held against eager and plain."""
     entry = ZOO["wan"]
