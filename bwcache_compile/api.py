@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
@@ -20,9 +18,10 @@ from bwcache_compile.ir.plan import BlockSearch
 from bwcache_compile.opaque import OpaqueModel
 from bwcache_compile.passes import Guard
 from bwcache_compile.region import RegionModel
-from bwcache_compile.runtime import CachedModel, Toolchain
+from bwcache_compile.runtime import CachedModel
 from bwcache_compile.runtime.hooks import refuse_hooks
 from bwcache_compile.runtime.signature import leaves_of
+from bwcache_compile.toolchains import PartMaker, block_names, toolchain
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,30 +33,6 @@ CAPTURES: tuple[Capture, ...] = get_args(Capture)
 
 Cached = CachedModel | RegionModel | OpaqueModel
 """What `transform` returns, by what is captured."""
-
-
-def _names(blocks: Sequence[str] | None) -> tuple[str, ...]:
-    if blocks is None:
-        return ()
-    if isinstance(blocks, str) or not blocks or not all(isinstance(name, str) for name in blocks):
-        raise ConfigError(f'blocks must be a list of module paths, such as ["transformer_blocks"], got {blocks!r}.')
-    return tuple(blocks)
-
-
-def _toolchain(blocks: Sequence[str] | None, guard: Guard) -> Toolchain:
-    choices: dict[str, Any] = {"blocks": _names(blocks), "guard": guard}
-    build, explain = functools.partial(passes.build, **choices), functools.partial(passes.explain, **choices)
-    return Toolchain(capture=capture_graph, build=build, explain=explain, guard=guard)
-
-
-@dataclasses.dataclass(frozen=True)
-class _StackMaker:
-    """Makes a cached model of a stack; a value, so that what holds it can be pickled."""
-
-    verify: Verify
-
-    def __call__(self, stack: nn.Module, config: CacheConfig) -> CachedModel:
-        return CachedModel(stack, config, _toolchain(None, "host"), None, self.verify)
 
 
 @overload
@@ -216,11 +191,11 @@ def transform(
         return _first_that_works(model, config, verify, tuple(example_args or ()), example_kwargs or {})
     cached: Cached
     if capture == "region":
-        cached = RegionModel(model, config, _StackMaker(verify), verify)
+        cached = RegionModel(model, config, PartMaker(verify), verify)
     elif capture == "opaque":
         cached = OpaqueModel(model, config, verify, process_group)
     else:
-        cached = CachedModel(model, config, _toolchain(blocks, guard), dynamic_shapes, verify)
+        cached = CachedModel(model, config, toolchain(blocks, guard), dynamic_shapes, verify)
     if example_args is not None or example_kwargs is not None:
         cached.prepare(tuple(example_args or ()), example_kwargs or {})
     return cached
@@ -251,11 +226,13 @@ def _first_that_works(
     Raises:
         CaptureError: None works.
     """
-    name, reasons, captures = type(model).__name__, "", CAPTURES
+    name, reasons = type(model).__name__, ""
+    # with the anchors at the output no stack is captured
+    captures: tuple[Capture, ...] = CAPTURES if config.cut == "blocks" else ("whole", "opaque")
     try:
         leaves_of(example_args, example_kwargs)
     except ConfigError as error:  # an input that no graph of the model takes, such as a cache object
-        reasons, captures = f"\n  whole: {_beginning(error)}", CAPTURES[1:]
+        reasons, captures = f"\n  whole: {_beginning(error)}", captures[1:]
     for capture in captures:
         try:
             cached = transform(model, config, verify=verify, capture=capture, example_args=example_args, example_kwargs=example_kwargs)
@@ -292,7 +269,7 @@ def find_blocks(
         CaptureError: The model could not be captured.
         ConfigError: `blocks` names nothing in the model, or what cannot be a chain of blocks.
     """
-    names = _names(blocks)
+    names = block_names(blocks)
     if isinstance(model, ExportedProgram):
         program = flat_program(model, "the exported program")
     elif isinstance(model, CachedModel) and model.cached_programs and not (example_args or example_kwargs):
