@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -22,31 +20,15 @@ from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.opaque import OpaqueModel
 from bwcache_compile.passes import Guard
 from bwcache_compile.region import RegionModel
-from bwcache_compile.runtime import CachedModel, Toolchain
+from bwcache_compile.runtime import CachedModel
 from bwcache_compile.runtime.signature import leaves_of
+from bwcache_compile.toolchains import PartMaker, toolchain
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Cached = CachedModel | RegionModel | OpaqueModel
 """What `transform` returns, by what is captured."""
-
-
-def _toolchain(blocks: Sequence[str] | None, guard: Guard, ranks: Ranks | None) -> Toolchain:
-    choices: dict[str, Any] = {"blocks": block_names(blocks), "guard": guard, "ranks": ranks}
-    build, explain = functools.partial(passes.build, **choices), functools.partial(passes.explain, **choices)
-    return Toolchain(capture_graph, build, explain, guard, passes.outlined, ranks)
-
-
-@dataclasses.dataclass(frozen=True)
-class _StackMaker:
-    """Makes a cached model of a stack; a value, so that what holds it can be pickled."""
-
-    verify: Verify
-    ranks: Ranks | None
-
-    def __call__(self, stack: nn.Module, config: CacheConfig) -> CachedModel:
-        return CachedModel(stack, config, _toolchain(None, "host", self.ranks), None, self.verify)
 
 
 @overload
@@ -191,11 +173,11 @@ def transform(
         return _first_that_works(model, config, verify, tuple(example_args or ()), example_kwargs or {}, groups)
     cached: Cached
     if capture == "region":
-        cached = RegionModel(model, config, _StackMaker(verify, ranks), verify, ranks)
+        cached = RegionModel(model, config, PartMaker(verify, ranks), verify)
     elif capture == "opaque":
         cached = OpaqueModel(model, config, verify, ranks)
     else:
-        cached = CachedModel(model, config, _toolchain(blocks, guard, ranks), dynamic_shapes, verify)
+        cached = CachedModel(model, config, toolchain(blocks, guard, ranks), dynamic_shapes, verify)
     if example_args is not None or example_kwargs is not None:
         cached.prepare(tuple(example_args or ()), example_kwargs or {})
     return cached
@@ -231,11 +213,13 @@ def _first_that_works(
     Raises:
         CaptureError: None works.
     """
-    name, reasons, captures = type(model).__name__, "", CAPTURES
+    name, reasons = type(model).__name__, ""
+    # with the anchors at the output no stack is captured
+    captures: tuple[Capture, ...] = CAPTURES if config.cut == "blocks" else ("whole", "opaque")
     try:
         leaves_of(example_args, example_kwargs)
     except ConfigError as error:  # an input that no graph of the model takes, such as a cache object
-        reasons, captures = f"\n  whole: {_beginning(error)}", CAPTURES[1:]
+        reasons, captures = f"\n  whole: {_beginning(error)}", captures[1:]
     for capture in captures:
         try:
             examples: dict[str, Any] = {"example_args": example_args, "example_kwargs": example_kwargs}

@@ -162,6 +162,16 @@ class CacheConfig:
                 changes.setdefault(other, None)
         return dataclasses.replace(self, **changes)
 
+    def updated(self, config: CacheConfig | Mapping[str, Any] | None, changes: Mapping[str, Any]) -> CacheConfig:
+        """Return what `configure` is given as settings: all of them, or changes of these.
+
+        Raises:
+            ConfigError: A value is bad, or there is no setting of that name.
+        """
+        if isinstance(config, Mapping):
+            return CacheConfig.of(self, **{**config, **changes})
+        return CacheConfig.of(self if config is None else config, **changes)
+
     @property
     def graph_settings(self) -> GraphSettings:
         """The settings that shape the graphs."""

@@ -102,6 +102,8 @@ class ContextTable(Generic[AnyContext]):
         self.follow: Callable[[], RunStep | None] | None = None
         self._run: object = None
         self.listeners = Listeners()
+        self._ordinals = itertools.count()
+        self._beside: tuple[ContextTable[AnyContext], ...] = ()
         self.clear()
 
     def clear(self) -> None:
@@ -109,13 +111,24 @@ class ContextTable(Generic[AnyContext]):
         with self._lock:
             self._contexts: OrderedDict[str, AnyContext] = OrderedDict()
             self._latest: dict[str, Tracker] = {}
-            self._ordinals = itertools.count()
             self._unnamed = 0
 
     def values(self) -> list[AnyContext]:
         """Return the contexts in the order of their first calls."""
         with self._lock:
             return sorted(self._contexts.values(), key=lambda context: context.created)
+
+    def join(self, other: ContextTable[AnyContext]) -> None:
+        """Let the contexts of two tables decide together (`decide="joint"`): those of two parts of one model.
+
+        Their calls are numbered together from here on.
+        """
+        self._beside, other._beside = (*self._beside, other), (*other._beside, self)
+        other._ordinals = self._ordinals
+
+    def deciding(self) -> list[AnyContext]:
+        """Return the contexts that may decide together: those of this table, and of those that it was joined with."""
+        return [context for table in (self, *self._beside) for context in table.values()]
 
     def get(self, name: str) -> AnyContext | None:
         """Return a context by name."""

@@ -10,10 +10,10 @@ from bwcache_compile.calibration.evaluate import Generate
 from bwcache_compile.calibration.plan import CalibrationPlan
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.report import ContextReport
-from bwcache_compile.runtime.cached_model import CachedModel
+from bwcache_compile.runtime.drop_in import DropIn
 
 
-def with_indicators(plan: CalibrationPlan, cached: CachedModel, generate: Generate) -> CalibrationPlan:
+def with_indicators(plan: CalibrationPlan, cached: DropIn, generate: Generate) -> CalibrationPlan:
     """Return a plan whose entries hold the indicator at each computed step, from one generation each by the settings of the entry.
 
     Args:
@@ -25,7 +25,7 @@ def with_indicators(plan: CalibrationPlan, cached: CachedModel, generate: Genera
         ConfigError: The settings do not fit the guard, or `generate` did not run the steps of the plan.
     """
     entries = []
-    model: CachedModel | None = None
+    model: DropIn | None = None
     try:
         for entry in plan.entries:
             settings = plan.settings(dataclasses.replace(entry, indicators=(None,) * plan.steps), guarded=True)

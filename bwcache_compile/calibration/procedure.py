@@ -23,11 +23,11 @@ from bwcache_compile.calibration.progress import Progress
 from bwcache_compile.calibration.recording import RecordedStep, context_names
 from bwcache_compile.calibration.sampler_map import TOLERANCE, SamplerMap, first_difference, recover_map
 from bwcache_compile.calibration.search import Search
-from bwcache_compile.context_methods import ContextMethods
 from bwcache_compile.errors import ConfigError, warn
 from bwcache_compile.graph_settings import Cut
 from bwcache_compile.policies.reuse.linear import MOST_ANCHORS
 from bwcache_compile.runtime.cached_model import CachedModel
+from bwcache_compile.runtime.drop_in import DropIn
 from bwcache_compile.runtime.fingerprint import model_identity
 
 Effort = Literal["quick", "thorough"]
@@ -67,8 +67,8 @@ def calibrate(
     latents of the full generation. Results are compared by PSNR.
 
     Args:
-        model: What `transform` returned, or for cut="output" the transformer itself, in evaluation mode, compiled or not; or a
-            cut of your own (`CutModel`).
+        model: What `transform` returned, captured in any way for cut="output" and whole for cut="blocks"; or for cut="output" the
+            transformer itself, in evaluation mode, compiled or not; or a cut of your own (`CutModel`).
         generate: Makes one video with the model that it is given and returns it: `lambda model: pipe(...).frames` after
             `pipe.transformer = model`, or a loop. The seed must be fixed inside.
         budgets: Shares of computed steps.
@@ -86,7 +86,7 @@ def calibrate(
         The plan: an entry for each budget, and what it was made for.
 
     Raises:
-        ConfigError: A setting is out of range, `generate` does not use its model, or it is not deterministic.
+        ConfigError: A setting is out of range, the weights cannot be read, or `generate` does not use its model or is not deterministic.
     """
     if effort not in get_args(Effort):
         raise ConfigError(f"effort must be one of {', '.join(map(repr, get_args(Effort)))}, got {effort!r}.")
@@ -97,6 +97,7 @@ def calibrate(
     for budget in budgets:
         masks.computed_count(budget, 2)
     target, to_guard = _cut_model(model, anchors, cut), _cached(model) if guarded else None
+    identity = model_identity(target.module)
     with Progress(progress, LIMITS[effort]) as bar:
         evaluator = Evaluator(target, generate, bar.advance)
         bar.expect(evaluator.calls)
@@ -114,18 +115,18 @@ def calibrate(
         last = sum(counts) / evaluator.steps if guarded else 0.0
         found = Search(evaluator, sampler, LIMITS[effort] - last).run(counts)
     entries = [_entry(found[count], evaluator, fewer_steps) for count in counts]
-    plan = CalibrationPlan(tuple(entries), _provenance(target, evaluator, sampler, last))
+    plan = CalibrationPlan(tuple(entries), _provenance(identity, target, evaluator, sampler, last))
     return plan if to_guard is None else with_indicators(plan, to_guard, generate)
 
 
-def _cached(model: nn.Module | CutModel) -> CachedModel:
-    """Return the transformed model, whose graphs measure the indicator.
+def _cached(model: nn.Module | CutModel) -> DropIn:
+    """Return the transformed model, which measures the indicator.
 
     Raises:
         ConfigError: It is not transformed.
     """
     cached = getattr(model, "_orig_mod", model)
-    if not isinstance(cached, CachedModel):
+    if not isinstance(cached, DropIn):
         raise ConfigError(f"guarded=True requires a transformed model, got {type(model).__name__}. Pass the result of transform.")
     return cached
 
@@ -134,20 +135,20 @@ def _cut_model(model: nn.Module | CutModel, anchors: int, cut: Cut) -> CutModel:
     """Return what runs the steps of a calibration.
 
     Raises:
-        ConfigError: The anchors are at the blocks, and the model is not transformed.
+        ConfigError: The anchors are at the blocks, and there is no graph of the model.
     """
     if not 2 <= anchors <= MOST_ANCHORS:
         raise ConfigError(f"anchors must be from 2 to {MOST_ANCHORS} (computed steps that a reused step combines), got {anchors!r}.")
     if not isinstance(model, nn.Module):
         return model
-    if isinstance(model, ContextMethods) and not isinstance(model, CachedModel):
-        raise ConfigError(f"calibrate runs a model without a cache, or one that is captured whole, and {model!r} is not.")
     cached = getattr(model, "_orig_mod", model)
-    if cut == "blocks":
-        if not isinstance(cached, CachedModel):
-            raise ConfigError(f"cut='blocks' requires a transformed model, got {type(model).__name__}. Pass the result of transform.")
+    if cut == "output":
+        return OutputCut(cached.original if isinstance(cached, DropIn) else model, anchors)
+    if isinstance(cached, CachedModel):
         return GraphCut(cached, anchors, cut)
-    return OutputCut(cached.original if isinstance(cached, CachedModel) else model, anchors)
+    if isinstance(cached, DropIn):
+        raise ConfigError(f"cut='blocks' requires a model that is captured whole, and {cached!r} is not. Calibrate with cut='output'.")
+    raise ConfigError(f"cut='blocks' requires a transformed model, got {type(model).__name__}. Pass the result of transform.")
 
 
 def _sampler_map(evaluator: Evaluator) -> SamplerMap | None:
@@ -195,8 +196,8 @@ def _timesteps(steps: Sequence[RecordedStep]) -> tuple[float, ...]:
     return ()
 
 
-def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None, last: float) -> Provenance:
-    """Say what a plan was made for; `last` is what is still to be spent, in full generations."""
+def _provenance(identity: str, cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None, last: float) -> Provenance:
+    """Say what a plan was made for: the model of this identity; `last` is what is still to be spent, in full generations."""
     if sampler is None:
         words = "latents not found"
     elif sampler.explained:
@@ -207,7 +208,7 @@ def _provenance(cut: CutModel, evaluator: Evaluator, sampler: SamplerMap | None,
     versions = {name: sys.modules[name].__version__ for name in ("diffusers",) if name in sys.modules}
     versions |= {"bwcache_compile": bwcache_compile.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return Provenance(
-        model=model_identity(cut.module),
+        model=identity,
         timesteps=_timesteps(evaluator.full),
         step_indices=evaluator.step_indices,
         num_steps=evaluator.num_steps,

@@ -105,7 +105,7 @@ class Reference:
         """
         if self._expected is None:
             expected = self._run()
-            _check_outputs(type(self.model).__name__, expected)
+            check_outputs(type(self.model).__name__, expected)
             self._expected = expected
         return self._expected
 
@@ -146,12 +146,16 @@ class Reference:
             )
 
 
-def _check_outputs(name: str, expected: list[Any]) -> None:
-    """Refuse outputs that a graph cannot return."""
-    for leaf in expected:
+def check_outputs(name: str, outputs: list[Any], returns: str = "a graph") -> None:
+    """Refuse outputs that a graph, or what else `returns` them, cannot make.
+
+    Raises:
+        CaptureError: One is neither a tensor nor a plain constant.
+    """
+    for leaf in outputs:
         if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
             raise CaptureError(
-                f"{name} returns an object of type {type(leaf).__name__}, but a graph can return only tensors, numbers, strings and None."
+                f"{name} returns an object of type {type(leaf).__name__}, but {returns} can return only tensors, numbers, strings and None."
                 " Return the tensors that"
                 " it holds, or register its class: torch.export.register_dataclass for a dataclass, else"
                 " torch.utils._pytree.register_pytree_node."

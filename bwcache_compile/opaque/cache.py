@@ -15,7 +15,6 @@ from bwcache_compile.ir.ranks import Ranks, mean_over_ranks
 from bwcache_compile.opaque.guards import BlockCall, CallPlace
 from bwcache_compile.policies import INDICATORS, POLICIES
 from bwcache_compile.policies.definitions import SmallSlot, takes
-from bwcache_compile.policies.sampling import sampled_of_part, sampled_tokens
 from bwcache_compile.stepping import Cursor
 
 Slots = Mapping[str, Tensor]
@@ -28,7 +27,7 @@ class OpaqueState:
 
     Attributes:
         cursor: The next step, and which steps reuse.
-        calls: The blocks' calls at the last computed step.
+        calls: The calls at the last computed step that a reused step returns something for: the blocks', or the model's own.
         kept: For each call, for each leaf of its output: the slots of the way of reusing; None where the leaf is held as it is.
         shared: The slots that all outputs share.
         references: Measured features of the last computed step, in the order of what the indicator returns.
@@ -97,7 +96,7 @@ def _keep(config: CacheConfig, output: Any, before: Slots | None, moment: Moment
 
 
 class ReusedOutputs:
-    """What a reused step returns for each call of a block. It shares no memory with what is kept."""
+    """What a reused step returns for each call that is kept. It shares no memory with what is kept."""
 
     def __init__(self, config: CacheConfig, state: OpaqueState, moment: Moment) -> None:
         """Take what is the same for all calls of the step."""
@@ -117,37 +116,34 @@ class ReusedOutputs:
         return tuple(leaves)
 
 
-def _measured_calls(config: CacheConfig, calls: Mapping[CallPlace, BlockCall]) -> list[CallPlace]:
-    """Return the calls whose output is measured: `indicator_blocks` of them, spread evenly and ending with the last."""
-    places = [place for place, call in calls.items() if _feature(call) is not None]
-    if not POLICIES[config.policy].measures or not places:
-        return []
-    count = len(places) if config.indicator_blocks == "all" else min(config.indicator_blocks, len(places))
-    return [places[-(-(i + 1) * len(places) // count) - 1] for i in range(count)]
+def decide(config: CacheConfig, slots: Slots, change: Tensor | None, step: Tensor, num_steps: int | None) -> tuple[Slots, int]:
+    """Ask the policy after a computed step: what it keeps, and how many of the following steps reuse. Reads one number from the device.
 
+    Args:
+        config: The settings.
+        slots: What the policy kept at the computed step before; empty at the first one.
+        change: float32[blocks], what the indicator measured; None for a policy that measures nothing.
+        step: int64[1], the step just computed.
+        num_steps: Steps of the generation, if known.
 
-def _feature(call: BlockCall) -> Tensor | None:
-    """Return the first floating output of rank 2 or more."""
-    return next((leaf for leaf in call.outputs if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1), None)
-
-
-def _sample(config: CacheConfig, call: BlockCall, number: int, ranks: Ranks | None) -> Tensor:
-    """Take the measured tokens of a call."""
-    feature = _feature(call)
-    assert feature is not None
-    if config.indicator_tokens == "all":
-        return feature
-    rows, stride, device = feature.reshape(-1, feature.shape[-1]), config.indicator_tokens, feature.device
-    if ranks is None or ranks.parts == 1:
-        return rows[sampled_tokens(len(rows), stride, number, device)]
-    batch = feature.shape[0] if feature.dim() > 2 else 1
-    return rows[sampled_of_part(batch, len(rows) // batch, stride, number, ranks.parts, ranks.part, device)]
+    Raises:
+        ConfigError: The policy needs the number of steps, and it is not known.
+    """
+    policy = POLICIES[config.policy]
+    named = {"step": step, **(slots or _fresh(policy.slots, step.device))}
+    if change is not None:
+        named["change"] = change
+    names = [parameter.name for parameter in policy.parameters]
+    named |= dict(zip(names, policy_parameters(config, num_steps, step.device, names), strict=True))
+    *after, left = _call(policy.decide, named)
+    return dict(zip((slot.name for slot in policy.slots), after, strict=True)), int(left)
 
 
 def computed_state(
     config: CacheConfig,
     state: OpaqueState,
     calls: Mapping[CallPlace, BlockCall],
+    features: Mapping[CallPlace, Tensor],
     moment: Moment,
     ranks: Ranks | None = None,
 ) -> tuple[OpaqueState, Tensor | None]:
@@ -156,34 +152,30 @@ def computed_state(
     Args:
         config: The settings.
         state: The state before the step.
-        calls: What the blocks returned.
+        calls: What is kept: the calls of the blocks, or the model's own.
+        features: What is measured of the blocks' outputs, by call.
         moment: Where the step is.
         ranks: Those over which the indicator is measured; None measures on this one.
 
     Raises:
         ConfigError: The policy needs the number of steps, and it is not known.
     """
-    way, policy, device = config.graph_settings.way, POLICIES[config.policy], moment.step.device
+    way = config.graph_settings.way
     kept = {}
     for place, call in calls.items():
         before = state.kept.get(place, ())
         kept[place] = tuple(
             _keep(config, output, before[leaf] if leaf < len(before) else None, moment) for leaf, output in enumerate(call.outputs)
         )
-    shared: Slots = state.shared or _fresh(way.shared, device)
+    shared: Slots = state.shared or _fresh(way.shared, moment.step.device)
     if way.keep_shared is not None:
         shared = dict(zip(shared, _call(way.keep_shared, {**_kept(shared), **moment.operands}), strict=True))
-    features = {place: _sample(config, calls[place], number, ranks) for number, place in enumerate(_measured_calls(config, calls))}
     change = None
-    named = {"step": moment.step, **(state.policy or _fresh(policy.slots, device))}
     if features:
         references = [state.references.get(place, torch.zeros_like(feature)) for place, feature in features.items()]
         alike = zip(references, features.values(), strict=True)
         references = [old if old.shape == new.shape else torch.zeros_like(new) for old, new in alike]
         change = INDICATORS[config.indicator](list(features.values()), references)
-        change = named["change"] = change if ranks is None else mean_over_ranks(change, references, ranks)
-    names = [parameter.name for parameter in policy.parameters]
-    named |= dict(zip(names, policy_parameters(config, moment.num_steps, device, names), strict=True))
-    *slots, left = _call(policy.decide, named)
-    after = dict(zip((slot.name for slot in policy.slots), slots, strict=True))
-    return OpaqueState(state.cursor.computed(int(left)), dict(calls), kept, shared, features, after), change
+        change = change if ranks is None else mean_over_ranks(change, references, ranks)
+    policy, left = decide(config, state.policy, change, moment.step, moment.num_steps)
+    return OpaqueState(state.cursor.computed(left), dict(calls), kept, shared, dict(features), policy), change

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections import Counter
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,17 +17,16 @@ from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify, difference, flat_outputs
 from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.torch_compat import pytree
-from bwcache_compile.ir.work_share import WARN_ABOVE
-from bwcache_compile.opaque.blocks import FoundBlocks, find_blocks
 from bwcache_compile.opaque.cache import OpaqueState, ReusedOutputs, computed_state
-from bwcache_compile.opaque.guards import CallsChanged, ComputeCalls, Guard, ReuseCalls, StepCalls, compiled_block
+from bwcache_compile.opaque.guards import BlockCall, CallPlace, CallsChanged, ComputeCalls, ReuseCalls
+from bwcache_compile.opaque.measure import MeasuredCalls, features_of
+from bwcache_compile.opaque.output import computed_output, reused_output
+from bwcache_compile.opaque.runner import ModelRunner
 from bwcache_compile.opaque.step import OpaqueContext, OpaqueStep, moment_of, numbers_as_tensors, signature_of, state_for
-from bwcache_compile.region.calls import record
-from bwcache_compile.region.copies import with_modules, write_back
-from bwcache_compile.region.uncaptured import UncapturedModel
+from bwcache_compile.region.uncaptured import UncapturedModel, check_calibration
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import time_inputs, warn_without_reuse
-from bwcache_compile.runtime.watch import ModelWatch
+from bwcache_compile.runtime.joint import synchronize_decisions
 from bwcache_compile.step_events import StepEvent, step_event
 from bwcache_compile.stepping import StepInfo
 
@@ -38,7 +36,8 @@ class OpaqueModel(UncapturedModel):
 
     At its first call the model runs once while the calls of the modules in its lists are written down; those that do most of the
     work are its blocks. At a computed step each block runs and its output is kept; at a reused step no block runs, and each of its
-    calls returns what is kept. The rest of the model runs as it is, at every step.
+    calls returns what is kept. The rest of the model runs as it is, at every step. With `cut="output"` the model's outputs are kept
+    instead, and a reused step runs nothing of the model; its blocks are looked for only where they are measured or compiled.
     """
 
     compiles = "each block"
@@ -48,42 +47,51 @@ class OpaqueModel(UncapturedModel):
 
         Raises:
             ConfigError: A setting needs a graph.
+            StateError: The settings were calibrated for another model.
         """
         super().__init__(model)
-        _check(config)
+        _check(model, config)
         self.cache_config, self._verify, self._ranks = config, verify, ranks
         self._contexts = ContextTable(OpaqueContext)
-        self._found: FoundBlocks | None = None
-        self._found_in = -1
-        self._watch = ModelWatch(model)
-        self._lock = threading.RLock()
-        self._compiled: dict[str, tuple[nn.Module, Callable[..., Any]]] = {}
-        self._compile_options: dict[str, Any] | None = None
+        self._runner = ModelRunner(model)
         self._measured: tuple[str, ...] = ()
         self._seal()
 
     def __repr__(self) -> str:
         """Say what it wraps, which blocks were found, and which share of the work a reused step skips."""
-        name, config = type(self._original).__name__, self.cache_config
+        name, config, found = type(self._original).__name__, self.cache_config, self._runner.found
         said = f"OpaqueModel({name}, policy={config.policy!r}, reuse={config.reuse!r}, "
-        if self._found is None:
+        if config.cut == "output":
+            return said + "cut='output')"
+        if found is None:
             return said + "no blocks found yet)"
-        return said + f"{len(self._found.paths)} blocks cached: {self._found.share:.1%} of the work)"
+        return said + f"{len(found.paths)} blocks cached: {found.share:.1%} of the work)"
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         """Copy or pickle the model and the settings; the copy finds its blocks anew and starts without state."""
         return OpaqueModel, (self._original, self.cache_config, self._verify, self._ranks)
 
+    def with_settings(self, config: CacheConfig) -> OpaqueModel:
+        """Return another cached model of the same model: its settings, blocks and contexts are its own.
+
+        Raises:
+            ConfigError: A setting needs a graph.
+            StateError: The settings were calibrated for another model.
+        """
+        return OpaqueModel(self._original, config, self._verify, self._ranks)
+
     @property
     def cached_blocks(self) -> tuple[str, ...]:
-        """Paths of the blocks, in the order in which they run.
+        """Paths of the blocks, in the order in which they run; none where the model's outputs are kept and no block is measured.
 
         Raises:
             StateError: The model was not called yet.
         """
-        if self._found is None:
+        if self._runner.found is not None:
+            return self._runner.found.paths
+        if self._runner.needs_blocks(self.cache_config):
             raise StateError("the blocks are found at the first call of the model, and it was not called yet.")
-        return self._found.paths
+        return ()
 
     # -- calling -------------------------------------------------------------------------------------------------
 
@@ -97,8 +105,9 @@ class OpaqueModel(UncapturedModel):
         """Run one denoising step; takes and returns what the original takes and returns.
 
         Raises:
-            CaptureError: At the first call: no modules repeat.
-            UnsupportedGraphError: A block writes in place to what it is given.
+            CaptureError: At the first call: no modules repeat, or the model returns what cannot be kept.
+            ConfigError: The settings do not fit what the model returns, or the policy needs the number of steps.
+            UnsupportedGraphError: A block writes in place to what it is given, or with `cut="output"` the model does.
             StateError: The context is in use, the model is in training mode, or `torch.compile` was called on it; or a reused step calls
                 other blocks than the last computed step did, and there are other ranks.
         """
@@ -115,13 +124,16 @@ class OpaqueModel(UncapturedModel):
             self._contexts.listeners.tell(event)
         return outputs
 
-    def _step(self, context: OpaqueContext, info: StepInfo, config: CacheConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _step(
+        self, context: OpaqueContext, info: StepInfo, config: CacheConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, StepEvent | None]:
         """Run a step; return the model's output, and what callbacks are told."""
         step, expected = self._begin(context, info, config, args, kwargs)
         computed = not step.state.cursor.reuses
         if not computed:
             try:
-                outputs, state, change = self._reuse(step, args, kwargs)
+                outputs = self._reuse(step, args, kwargs)
+                state, change = dataclasses.replace(step.state, cursor=step.state.cursor.reused()), None
             except CallsChanged as changed:
                 if self._ranks is not None:
                     raise StateError(
@@ -132,7 +144,9 @@ class OpaqueModel(UncapturedModel):
                 warn(f"{type(self._original).__name__}: {why}.")
                 computed, step = True, step.afresh(why)
         if computed:
-            outputs, state, change = self._compute(step, args, kwargs)
+            outputs, calls, features = self._compute(step, args, kwargs)
+            state, change = computed_state(config, step.state, calls, features, step.moment, self._ranks)
+            self._measured = tuple(map(str, features))
         wrong = difference(expected, flat_outputs(outputs), self._verify == "close") if expected is not None and self._verify else None
         if wrong is not None:
             raise CaptureError(f"{type(self._original).__name__} with guarded blocks returns something else than by itself: {wrong}.")
@@ -141,7 +155,7 @@ class OpaqueModel(UncapturedModel):
     def _begin(
         self, context: OpaqueContext, info: StepInfo, config: CacheConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[OpaqueStep, list[Any] | None]:
-        """Decide what a call is, and find the blocks where they are not known. Nothing of its context changes before it has succeeded.
+        """Decide what a call is, and find the blocks where they are needed. Nothing of its context changes before it has succeeded.
 
         Returns:
             The step, and what the model returned where it was just run to find its blocks.
@@ -150,94 +164,57 @@ class OpaqueModel(UncapturedModel):
         num_steps, times = config.steps_of(info.num_steps), time_inputs(numbers_as_tensors(flat))
         read = times if info.step_index is None else {}
         advance = context.tracker.advance(info, signature_of(flat, spec), read, num_steps, self._contexts.latest(info.group))
+        if config.decide == "joint" and not advance.began:
+            synchronize_decisions(context, self._contexts.deciding(), config, num_steps)
         reuses = not advance.began and context.state is not None and context.state.cursor.at(advance.step).reuses
-        expected = None
-        with self._lock:
-            self._watch.glance() if reuses else self._watch.poll()
-            if self._found is None or self._found_in != self._watch.structure:
-                expected = self._find(args, kwargs)
-            version = (self._watch.structure, self._watch.weights)
-        state, events = state_for(context, advance, version, self._watch.changed)
+        version = self._runner.look(reuses)
+        state, events = state_for(context, advance, version, self._runner.changed)
         if config.timesteps is not None and not state.cursor.reuses:
             check_time(advance.step, config.timesteps, times.values())
+        expected = None if state.cursor.reuses else self._runner.find(config, args, kwargs)
         return OpaqueStep(config, advance, state, moment_of(flat, advance.step, num_steps), version, events), expected
 
     def _finish(self, context: OpaqueContext, step: OpaqueStep, state: OpaqueState, record: RawStep) -> StepEvent | None:
         """Keep what a step left, and return what callbacks are told of it."""
         num_steps = step.moment.num_steps
+        if record.fresh:  # what was decided together before belongs to another cache
+            context.release()
         context.state, context.version, context.state_bytes = state, step.version, state.bytes
         self._contexts.succeed(context, step.advance, record, step.events)
         event = None
         if self._contexts.listeners:
             event = step_event(context.name, context.entered, num_steps, step.advance, step.state.cursor, record, step.events, False)
         if num_steps is not None and step.advance.step == num_steps - 1:
-            context.state = None
+            context.release()
             warn_without_reuse(context, step.config)
         return event
 
-    def _compute(self, step: OpaqueStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, OpaqueState, Tensor | None]:
-        """Run every block."""
-        calls = ComputeCalls()
-        outputs = self._run(calls, args, kwargs)
-        state, change = computed_state(step.config, step.state, calls.done, step.moment, self._ranks)
-        self._measured = tuple(map(str, state.references))
-        return outputs, state, change
+    def _compute(
+        self, step: OpaqueStep, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Mapping[CallPlace, BlockCall], Mapping[CallPlace, Tensor]]:
+        """Run every block; return the model's output, the calls that are kept, and what is measured."""
+        config, runner = step.config, self._runner
+        if config.cut == "blocks":
+            calls = ComputeCalls()
+            outputs = runner.guarded(calls, *args, **kwargs)
+            return outputs, calls.done, features_of(config, calls.done, self._ranks)
+        measured = MeasuredCalls(config, self._ranks)
+        run = functools.partial(runner.guarded, measured) if runner.needs_blocks(config) else runner.plain
+        outputs, kept = computed_output(config, type(self._original).__name__, run, args, kwargs)
+        return outputs, kept, measured.features()
 
-    def _reuse(self, step: OpaqueStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, OpaqueState, None]:
-        """Run no block.
+    def _reuse(self, step: OpaqueStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run no block, and with the anchors at the model's output nothing of it.
 
         Raises:
             CallsChanged: The model calls its blocks differently than at the last computed step.
         """
+        if step.config.cut == "output":
+            return reused_output(step.config, step.state, step.moment)
         calls = ReuseCalls(step.state.calls, ReusedOutputs(step.config, step.state, step.moment))
-        outputs = self._run(calls, args, kwargs)
+        outputs = self._runner.guarded(calls, *args, **kwargs)
         calls.check_complete()
-        return outputs, dataclasses.replace(step.state, cursor=step.state.cursor.reused()), None
-
-    def _run(self, calls: StepCalls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's Python with guards in the places of its blocks."""
-        numbers: Counter[str] = Counter()
-        guards = {}
-        for path in self.cached_blocks:
-            block = self._original.get_submodule(path)
-            guards[path] = Guard(block, path, self._runnable(path, block), calls, numbers)
-        copies = with_modules(self._original, guards)
-        returned = copies[""](*args, **kwargs)
-        write_back(self._original, copies)
-        with self._lock:
-            self._watch.accept_changes()
-        return returned
-
-    def _runnable(self, path: str, block: nn.Module) -> Callable[..., Any]:
-        """Return what runs a block."""
-        if self._compile_options is None:
-            return block
-        held = self._compiled.get(path)
-        if held is None or held[0] is not block:
-            held = self._compiled[path] = block, compiled_block(block, self._compile_options)
-        return held[1]
-
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Find the blocks on a run of the model, and return the leaves of what it returned.
-
-        Raises:
-            CaptureError: There are none.
-        """
-        name = type(self._original).__name__
-        recording = record(self._original, args, kwargs)
-        found = find_blocks(recording)
-        if not found.paths:
-            raise CaptureError(
-                f"{name} has no blocks: at no call of it are several modules of one torch.nn.ModuleList, ModuleDict or Sequential called"
-                " that multiply matrices. Hold the blocks in a torch.nn.ModuleList."
-            )
-        if 1 - found.share > WARN_ABOVE:
-            left_out = "".join(f"\n  {reason}" for reason in found.left_out)
-            warn(f"a reused step of {name} still runs {1 - found.share:.0%} of the work outside its cached blocks.{left_out}")
-        self._watch.accept_changes()
-        self._found, self._found_in = found, self._watch.structure
-        self._compiled.clear()
-        return recording.outputs
+        return outputs
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -246,51 +223,45 @@ class OpaqueModel(UncapturedModel):
 
         Raises:
             ConfigError: A value is bad, or needs a graph. The settings stay what they were.
+            StateError: The settings were calibrated for another model.
         """
-        new = self._changed_settings(config, changes)
-        _check(new)
+        new = self.cache_config.updated(config, changes)
+        _check(self._original, new)
         if new.graph_settings != self.cache_config.graph_settings:
             self._contexts.clear()
+        if new.cut != self.cache_config.cut:
+            self._runner.forget()
         self.cache_config = new
 
     def invalidate(self) -> None:
         """Take the weights for changed: each context drops what it cached at its next call and keeps its step."""
-        with self._lock:
-            self._watch.weights += 1
-            self._watch.suspect()
+        self._runner.touch()
 
     def close(self) -> None:
         """Free every cache. The original model is as it was."""
         self._contexts.clear()
-        self._compiled.clear()
+        self._runner.forget()
 
     def compile(self, **options: Any) -> None:
         """Compile each block with `torch.compile(**options)`; what is around the blocks stays as it is."""
-        self._compile_options = options
-        self._compiled.clear()
+        self._runner.compile(options)
 
     def report(self) -> Report:
         """Return what each context did in its current generation. Reads the indicator from the device."""
         return Report(self._contexts.reports(self.cache_config), self._measured)
 
     def _touched(self) -> None:
-        self._watch.suspect()
+        self._runner.suspect()
 
 
-def _check(config: CacheConfig) -> None:
-    """Refuse settings that need a graph."""
+def _check(model: nn.Module, config: CacheConfig) -> None:
+    """Refuse settings that need a graph, or that were calibrated for another model."""
     config.check_guard("host")
-    way = config.graph_settings.way
-    if config.cut == "output":
-        raise ConfigError('a model that is captured as opaque is cut at its blocks, got cut="output".')
-    if way.needs_source:
+    if config.graph_settings.way.needs_source:
         raise ConfigError(
             f"reuse={config.reuse!r} needs the graph, which shows what input each output continues, and a model that is captured as"
             " opaque has none. Use reuse='output', 'taylor' or 'linear'."
         )
-    if config.decide == "joint":
-        raise ConfigError('a model that is captured as opaque decides in each context by itself, got decide="joint".')
     if config.compute_first or config.compute_last:
         raise ConfigError("a model that is captured as opaque has no order of blocks: leave out compute_first and compute_last.")
-    if config.calibrated_for is not None:
-        raise ConfigError("these settings were calibrated on the graph of a model, and a model that is captured as opaque has none.")
+    check_calibration(model, config, "captured as opaque")

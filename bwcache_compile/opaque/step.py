@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import Context
-from bwcache_compile.opaque.cache import Moment, OpaqueState
+from bwcache_compile.opaque.cache import Moment, OpaqueState, decide
+from bwcache_compile.runtime.context import JointContext
 from bwcache_compile.stepping import Advance, Cursor, StepInfo
 
 
-class OpaqueContext(Context):
+class OpaqueContext(JointContext):
     """One stream of calls.
 
     Attributes:
@@ -28,6 +28,28 @@ class OpaqueContext(Context):
         super().__init__(info, created)
         self.state: OpaqueState | None = None
         self.version = (-1, -1)
+
+    @property
+    def cursor(self) -> Cursor | None:
+        """The next step, and which steps reuse; None where nothing is cached."""
+        return None if self.state is None else self.state.cursor
+
+    def decide(
+        self, change: Tensor, kept: Mapping[str, Tensor], config: CacheConfig, num_steps: int | None
+    ) -> tuple[Mapping[str, Tensor], int]:
+        """Ask the policy once more; see `JointContext.decide`."""
+        assert self.state is not None
+        return decide(config, kept, change, torch.tensor([self.state.cursor.computed_at], device=change.device), num_steps)
+
+    def follow_decision(self, kept: Mapping[str, Tensor], cursor: Cursor) -> None:
+        """Take what was decided together in the place of the own decision."""
+        assert self.state is not None
+        self.state = dataclasses.replace(self.state, policy=kept, cursor=cursor)
+
+    def release(self) -> None:
+        """Drop the cache and what was decided together; the step is kept."""
+        super().release()
+        self.state = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +100,12 @@ def signature_of(flat: list[Any], spec: Any) -> Hashable:
 
 
 def moment_of(flat: list[Any], step: int, num_steps: int | None) -> Moment:
-    """Return where a step is: the time is the one float32 input of rank 0 or 1, else the index."""
+    """Return where a step is: the time is the one float32 input of rank 0 or 1, or the one column [B, 1], else the index."""
     tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
     device = max(tensors, key=Tensor.numel).device if tensors else torch.device("cpu")
     index = torch.full((1,), step, dtype=torch.int64, device=device)  # filled there: a copy from the host would wait for the device
-    short = [leaf for leaf in tensors if leaf.dim() <= 1]
+    columns = [leaf for leaf in tensors if leaf.dim() == 2 and leaf.shape[1] == 1]
+    short = [leaf for leaf in tensors if leaf.dim() <= 1] or columns
     told = len(short) == 1 and short[0].dtype == torch.float32 and short[0].numel() > 0
     return Moment(short[0].reshape(-1)[:1].to(device) if told else index.float(), index, num_steps)
 

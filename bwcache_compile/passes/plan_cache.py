@@ -25,6 +25,7 @@ from bwcache_compile.passes._slots import region_slots
 from bwcache_compile.passes._work import module_of, work_share
 from bwcache_compile.passes.block_search.streams import continued, leaves_the_stream, merged_skip, path_ends
 from bwcache_compile.policies import POLICIES
+from bwcache_compile.policies.sampling import measured_blocks
 
 _NEAREST = 5
 """How many rejected candidates an error names."""
@@ -177,8 +178,7 @@ def _measured(
 ) -> tuple[IndicatorProbe, ...]:
     if not POLICIES[config.policy].measures:
         return ()
-    count = len(blocks) if config.indicator_blocks == "all" else min(config.indicator_blocks, len(blocks))
-    chosen = [blocks[-(-(i + 1) * len(blocks) // count) - 1] for i in range(count)]
+    chosen = [blocks[at] for at in measured_blocks(len(blocks), config.indicator_blocks)]
     shape = shape_of(nodes[search.blocks[-1].feature].meta["val"])
     stride = None if config.indicator_tokens == "all" else config.indicator_tokens
     return tuple(

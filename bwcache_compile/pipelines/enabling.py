@@ -84,7 +84,7 @@ def _asked(pipe: Any, given: Given) -> dict[str, Given]:
     return dict(given)
 
 
-def _settings(given: Given, changes: Mapping[str, Any], guard: Guard, capture: Capture) -> CacheConfig:
+def _settings(given: Given, changes: Mapping[str, Any], guard: Guard) -> CacheConfig:
     """Return the settings of one transformer. The contexts decide together unless it is said otherwise, or is not possible."""
     if isinstance(given, CalibrationPlan):
         if len(given.entries) != 1:
@@ -96,7 +96,7 @@ def _settings(given: Given, changes: Mapping[str, Any], guard: Guard, capture: C
     if given is not None and not isinstance(given, Mapping):
         return CacheConfig.of(given, **changes)
     values = {**(given or {}), **changes}
-    possible = guard == "host" and values.get("granularity") != "block" and capture != "opaque"
+    possible = guard == "host" and values.get("granularity") != "block"
     joint = {"decide": "joint"} if possible else {}
     return CacheConfig.of({**joint, **values}) if values else CacheConfig.recommended(**joint)
 
@@ -113,8 +113,12 @@ class _FirstStep:
         """Log, and listen no more."""
         self._handle.remove()
         steps = "an unknown number of" if event.num_steps is None else event.num_steps
-        blocks = self._cached.plan.blocks if isinstance(self._cached, CachedModel) else self._cached.cached_blocks
-        LOGGER.info("%s: %d blocks are cached, %s steps, %s", self._name, len(blocks), steps, _described(self._cached))
+        LOGGER.info("%s: %s cached, %s steps, %s", self._name, self._what(), steps, _described(self._cached))
+
+    def _what(self) -> str:
+        if isinstance(self._cached, CachedModel):
+            return f"{len(self._cached.plan.blocks)} blocks are"
+        return "the output is" if self._cached.cache_config.cut == "output" else f"{len(self._cached.cached_blocks)} blocks are"
 
 
 def _described(cached: Cached) -> str:
@@ -199,7 +203,7 @@ def enable(
                 f"pipe.{name} is cached already. Change its settings with pipe.{name}.configure(...), or call disable(pipe) before enable."
             )
         try:
-            config = _settings(given, settings, guard, capture)
+            config = _settings(given, settings, guard)
             options: dict[str, Any] = {"guard": guard, "dynamic_shapes": dynamic_shapes, "verify": verify, "capture": capture}
             options |= {"process_group": process_group, "sequence_group": sequence_group}
             made[name] = transform(modules[name], config, **options)

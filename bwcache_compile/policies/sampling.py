@@ -1,14 +1,25 @@
-"""Which tokens of a block's features are measured, for every indicator."""
+"""Which blocks are measured, and which tokens of their features, for every indicator."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bwcache_compile.policies.arithmetic import quotient
 from bwcache_compile.size_expressions import largest, smallest
 
 if TYPE_CHECKING:
     import torch
+
+
+def measured_blocks(blocks: int, wanted: int | Literal["all"]) -> list[int]:
+    """Return the positions of the blocks that are measured: spread evenly, and ending with the last.
+
+    Args:
+        blocks: How many there are.
+        wanted: `CacheConfig.indicator_blocks`.
+    """
+    count = blocks if wanted == "all" else min(wanted, blocks)
+    return [-(-(i + 1) * blocks // count) - 1 for i in range(count)]
 
 
 def sampled_tokens(count: int | torch.SymInt, stride: int, block: int, device: torch.device | None = None) -> torch.Tensor:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.context_methods import ContextMethods
-from bwcache_compile.errors import StateError
-from bwcache_compile.runtime.wrapper import ModelWrapper
+from bwcache_compile.errors import ConfigError, StateError
+from bwcache_compile.runtime.drop_in import DropIn, refuse_training
+from bwcache_compile.runtime.fingerprint import check_calibrated
 
 
-class UncapturedModel(ModelWrapper, ContextMethods):
-    """A drop-in whose calls run the original's own Python.
+class UncapturedModel(DropIn):
+    """A drop-in whose calls run the original's own Python."""
 
-    Attributes:
-        cache_config: The settings in force.
-    """
-
-    cache_config: CacheConfig
     compiles: ClassVar[str]
     """What `compile` compiles."""
-
-    @property
-    def original(self) -> nn.Module:
-        """The model that is wrapped."""
-        return self._original
 
     def _check_call(self) -> None:
         """Refuse calls that cannot be cached.
@@ -36,26 +25,29 @@ class UncapturedModel(ModelWrapper, ContextMethods):
             StateError: The model is in training mode, or `torch.compile` was called on the drop-in.
         """
         name = type(self._original).__name__
-        if self._original.training:
-            raise StateError(f"{name} is in training mode; call .eval() first: caching is for inference.")
+        refuse_training(self._original)
         if self.__dict__["_is_torch_compile"]:
             raise StateError(
                 f"torch.compile would compile nothing of {name}, of which no whole graph is captured. Call cached.compile() instead, which"
                 f" compiles {self.compiles}."
             )
 
-    def _changed_settings(self, config: CacheConfig | Mapping[str, Any] | None, changes: Mapping[str, Any]) -> CacheConfig:
-        """Return what `configure` was given as settings: all of them, or changes of those in force.
 
-        Raises:
-            ConfigError: A value is bad, or there is no setting of that name.
-        """
-        given = CacheConfig.of(self.cache_config if config is None or isinstance(config, Mapping) else config)
-        return CacheConfig.of(given, **{**(config if isinstance(config, Mapping) else {}), **changes})
+def check_calibration(model: nn.Module, config: CacheConfig, how: str) -> None:
+    """Refuse settings that were calibrated for another model, or with the anchors at the blocks of a graph.
 
-    def invalidate(self) -> None:
-        """Take the weights for changed."""
-        raise NotImplementedError
+    Args:
+        model: The model.
+        config: Its settings.
+        how: How it is captured, for messages.
 
-    def _changed(self) -> None:
-        self.invalidate()
+    Raises:
+        ConfigError: The anchors are at the blocks.
+        StateError: They are for another model.
+    """
+    if config.calibrated_for is not None and config.cut == "blocks":
+        raise ConfigError(
+            f"these settings were calibrated with cut='blocks' on the graph of a model, and of a model that is {how} there is no whole"
+            " graph. Calibrate with cut='output'."
+        )
+    check_calibrated(model, config)

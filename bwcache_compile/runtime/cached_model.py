@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.context_methods import ContextMethods
 from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError, warn
 from bwcache_compile.ir.compare import Verify
@@ -24,6 +23,7 @@ from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.report import Report
 from bwcache_compile.runtime.context import ModelContext
+from bwcache_compile.runtime.drop_in import DropIn
 from bwcache_compile.runtime.fingerprint import check_calibrated
 from bwcache_compile.runtime.frames import call_directly, left_out
 from bwcache_compile.runtime.functional import first_state, functional_step
@@ -33,13 +33,12 @@ from bwcache_compile.runtime.signature import Parameters
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.step import Stepper
 from bwcache_compile.runtime.trial import Toolchain
-from bwcache_compile.runtime.wrapper import ModelWrapper
 from bwcache_compile.stepping import StepInfo
 
 _NO_MODE = contextlib.nullcontext()
 
 
-class CachedModel(ModelWrapper, ContextMethods):
+class CachedModel(DropIn):
     """A drop-in for the model it wraps. Made by `bwcache_compile.transform`.
 
     Contexts are independent: two threads may run two contexts, but not the same one.
@@ -77,11 +76,6 @@ class CachedModel(ModelWrapper, ContextMethods):
         return CachedModel, (self._original, self.cache_config, self._toolchain, self._dynamic_shapes, self._verify)
 
     @property
-    def original(self) -> nn.Module:
-        """The model that is wrapped."""
-        return self._original
-
-    @property
     def guard(self) -> str:
         """Who decides at each step: "host" or "graph"."""
         return self._toolchain.guard
@@ -99,9 +93,6 @@ class CachedModel(ModelWrapper, ContextMethods):
         """
         config.check_guard(self._toolchain.guard)
         return CachedModel(self._original, config, self._toolchain, self._dynamic_shapes, self._verify)
-
-    def _changed(self) -> None:
-        self.invalidate()
 
     def _touched(self) -> None:
         self._programs.suspect()
@@ -226,8 +217,7 @@ class CachedModel(ModelWrapper, ContextMethods):
             ConfigError, UnsupportedGraphError: A value is bad or does not fit the model. The settings stay what they were.
             StateError: The settings were calibrated for another model.
         """
-        given = CacheConfig.of(self.cache_config if config is None or isinstance(config, Mapping) else config)
-        new = CacheConfig.of(given, **{**(config if isinstance(config, Mapping) else {}), **changes})
+        new = self.cache_config.updated(config, changes)
         new.check_guard(self._toolchain.guard)
         check_calibrated(self._original, new)
         if new.graph_settings != self.cache_config.graph_settings:
@@ -235,6 +225,10 @@ class CachedModel(ModelWrapper, ContextMethods):
             self._contexts.clear()
         self._programs.judge(new)
         self.cache_config = new
+
+    def decide_with(self, other: CachedModel) -> None:
+        """Let the contexts of two cached models, which are parts of one model, decide together where `decide="joint"`."""
+        self._contexts.join(other._contexts)
 
     def invalidate(self) -> None:
         """Take the weights for changed: each context drops what it cached at its next call and keeps its step.

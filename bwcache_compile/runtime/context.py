@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -16,10 +17,59 @@ from bwcache_compile.runtime.programs import ProgramMatch
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.size_expressions import evaluated
-from bwcache_compile.stepping import Advance, StepInfo
+from bwcache_compile.stepping import Advance, Cursor, StepInfo
 
 
-class ModelContext(Context):
+class JointContext(Context):
+    """One stream of calls whose decisions may be those of several.
+
+    Attributes:
+        agreed_at: The last computed step after which contexts decided together.
+        decided: What the policy kept of their decision, by the name of its slot; empty where they have not decided.
+    """
+
+    def __init__(self, info: StepInfo, created: int) -> None:
+        """Start before the first call."""
+        super().__init__(info, created)
+        self.agreed_at = -1
+        self.decided: Mapping[str, Tensor] = {}
+
+    @property
+    def cursor(self) -> Cursor | None:
+        """The next step, and which steps reuse; None where nothing is cached."""
+        raise NotImplementedError
+
+    @property
+    def change(self) -> Tensor | None:
+        """What was measured at the last computed step; None for a policy that measures nothing."""
+        return next((record.change for record in reversed(self.records) if record.computed), None)
+
+    def decide(
+        self, change: Tensor, kept: Mapping[str, Tensor], config: CacheConfig, num_steps: int | None
+    ) -> tuple[Mapping[str, Tensor], int]:
+        """Ask the policy once more after the last computed step.
+
+        Args:
+            change: float32[blocks], what was measured in all contexts that decide together.
+            kept: What the policy kept of the decision before; empty where there was none.
+            config: The settings.
+            num_steps: Steps of the generation, if known.
+
+        Returns:
+            What the policy keeps, and how many of the following steps reuse.
+        """
+        raise NotImplementedError
+
+    def follow_decision(self, kept: Mapping[str, Tensor], cursor: Cursor) -> None:
+        """Take what was decided together in the place of the own decision."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Drop the cache and what was decided together; the step is kept."""
+        self.decided, self.agreed_at = {}, -1
+
+
+class ModelContext(JointContext):
     """One stream of calls of a cached model.
 
     Attributes:
@@ -28,8 +78,6 @@ class ModelContext(Context):
         key: What the last call looked like.
         version: Structure and weights of the model at the last call.
         renumbered: Whether a Python number changed at the last call.
-        agreed_at: The last computed step after which contexts decided together.
-        decided: What the policy kept of their decision, in the order of its slots.
     """
 
     def __init__(self, info: StepInfo, created: int) -> None:
@@ -40,13 +88,37 @@ class ModelContext(Context):
         self.key: CallKey | None = None
         self.version = (-1, -1)
         self.renumbered = False
-        self.agreed_at = -1
-        self.decided: tuple[Tensor, ...] | None = None
+
+    @property
+    def cursor(self) -> Cursor | None:
+        """The next step, and which steps reuse; None where nothing is cached."""
+        return None if self.state is None or self.match is None else self.state.cursor
+
+    def decide(
+        self, change: Tensor, kept: Mapping[str, Tensor], config: CacheConfig, num_steps: int | None
+    ) -> tuple[Mapping[str, Tensor], int]:
+        """Run the graph's own policy once more; see `JointContext.decide`."""
+        assert self.state is not None
+        assert self.match is not None
+        runnable = self.match.runnable
+        step, names = runnable.step_tensor(self.state.cursor.computed_at), [slot.name for slot in POLICIES[config.policy].slots]
+        slots = kept or {slot.role: slot.fresh({}, step.device) for slot in runnable.plan.slots if slot.role in names}
+        parameters = runnable.parameters(config, num_steps, "compute")
+        after, left = runnable.decide(change.to(step.device), [slots[name] for name in names], step, *parameters)
+        return dict(zip(names, after, strict=True)), int(left)
+
+    def follow_decision(self, kept: Mapping[str, Tensor], cursor: Cursor) -> None:
+        """Take what was decided together in the place of the own decision."""
+        assert self.state is not None
+        assert self.match is not None
+        roles = [slot.role for slot in self.match.runnable.plan.slots]
+        slots = tuple(kept.get(role, slot) for role, slot in zip(roles, self.state.slots, strict=True))
+        self.state = dataclasses.replace(self.state, slots=slots, cursor=cursor)
 
     def release(self) -> None:
-        """Drop the cache and the program; the step is kept."""
-        self.state = self.match = self.decided = None
-        self.agreed_at = -1
+        """Drop the cache, the program and what was decided together; the step is kept."""
+        super().release()
+        self.state = self.match = None
 
 
 def time_inputs(flat: list[Any]) -> Mapping[Hashable, TimeInput]:

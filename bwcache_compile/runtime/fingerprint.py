@@ -8,17 +8,26 @@ import torch
 from torch import nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import StateError
+from bwcache_compile.errors import ConfigError, StateError
 
 _SAMPLE = 64
 """Values that are read of each weight."""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash over the names, shapes and dtypes of a model's weights, and over a sample of their values."""
+    """Return a hash over the names, shapes and dtypes of a model's weights, and over a sample of their values.
+
+    Raises:
+        ConfigError: A weight has no values here.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.is_meta:
+            raise ConfigError(
+                f"{name} of {type(model).__name__} is on the meta device, where an offload hook leaves it between calls, so the model"
+                " cannot be told from others. Calibrate before the weights are offloaded; configure with calibrated_for=None after it."
+            )
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE]
         values = torch.view_as_real(sample) if sample.is_complex() else sample
@@ -38,6 +47,7 @@ def check_calibrated(model: nn.Module, config: CacheConfig) -> None:
 
     Raises:
         StateError: They were.
+        ConfigError: A weight of the model has no values here.
     """
     if config.calibrated_for is None:
         return

@@ -10,7 +10,6 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import StateError, warn
@@ -18,6 +17,7 @@ from bwcache_compile.ir.compare import Reference, Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.torch_compat import trace_artifact
+from bwcache_compile.runtime.drop_in import refuse_training
 from bwcache_compile.runtime.gate import CaptureGate
 from bwcache_compile.runtime.maker import ProgramMaker, differ_in_sizes
 from bwcache_compile.runtime.notes import amplified_noise
@@ -56,13 +56,6 @@ class ProgramMatch:
     def signature(self) -> Hashable:
         """What the inputs of one generation have in common: everything but the float dtype of what may be the time."""
         return generation_kind(self.key.kind), self.key.sizes, self.key.values
-
-
-def _is_flat(model: nn.Module) -> bool:
-    """Whether a model is an exported graph, whose mode is fixed, and which does not support `eval()`."""
-    if not isinstance(model, GraphModule):
-        return False
-    return all(node.op != "call_module" or node.target == "_guards_fn" for node in model.graph.nodes)
 
 
 class ProgramCache:
@@ -124,8 +117,7 @@ class ProgramCache:
         if self.closed:
             raise StateError("this cached model was closed; transform the model again.")
         key = key or call_key(*leaves_of(args, kwargs))
-        if self._model.training and not _is_flat(self._model):
-            raise StateError(f"{type(self._model).__name__} is in training mode; call .eval() first: caching is for inference.")
+        refuse_training(self._model)
         with self._lock:
             self._poll(glance=reuses)
             first: list[Any] | None = None

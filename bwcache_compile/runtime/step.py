@@ -107,7 +107,7 @@ class Stepper:
         times = time_inputs(flat) if info.step_index is None else {}
         advance = context.tracker.advance(info, match.signature, times, num_steps, self._contexts.latest(info.group))
         if config.decide == "joint" and not advance.began:
-            synchronize_decisions(context, self._contexts.values(), config, num_steps)
+            synchronize_decisions(context, self._contexts.deciding(), config, num_steps)
         state, events = state_for(context, advance, match)
         kind = runnable.kind(state)
         if config.timesteps is not None and kind != "reuse":

@@ -64,6 +64,23 @@ def test_a_reused_step_fetches_no_weight_of_a_block() -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+def test_a_reused_step_fetches_no_weight_where_the_outputs_are_kept() -> None:
+    want = outputs(Resisting().eval())
+    model = Resisting().eval()
+    everything = size(model)
+    weights = Counting({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), state_dict=weights)
+    cached = bw.transform(model, STATIC, cut="output", capture="opaque")
+    fetched, made = [], []
+    for step in range(len(MASK)):
+        weights.fetched.clear()
+        with torch.no_grad():
+            made.append(cached(*inputs(step)))
+        fetched.append(sum(weights.fetched.values()))
+    assert fetched == [0 if reused else everything for reused in MASK]
+    assert same(made, [want[step] for step in (0, 1, 1, 3, 3, 3)])
+
+
 @pytest.mark.parametrize("capture", ["whole", "region"])
 def test_graphs_of_an_offloaded_model_are_refused(capture: Any) -> None:
     model = accelerate.cpu_offload(Resisting().eval(), execution_device=torch.device("cpu"))

@@ -258,11 +258,9 @@ def test_memory_is_one_output_a_block_and_freed_at_the_end() -> None:
     ("settings", "said"),
     [
         ({"reuse": "residual"}, r"reuse='residual' needs the graph.*Use reuse='output', 'taylor' or 'linear'"),
-        ({"cut": "output"}, 'is cut at its blocks, got cut="output"'),
-        ({"decide": "joint"}, 'decides in each context by itself, got decide="joint"'),
         ({"compute_first": 1}, "leave out compute_first and compute_last"),
         ({"granularity": "block", "reuse": "residual"}, "requires guard='graph'"),
-        ({"calibrated_for": "Resisting"}, "were calibrated on the graph of a model"),
+        ({"calibrated_for": "Resisting"}, r"calibrated with cut='blocks' on the graph of a model.*Calibrate with cut='output'\."),
     ],
 )
 def test_settings_that_need_a_graph_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -274,8 +272,8 @@ def test_what_it_does_not_do_is_refused(tmp_path: Path) -> None:
     cached = bw.transform(Resisting().eval(), STATIC, capture="opaque", example_args=inputs(0))
     with pytest.raises(bw.ConfigError, match="captured as opaque: there is no graph"):
         bw.export(cached, tmp_path / "bundle")
-    with pytest.raises(bw.ConfigError, match=r"one that is captured whole, and OpaqueModel\("):
-        bw.calibrate(cached, lambda model: None, progress=False)
+    with pytest.raises(bw.ConfigError, match=r"cut='blocks' requires a model that is captured whole, and OpaqueModel\(.* is not"):
+        bw.calibrate(cached, lambda model: None, cut="blocks", progress=False)
     with pytest.raises(bw.StateError, match="already transformed"):
         bw.transform(cached)
     with pytest.raises(bw.StateError, match=r"Call cached\.compile\(\) instead, which compiles each block"):

@@ -375,6 +375,8 @@ def test_twice_is_refused_and_nothing_to_disable_too() -> None:
         ({"decide": "separate"}, {}, "separate"),
         (bw.CacheConfig(num_steps=4), {}, "separate"),
         (bw.CacheConfig(num_steps=4), {"decide": "joint"}, "joint"),
+        (None, {"capture": "opaque"}, "joint"),
+        (None, {"capture": "region"}, "joint"),
         (None, {"guard": "graph"}, "separate"),
         (None, {"guard": "graph", "granularity": "block", "reuse": "residual"}, "separate"),
     ],
