@@ -294,6 +294,11 @@ def _check(config: CacheConfig) -> None:
         )
     if config.decide == "joint":
         raise ConfigError('a model that is captured as opaque decides in each context by itself, got decide="joint".')
+    if config.batch_reduce != "joint":
+        raise ConfigError(
+            f"batch_reduce={config.batch_reduce!r} needs the graph, which shows where the samples of a batch are, and a model that is"
+            " captured as opaque has none. Use batch_reduce='joint'."
+        )
     if config.compute_first or config.compute_last:
         raise ConfigError("a model that is captured as opaque has no order of blocks: leave out compute_first and compute_last.")
     if config.calibrated_for is not None:

@@ -311,3 +311,8 @@ def _called(stack: CachedModel, times: Sequence[Tensor], given: Sequence[Tensor]
 def _check(config: CacheConfig) -> None:
     if config.cut == "output":
         raise ConfigError('a model that is captured by region is cut at its blocks, got cut="output".')
+    if config.batch_reduce == "per_sample":
+        raise ConfigError(
+            "a model that is captured by region calls its stacks with whole batches, got batch_reduce='per_sample'. Use"
+            " batch_reduce='max' or 'joint'."
+        )

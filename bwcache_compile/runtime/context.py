@@ -27,6 +27,7 @@ class ModelContext(Context):
         match: What the last call ran with, while a generation runs.
         key: What the last call looked like.
         version: Structure and weights of the model at the last call.
+        layout: What the cache consists of, where the context is a sample of a batch.
         renumbered: Whether a Python number changed at the last call.
         agreed_at: The last computed step after which contexts decided together.
         decided: What the policy kept of their decision, in the order of its slots.
@@ -38,6 +39,7 @@ class ModelContext(Context):
         self.state: CacheState | None = None
         self.match: ProgramMatch | None = None
         self.key: CallKey | None = None
+        self.layout: Hashable = None
         self.version = (-1, -1)
         self.renumbered = False
         self.agreed_at = -1

@@ -23,6 +23,7 @@ from bwcache_compile.runtime.frames import left_out
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.runtime.watch import address_of
+from bwcache_compile.size_expressions import evaluate
 from bwcache_compile.stepping import Cursor
 
 _MOST_STEPS, _MOST_SETTINGS = 256, 8
@@ -63,6 +64,11 @@ def _make_room(table: dict[Any, Any], most: int) -> None:
         table.pop(next(iter(table)), None)
 
 
+def repeated(tensor: Tensor, count: int) -> Tensor:
+    """Return a tensor `count` times along dimension 0."""
+    return tensor.repeat(count, *([1] * (tensor.dim() - 1)))
+
+
 class RunnableProgram:
     """A program ready to run: its graphs, compiled where asked for, and its scalars on the device.
 
@@ -72,6 +78,9 @@ class RunnableProgram:
         eager: The same as functions, to be run as they are.
         graphs: The same again, compiled where asked for.
         addresses: Where the tensors lie in memory that the graphs hold.
+        replays: Whether a graph's outputs are overwritten at its next run, as CUDA graphs do.
+        per_sample: Whether each sample of a batch decides for itself.
+        samples_apart: Whether it was checked that samples do not depend on one another.
         notes: What the capture adds to the notes of the plan.
         input_kinds: Shape and dtype of each of the user's inputs; None where it is no tensor or a size is open.
     """
@@ -90,7 +99,9 @@ class RunnableProgram:
         }
         self.graphs = dict(self.eager)
         self._is_compiled = False
-        self._replays = self.plan.device.type == "cuda"  # an outer torch.compile may use CUDA graphs, and does not say so
+        self.per_sample = self.plan.settings.batch_reduce == "per_sample"
+        self.samples_apart = False
+        self.replays = self.plan.device.type == "cuda"  # an outer torch.compile may use CUDA graphs, and does not say so
         self.slots = self.plan.guard_slots if self.guarded else self.plan.slots
         inputs = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
         self.input_kinds = [_kind(node.meta.get("val")) for node in inputs]
@@ -127,7 +138,7 @@ class RunnableProgram:
 
     def compile(self, options: dict[str, Any]) -> None:
         """Compile the graphs with these options of `torch.compile`; each is compiled whole at its first run."""
-        self._replays = self.plan.device.type == "cuda" and _uses_cuda_graphs(options)
+        self.replays = self.plan.device.type == "cuda" and _uses_cuda_graphs(options)
         if self.program.signature.sizes is not None:
             options = {"dynamic": True, **options}
         self._is_compiled = True
@@ -194,14 +205,32 @@ class RunnableProgram:
         return "guarded" if self.guarded else "reuse" if state.reuses_next else "compute"
 
     def operands(self, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> list[Any]:
-        """Return the inputs of the graph that runs next; `parameters` are those that it takes."""
-        kind, sizes = self.kind(state), self.program.signature.sizes
-        slots: Sequence[Tensor] = state.slots
+        """Return the inputs of the graph that runs next; `parameters` are those that it takes. All samples are at one step."""
+        step = self.step_tensor(state.step)
+        if self.per_sample:
+            count = self.samples_of(flat)
+            step, parameters = step.repeat(count), tuple(repeated(parameter, count) for parameter in parameters)
+        return self.packed(self.kind(state), flat, state.slots, step, parameters)
+
+    def packed(
+        self, kind: str, flat: Sequence[Any], slots: Sequence[Tensor | None], step: Tensor, parameters: Sequence[Tensor]
+    ) -> list[Any]:
+        """Return the inputs of a graph in order; slots that it does not read may be None."""
+        sizes = self.program.signature.sizes
         if sizes is not None:
             flat = [_open(leaf, described) for leaf, described in zip(flat, sizes.inputs, strict=True)]
             slots = [_open(tensor, slot.shape) for tensor, slot in zip(slots, self.slots, strict=True)]
-        values = [*flat, *slots, self.step_tensor(state.step), *parameters]
+        values = [*flat, *slots, step, *parameters]
         return [values[i] for i in self._orders[kind]]
+
+    def samples_of(self, flat: Sequence[Any]) -> int:
+        """Return how many samples a call holds, where the graphs tell them apart."""
+        assert self.plan.samples is not None
+        sizes, read = self.program.signature.sizes, {}
+        for symbol in sizes.symbols if sizes is not None else ():
+            leaf = flat[symbol.position]
+            read[symbol.name] = symbol.solve(leaf if symbol.dimension is None else leaf.shape[symbol.dimension])
+        return int(evaluate(self.plan.samples, read))
 
     def _order(self, io: GraphIO) -> list[int]:
         """Return, for each input of a graph, its position among the user's inputs, all slots, the step and its parameters."""
@@ -229,17 +258,19 @@ class RunnableProgram:
             return not state.reuses_next
         return torch.cat(state.slots[len(self.plan.slots) :]) < state.step
 
+    def owned(self, returned: Sequence[Any]) -> Sequence[Any]:
+        """Return what a graph returned, copied where the next replay of a CUDA graph overwrites it."""
+        return [value.clone() if isinstance(value, Tensor) else value for value in returned] if self.replays else returned
+
     def split(self, returned: Any, state: CacheState) -> tuple[Any, CacheState, Tensor | None]:
         """Part a graph's results into the model's output, the next state and the measured change.
 
         Reads `reuse_left` on the host after a computed step: the only synchronisation, and none with the guard in the graph.
         """
         io = self.io[self.kind(state)]
-        if state.reuses_next and not self._replays:
+        if state.reuses_next and not self.replays:
             return pytree.tree_unflatten(returned, self.program.signature.out_spec), state.reused(), None
-        named = io.unpack(returned)
-        if self._replays:  # the next replay of a CUDA graph overwrites what it returned before
-            named = {name: value.clone() if isinstance(value, Tensor) else value for name, value in named.items()}
+        named = io.unpack(self.owned(returned))
         outputs = self.results(io, named)
         if state.reuses_next:
             return outputs, state.reused(), None
