@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bwcache_compile.pipelines import CapturedCall, capture_call, disable, enable
     from bwcache_compile.region import RegionModel
     from bwcache_compile.report import Report
-    from bwcache_compile.runtime import CachedModel, CacheState, GuardedState
+    from bwcache_compile.runtime import CachedModel, CacheState, GuardedState, RowState, RowStore
     from bwcache_compile.step_events import StepEvent
     from bwcache_compile.step_trace import trace_steps
 
@@ -60,6 +60,8 @@ _HOMES = {
     "graph_diff": "ir.graph_text",
     "Manifest": "bundle.manifest",
     "Report": "report",
+    "RowState": "runtime",
+    "RowStore": "runtime",
     "Session": "bundle.session",
     "StepEvent": "step_events",
     "load": "bundle.load",
@@ -90,6 +92,8 @@ __all__ = [
     "OpaqueModel",
     "RegionModel",
     "Report",
+    "RowState",
+    "RowStore",
     "Session",
     "StateError",
     "StepEvent",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from bwcache_compile.atomic_write import write_atomically
 from bwcache_compile.config_checks import Decide, Weights, as_mask, as_numbers, as_weights, check, check_steps, python_number
 from bwcache_compile.errors import ConfigError
-from bwcache_compile.graph_settings import Cut, Granularity, GraphSettings
+from bwcache_compile.graph_settings import BatchReduce, Cut, Granularity, GraphSettings
 from bwcache_compile.policies import POLICIES, REUSES
 from bwcache_compile.policies.definitions import Values
 
@@ -78,6 +78,9 @@ class CacheConfig:
             step then has a context of its own.
         decide: Whether the contexts of one step (with and without guidance) each follow their own indicator, or all
             follow the mean over all of them and so compute and reuse the same steps.
+        batch_reduce: How the samples of one batch decide. "joint" measures them together; "max" follows the sample that changes most:
+            one decision for the batch either way. With "per_sample" each sample follows its own schedule, and a step computes only
+            the samples that need it; requires `guard="host"`.
 
     Raises:
         ConfigError: A value is out of its range, or the policy lacks what it needs.
@@ -108,6 +111,7 @@ class CacheConfig:
     indicator_tokens: int | Literal["all"] = 32
     calls_per_step: int = 1
     decide: Decide = "separate"
+    batch_reduce: BatchReduce = "joint"
 
     def __post_init__(self) -> None:
         """Check every value; numbers of other libraries, such as numpy's, become Python's."""
@@ -213,6 +217,8 @@ class CacheConfig:
             raise ConfigError("granularity='block' requires guard='graph': each block is guarded inside the graph.")
         if self.decide == "joint" and guard == "graph":
             raise ConfigError("decide='joint' requires guard='host': a guard inside the graph sees one context only.")
+        if self.batch_reduce == "per_sample" and guard == "graph":
+            raise ConfigError("batch_reduce='per_sample' requires guard='host': a guard inside the graph decides for the whole batch.")
 
     @property
     def steps(self) -> int | None:

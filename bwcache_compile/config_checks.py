@@ -7,7 +7,7 @@ import numbers
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from bwcache_compile.errors import ConfigError
-from bwcache_compile.graph_settings import Cut, Granularity
+from bwcache_compile.graph_settings import BatchReduce, Cut, Granularity
 from bwcache_compile.policies import INDICATORS, POLICIES, REUSES, Reuse
 from bwcache_compile.policies.reuse.linear import MOST_ANCHORS
 
@@ -117,6 +117,7 @@ def _check_choices(config: CacheConfig) -> None:
         ("granularity", get_args(Granularity)),
         ("cut", get_args(Cut)),
         ("decide", get_args(Decide)),
+        ("batch_reduce", get_args(BatchReduce)),
     ):
         value = getattr(config, name)
         if value not in choices:
@@ -133,6 +134,10 @@ def _check_combinations(config: CacheConfig) -> None:
         )
     if config.granularity == "block" and config.decide == "joint":
         raise ConfigError("granularity='block' decides for each block and decide='joint' once for all contexts; they cannot be combined.")
+    if config.batch_reduce == "per_sample" and config.decide == "joint":
+        raise ConfigError(
+            "batch_reduce='per_sample' decides for each sample and decide='joint' once for all contexts; they cannot be combined."
+        )
     for what in ("slots", "parameters"):
         own = {slot.name for slot in policy.slots} if what == "slots" else {p.name for p in policy.parameters}
         others = way.slot_names if what == "slots" else [p.name for p in way.parameters]

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bwcache_compile.contexts import ContextTable
+from bwcache_compile.errors import ConfigError
 from bwcache_compile.step_events import Handle, StepEvent
 from bwcache_compile.stepping import RunStep, StepInfo
+
+
+def row_group(row: str, group: str = "") -> str:
+    """Name the group of contexts that a sample of a batch is."""
+    return f"{group}/{row}" if group else row
+
+
+def _row_names(rows: Sequence[str]) -> list[str]:
+    """Return the names of the samples of a batch.
+
+    Raises:
+        ConfigError: They are no different strings.
+    """
+    names = [rows] if isinstance(rows, str) else list(rows)
+    if isinstance(rows, str) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f'rows must be a list of names, one for each sample of the batch, such as ["a", "b"], got {rows!r}.')
+    if len(set(names)) < len(names):
+        raise ConfigError(f"rows must be different names, got {names}.")
+    return names
+
+
+def _for_each(what: str, value: int | Sequence[int] | None, count: int) -> list[int | None]:
+    """Return a number for each sample of a batch.
+
+    Raises:
+        ConfigError: Another number of numbers is given.
+    """
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ConfigError(f"{what} has {len(value)} entries, but rows names {count} samples.")
+    return list(value)
 
 
 class ContextMethods:
@@ -17,19 +50,37 @@ class ContextMethods:
     _contexts: ContextTable[Any]
 
     def cache_context(
-        self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, group: str = "", **details: Any
+        self,
+        name: str,
+        *,
+        step_index: int | Sequence[int] | None = None,
+        num_inference_steps: int | Sequence[int] | None = None,
+        group: str = "",
+        rows: Sequence[str] | None = None,
+        **details: Any,
     ) -> contextlib.AbstractContextManager[None]:
         """Name the stream of calls that the block belongs to, and the step where the caller knows it.
 
         Args:
             name: Contexts of different names share nothing, and neither do those of different groups.
-            step_index: Index of the denoising step; one that goes back begins a new generation.
-            num_inference_steps: Steps of this generation, if the settings do not say.
+            step_index: Index of the denoising step; one that goes back begins a new generation. With `rows`, one for all or one for each.
+            num_inference_steps: Steps of this generation, if the settings do not say. With `rows`, one for all or one for each.
             group: One for each video that is made at the same time. With `CacheConfig(decide="joint")` the contexts of a
                 group decide together. Reports list a context of a group as `group/name`.
+            rows: With `CacheConfig(batch_reduce="per_sample")`: a name for each sample of the batch, in order. A sample keeps its cache
+                under its name, wherever it stands in later batches. Reports list it as `row/name`.
             **details: What else a pipeline knows (sigma, timestep); not needed.
         """
-        return self._contexts.scope(StepInfo(name, step_index, num_inference_steps, group=group), self._unused)
+        if rows is None:
+            if isinstance(step_index, Sequence) or isinstance(num_inference_steps, Sequence):
+                raise ConfigError("step_index and num_inference_steps are single numbers, unless rows names the samples of a batch.")
+            return self._contexts.scope(StepInfo(name, step_index, num_inference_steps, group=group), self._unused)
+        names = _row_names(rows)
+        steps, counts = _for_each("step_index", step_index, len(names)), _for_each("num_inference_steps", num_inference_steps, len(names))
+        infos = tuple(
+            StepInfo(name, step, count, group=row_group(row, group)) for row, step, count in zip(names, steps, counts, strict=True)
+        )
+        return self._contexts.scope(StepInfo(name, group=group), self._unused, infos)
 
     def _unused(self, info: StepInfo) -> None:
         """Called at the end of such a block if no call came in it."""

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import StateError
+from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.report import ContextReport, RawStep, step_records
 from bwcache_compile.step_events import Listeners
@@ -26,6 +26,9 @@ UNNAMED_PREFIX = "call_"
 
 MAX_CONTEXTS = 64
 """Contexts kept at a time; the one that was called longest ago is dropped first."""
+
+_MOST_PER_SAMPLE = 16
+"""Contexts kept at a time for each sample of the largest batch."""
 
 _MOST_CALLS = 16
 """Calls without a context name at one step of a run that is followed."""
@@ -65,11 +68,23 @@ class Context:
 
 
 class Scope:
-    """A `cache_context` block: what the caller says about the calls inside. `unused` is called at its end if none came."""
+    """A `cache_context` block: what the caller says about the calls inside. `unused` is called at its end if none came.
 
-    def __init__(self, variable: ContextVar[Scope | None], info: StepInfo, unused: Callable[[StepInfo], None] | None) -> None:
+    Attributes:
+        info: What is said of the call.
+        rows: What is said of each sample of its batch; None where samples are not named.
+        called: Whether a call came.
+    """
+
+    def __init__(
+        self,
+        variable: ContextVar[Scope | None],
+        info: StepInfo,
+        unused: Callable[[StepInfo], None] | None,
+        rows: tuple[StepInfo, ...] | None = None,
+    ) -> None:
         """Say nothing before the block is entered."""
-        self.info, self.called = info, False
+        self.info, self.rows, self.called = info, rows, False
         self._variable, self._unused = variable, unused
 
     def __enter__(self) -> None:
@@ -104,6 +119,7 @@ class ContextTable(Generic[AnyContext]):
         self.listeners = Listeners()
         self._ordinals = itertools.count()
         self._beside: tuple[ContextTable[AnyContext], ...] = ()
+        self._largest_batch = 0
         self.clear()
 
     def clear(self) -> None:
@@ -150,9 +166,31 @@ class ContextTable(Generic[AnyContext]):
             del self._contexts[key]
             self._bound()
 
-    def scope(self, info: StepInfo, unused: Callable[[StepInfo], None] | None = None) -> Scope:
-        """Return a block in which the caller says this about the calls; `unused` is called at its end if none came."""
-        return Scope(self._scope, info, unused)
+    def drop_group(self, group: str) -> None:
+        """Forget every context of a group.
+
+        Raises:
+            StateError: There is none, or another thread is in one; then all are kept.
+        """
+        with self._lock:
+            found = [key for key, context in self._contexts.items() if context.group == group]
+            if not found:
+                raise StateError(f"there is no group {group!r}. Groups: {', '.join({c.group for c in self._contexts.values()}) or 'none'}.")
+            busy = [key for key in found if self._contexts[key].lock.locked()]
+            if busy:
+                raise StateError(f"context {busy[0]!r} is in use by another thread and cannot be dropped now.")
+            for key in found:
+                del self._contexts[key]
+            self._bound()
+
+    def scope(self, info: StepInfo, unused: Callable[[StepInfo], None] | None = None, rows: tuple[StepInfo, ...] | None = None) -> Scope:
+        """Return a block in which the caller says this about the calls, or about the samples of their batch."""
+        return Scope(self._scope, info, unused, rows)
+
+    def named_rows(self) -> int | None:
+        """Return how many samples the caller named; None where none are."""
+        scope = self._scope.get()
+        return None if scope is None or scope.rows is None else len(scope.rows)
 
     def info(self, calls_per_step: int) -> StepInfo:
         """Return what the caller said about a call; unnamed calls of one step take turns by the number that succeeded.
@@ -160,8 +198,36 @@ class ContextTable(Generic[AnyContext]):
         Where a loop is followed, a new run drops every context, and unnamed calls at a step that the loop counts are numbered from 0.
 
         Raises:
+            ConfigError: The caller named the samples of a batch, which decide together.
             StateError: The loop that is followed does not go on.
         """
+        if self.named_rows() is not None:
+            raise ConfigError("cache_context(rows=...) names the samples of a batch, which requires batch_reduce='per_sample'.")
+        return self._info(calls_per_step, "")
+
+    def row_infos(self, count: int, calls_per_step: int) -> list[StepInfo]:
+        """Return what the caller said about each of `count` samples of a batch; those without names are numbered.
+
+        A sample is a group of its own: its contexts, with and without guidance, share nothing with those of other samples.
+        """
+        scope = self._scope.get()
+        rows = scope.rows if scope is not None else None
+        self._largest_batch = max(self._largest_batch, count)
+        if rows is None:
+            said = self._info(calls_per_step, "0")
+            return [dataclasses.replace(said, group=f"{said.group}/{row}" if said.group else str(row)) for row in range(count)]
+        said = self._info(calls_per_step, rows[0].group)
+        return [
+            dataclasses.replace(
+                row,
+                step_index=said.step_index if row.step_index is None else row.step_index,
+                num_steps=said.num_steps if row.num_steps is None else row.num_steps,
+            )
+            for row in rows
+        ]
+
+    def _info(self, calls_per_step: int, group: str) -> StepInfo:
+        """Return what the caller said about a call; `group` is that in which unnamed calls are looked for."""
         scope = self._scope.get()
         now = self.follow() if self.follow is not None else None
         if now is not None:
@@ -169,7 +235,7 @@ class ContextTable(Generic[AnyContext]):
         if scope is not None:
             scope.called, said = True, scope.info
         elif now is not None and now.counts_steps:
-            said = StepInfo(self._call_of_step(now.step))
+            said = StepInfo(self._call_of_step(now.step, group))
         elif calls_per_step == 1:
             said = StepInfo(named=False)
         else:
@@ -186,14 +252,14 @@ class ContextTable(Generic[AnyContext]):
                 self.clear()
                 self._run = run
 
-    def _call_of_step(self, step: int | None) -> str:
+    def _call_of_step(self, step: int | None, group: str) -> str:
         """Return the context of an unnamed call: the first that has not had this step, or in the first step, was not called yet.
 
         Raises:
             StateError: There are too many.
         """
         for name in (f"{UNNAMED_PREFIX}{i}" for i in range(_MOST_CALLS)):
-            context = self.get(name)
+            context = self.get(StepInfo(name, group=group).key)
             if context is None or not context.tracker.started or (step is not None and context.tracker.next_step <= step):
                 return name
         raise StateError(
@@ -223,11 +289,30 @@ class ContextTable(Generic[AnyContext]):
 
     def _bound(self) -> None:
         """Drop what was called longest ago."""
-        for name, context in list(self._contexts.items())[:-MAX_CONTEXTS]:
+        most = max(MAX_CONTEXTS, _MOST_PER_SAMPLE * self._largest_batch)
+        for name, context in list(self._contexts.items())[:-most]:
             if not context.lock.locked():
                 del self._contexts[name]
         groups = {context.group for context in self._contexts.values()}
         self._latest = {group: tracker for group, tracker in self._latest.items() if group in groups}
+
+    def put(self, info: StepInfo, fill: Callable[[AnyContext], None], run: int) -> None:
+        """Make a context of this name and let `fill` give it a state; `run` is the run of the group that it belongs to.
+
+        Raises:
+            StateError: There is one already.
+        """
+        with self._lock:
+            if info.key in self._contexts:
+                raise StateError(f"there is a context {info.key!r} already. Drop it first, or use another name.")
+            context = self._make(info, next(self._ordinals))
+            fill(context)
+            context.called = next(self._ordinals)
+            self._contexts[info.key] = context
+            newest = self._latest.get(info.group)
+            if newest is None or newest.run <= run:
+                self._latest[info.group] = context.tracker
+            self._bound()
 
     def reports(self, config: CacheConfig) -> dict[str, ContextReport]:
         """Return the current generation of each context that was called, by name, with what the policy of these settings says of it."""
@@ -238,8 +323,8 @@ class ContextTable(Generic[AnyContext]):
         with self._lock:
             return self._latest.get(group)
 
-    def succeed(self, context: AnyContext, advance: Advance, record: RawStep, events: Sequence[str]) -> None:
-        """Note a call that has succeeded; a new generation drops the records of the last one."""
+    def succeed(self, context: AnyContext, advance: Advance, record: RawStep, events: Sequence[str], ends_call: bool = True) -> None:
+        """Note a call that has succeeded; a new generation drops the records of the last one. Of a batch, the last sample ends the call."""
         if advance.began:
             LOGGER.debug("context %r: a new generation began at step %d (%s)", context.name, advance.step, advance.began)
         for event in events:
@@ -253,4 +338,4 @@ class ContextTable(Generic[AnyContext]):
             newest = self._latest.get(context.group)
             if newest is None or newest.run <= advance.tracker.run:
                 self._latest[context.group] = advance.tracker
-            self._unnamed += self._scope.get() is None
+            self._unnamed += ends_call and self._scope.get() is None

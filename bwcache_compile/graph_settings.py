@@ -9,6 +9,8 @@ from bwcache_compile.policies import POLICIES, REUSES, Parameter, Reuse
 
 Granularity = Literal["stack", "block"]
 Cut = Literal["blocks", "output"]
+BatchReduce = Literal["joint", "max", "per_sample"]
+"""How the samples of a batch decide."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class GraphSettings:
     cut: Cut
     indicator: str
     granularity: Granularity
+    batch_reduce: BatchReduce
     compute_first: int
     compute_last: int
     indicator_blocks: int | Literal["all"]

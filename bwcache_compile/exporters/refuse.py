@@ -26,6 +26,11 @@ def _refuse_settings(config: CacheConfig) -> None:
             "decide='joint' cannot be exported: the contexts of a bundle decide separately.\n"
             "  Use decide='separate', or call the model once with the contexts batched."
         )
+    if config.batch_reduce == "per_sample":
+        raise ExportError(
+            "batch_reduce='per_sample' cannot be exported: a bundle makes one decision for a batch.\n"
+            "  Use batch_reduce='max' or 'joint', or run a session for each sample."
+        )
 
 
 def _refuse_collectives(program: ModelProgram) -> None:

@@ -19,13 +19,14 @@ from bwcache_compile.ir.program import OURS, ModelProgram
 from bwcache_compile.ir.sizes import Size, Symbol, hint_shape, size_of
 from bwcache_compile.ir.torch_compat import FakeTensor, FakeTensorMode, make_fx
 from bwcache_compile.ir.tracing import tracing
-from bwcache_compile.policies import Parameter
 from bwcache_compile.size_expressions import evaluate, evaluated, names_in
 
 CACHE = f"{OURS}cache"
 """Path of the buffers that stand for the slots until `lift_cache_state`."""
 
-_ROLE = "bwcache_role"
+ROLE = "bwcache_role"
+"""Key in the `meta` of nodes that passes insert."""
+
 _SIZE = "size: "
 
 
@@ -67,12 +68,12 @@ def inserted(graph: Graph, role: str) -> Node:
 
     Its name may be another one: the model's own inputs and operators keep theirs.
     """
-    return next(node for node in graph.nodes if node.meta.get(_ROLE) == role)
+    return next(node for node in graph.nodes if node.meta.get(ROLE) == role)
 
 
 def give_role(node: Node, role: str) -> None:
     """Let a node be found by its role; see `inserted`."""
-    node.meta[_ROLE] = role
+    node.meta[ROLE] = role
 
 
 def new_input(graph: Graph, name: str, value: Any) -> Node:
@@ -81,35 +82,6 @@ def new_input(graph: Graph, name: str, value: Any) -> Node:
     node.target = node.name
     node.meta["val"] = value
     return node
-
-
-def graph_input(graph: Graph, role: str, value: Tensor) -> Node:
-    """Return our input of this role, and add it after the others if there is none; `step` stays the last input."""
-    inputs = graph.find_nodes(op="placeholder")
-    for node in inputs:
-        if node.meta.get(_ROLE) == role:
-            return node
-    last = inputs[-1]
-    with graph.inserting_before(last) if last.meta.get(_ROLE) == "step" else graph.inserting_after(last):
-        node = new_input(graph, role, value)
-    node.meta[_ROLE] = role
-    return node
-
-
-def parameter_value(program: ModelProgram, parameter: Parameter) -> Tensor:
-    """Describe the value of one of the settings that graphs take."""
-    plan = program.planned()
-    return fake(plan.settings.shape(parameter), getattr(torch, parameter.dtype), plan.device)
-
-
-def parameter_inputs(program: ModelProgram, graph: Graph, parameters: Sequence[Parameter]) -> dict[str, Node]:
-    """Return a graph's inputs for some of the settings, by their names; those that are not there are added."""
-    return {p.name: graph_input(graph, f"policy_{p.name}", parameter_value(program, p)) for p in parameters}
-
-
-def step_input(program: ModelProgram) -> Node:
-    """Return the input that holds the step, int64[1]."""
-    return graph_input(program.compute.graph, "step", fake((1,), torch.int64, program.planned().device))
 
 
 def read_slot(program: ModelProgram, slot: CacheSlot) -> Node:
@@ -152,7 +124,7 @@ def _symbol_node(graph: Graph, symbol: Symbol) -> Node:
 
 def is_early(node: Node) -> bool:
     """Whether a node stands before all operators on tensors: an input, or a size worked out from inputs."""
-    return node.op == "placeholder" or str(node.meta.get(_ROLE)).startswith(_SIZE)
+    return node.op == "placeholder" or str(node.meta.get(ROLE)).startswith(_SIZE)
 
 
 def _behind_sizes(graph: Graph) -> Node:
@@ -164,7 +136,7 @@ def _behind_sizes(graph: Graph) -> Node:
 def move_early(node: Node) -> None:
     """Move a number that is computed from sizes to the front of the graph, after the sizes."""
     _behind_sizes(node.graph).prepend(node)
-    node.meta[_ROLE] = f"{_SIZE}{node.name}"
+    node.meta[ROLE] = f"{_SIZE}{node.name}"
 
 
 def _arithmetic(graph: Graph, function: Callable[..., Any], operands: Sequence[Node]) -> Node:
@@ -174,10 +146,10 @@ def _arithmetic(graph: Graph, function: Callable[..., Any], operands: Sequence[N
     with graph.inserting_before(_behind_sizes(graph)):
         made = graph.graph_copy(traced.graph, copies)
     assert isinstance(made, Node)
-    known = {node.meta[_ROLE]: node for node in graph.nodes if node.op != "placeholder" and is_early(node)}
+    known = {node.meta[ROLE]: node for node in graph.nodes if node.op != "placeholder" and is_early(node)}
     for copy in [copy for copy in copies.values() if not is_early(copy)]:
-        copy.meta[_ROLE] = f"{_SIZE}{size_of(copy.meta['val'])}"
-        same = known.setdefault(copy.meta[_ROLE], copy)
+        copy.meta[ROLE] = f"{_SIZE}{size_of(copy.meta['val'])}"
+        same = known.setdefault(copy.meta[ROLE], copy)
         if same is not copy and copy is not made:
             copy.replace_all_uses_with(same)
             graph.erase_node(copy)
@@ -187,7 +159,7 @@ def _arithmetic(graph: Graph, function: Callable[..., Any], operands: Sequence[N
 def size_node(program: ModelProgram, size: Size) -> Node | int:
     """Return a node that holds a size, standing behind the inputs and made once for each size; an int stands for itself."""
     graph, role = program.compute.graph, f"{_SIZE}{size}"
-    found: Node | None = next((node for node in graph.nodes if node.meta.get(_ROLE) == role), None)
+    found: Node | None = next((node for node in graph.nodes if node.meta.get(ROLE) == role), None)
     if isinstance(size, int):
         return size
     if found is not None:
@@ -202,7 +174,7 @@ def size_node(program: ModelProgram, size: Size) -> Node | int:
         names = [name for name in names_in(size) if name in symbols]
         operands = [node for node in (size_node(program, name) for name in names) if isinstance(node, Node)]
         node = _arithmetic(graph, lambda *values: evaluate(size, dict(zip(names, values, strict=True))), operands)
-    node.meta[_ROLE] = role
+    node.meta[ROLE] = role
     return node
 
 
@@ -227,7 +199,7 @@ def call_graph(module: GraphModule, name: str, inner: GraphModule, operands: Seq
     """Insert a call of a graph; its results are read with `result`. The caller chooses the insertion point."""
     module.add_submodule(OURS + name, inner)
     node = module.graph.create_node("call_module", OURS + name, tuple(operands), name=role or name)
-    node.meta[_ROLE] = role or name
+    node.meta[ROLE] = role or name
     returned = inner.graph.output_node().args[0]
     if isinstance(returned, (list, tuple)):
         node.meta["val"] = tuple(item.meta.get("val") for item in returned)  # type: ignore[union-attr]
@@ -293,5 +265,5 @@ def result(call: Node, index: int, name: str) -> Node:
     """Read one result of a call, under a name of its own."""
     graph = call.graph
     node = graph.create_node("call_function", operator.getitem, (call, index), name=name)
-    node.meta |= {"val": call.meta["val"][index], _ROLE: name}
+    node.meta |= {"val": call.meta["val"][index], ROLE: name}
     return node

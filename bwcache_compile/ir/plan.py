@@ -182,6 +182,7 @@ class CachePlan:
         hidden_bytes: Bytes of one hidden state: the last block's feature.
         device: Where the features are, and the state with them.
         work: How much of the model's work a reused step skips, and what is not cached.
+        samples: Samples of a batch, where the graphs tell them apart; None where they do not.
         notes: What the user should know about this plan.
     """
 
@@ -192,6 +193,7 @@ class CachePlan:
     hidden_bytes: int
     device: torch.device
     work: WorkShare
+    samples: Size | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -249,6 +251,7 @@ class CachePlan:
             "state_bytes": self.state_bytes,
             "transient_bytes": self.transient_bytes,
             "hidden_states": self.hidden_states,
+            "samples": self.samples,
             "work": self.work.to_dict(),
             "notes": list(self.notes),
         }

@@ -262,6 +262,11 @@ def _check(model: nn.Module, config: CacheConfig) -> None:
             f"reuse={config.reuse!r} needs the graph, which shows what input each output continues, and a model that is captured as"
             " opaque has none. Use reuse='output', 'taylor' or 'linear'."
         )
+    if config.batch_reduce != "joint":
+        raise ConfigError(
+            f"batch_reduce={config.batch_reduce!r} needs the graph, which shows where the samples of a batch are, and a model that is"
+            " captured as opaque has none. Use batch_reduce='joint'."
+        )
     if config.compute_first or config.compute_last:
         raise ConfigError("a model that is captured as opaque has no order of blocks: leave out compute_first and compute_last.")
     check_calibration(model, config, "captured as opaque")

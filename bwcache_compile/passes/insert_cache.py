@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bwcache_compile.ir.dataflow import DataFlow
-from bwcache_compile.ir.edit import call_pure, check_results, inserted, read_slot, slot_value, step_input, write_slot
+from bwcache_compile.ir.edit import call_pure, check_results, inserted, read_slot, slot_value, write_slot
 from bwcache_compile.ir.graph_text import called_graph
 from bwcache_compile.ir.layout import Order, in_order, memory_order
+from bwcache_compile.ir.own_inputs import step_input
 from bwcache_compile.ir.plan import CacheSlot, Region
 from bwcache_compile.ir.program import ModelProgram, PassResult
+from bwcache_compile.ir.samples import each_sample
+from bwcache_compile.ir.torch_compat import statically_known_true
 from bwcache_compile.passes.arrange_sources import source_role
 from bwcache_compile.policies.definitions import takes
 
@@ -25,6 +28,14 @@ aten = torch.ops.aten
 def _as_time(clock: Tensor) -> Tensor:
     """The time of this step, float32[1], from an input of any rank: of a batch, the first."""
     return clock.reshape(-1)[:1].float()
+
+
+def _times(clock: Tensor, step: Tensor) -> Tensor:
+    """The time of each sample, float32[samples], from an input that holds one for each or one for all; `step` is int64[samples]."""
+    count = step.shape[0]
+    if clock.dim() > 0 and statically_known_true(clock.shape[0] == count):
+        return clock.reshape(count, -1)[:, 0].float()
+    return _as_time(clock).expand(count)
 
 
 def clock(program: ModelProgram) -> Node:
@@ -77,22 +88,28 @@ def source_of(call: Node, region: Region, index: int) -> Node:
     return source
 
 
-def traceable(function: Callable[..., Any], orders: Sequence[Order]) -> Callable[..., tuple[Tensor, ...]]:
-    """Return a function of a way of reusing as the passes trace it.
+def traceable(
+    program: ModelProgram, function: Callable[..., Any], orders: Sequence[Order]
+) -> tuple[tuple[str, ...], Callable[..., tuple[Tensor, ...]]]:
+    """Return a function of a way of reusing as the passes trace it, and the names of its operands.
 
     It takes the time as it comes and hands it on as float32[1]. Results lie in memory as `orders` say, except those that are
-    operands.
+    operands. With `batch_reduce="per_sample"` it takes the step first, and applies the function to each sample.
     """
-    names = takes(function)
+    names, settings = takes(function), program.planned().settings
+    samples = settings.batch_reduce == "per_sample"
+    each = each_sample(function, f"reuse={settings.reuse!r}: `{function.__name__}`")
 
-    @functools.wraps(function)
+    @functools.wraps(each if samples else function)
     def traced(*operands: Tensor) -> tuple[Tensor, ...]:
-        values = [_as_time(value) if name == "time" else value for name, value in zip(names, operands, strict=True)]
-        returned = function(*values)
+        given = dict(zip(names, operands[samples:], strict=True))
+        if "time" in given:
+            given["time"] = _times(given["time"], operands[0]) if samples else _as_time(given["time"])
+        returned = each(operands[0], *given.values()) if samples else function(*given.values())
         results = tuple(returned) if isinstance(returned, (list, tuple)) else (returned,)
         return tuple(r if any(r is v for v in operands) else in_order(r, order) for r, order in zip(results, orders, strict=True))
 
-    return traced
+    return (("step", *names) if samples else names), traced
 
 
 def _next_values(
@@ -107,8 +124,8 @@ def _next_values(
         slots: What it updates, in order.
         named: Makes what it may take.
     """
-    operands = [named[name]() for name in takes(function)]
-    values = call_pure(program.compute, what, traceable(function, [slot.order for slot in slots]), operands)
+    names, traced = traceable(program, function, [slot.order for slot in slots])
+    values = call_pure(program.compute, what, traced, [named[name]() for name in names])
     expected = [slot_value(program, slot) for slot in slots]
     check_results(f"reuse={program.planned().settings.reuse!r}: `{function.__name__}`", values, expected)
     return values

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile.ir.dataflow import eliminate_dead_code
-from bwcache_compile.ir.edit import fake, fake_mode, inserted, new_input, parameter_inputs, slot_value
+from bwcache_compile.ir.edit import fake, fake_mode, inserted, new_input, slot_value
 from bwcache_compile.ir.inline import Flat, inline_calls
 from bwcache_compile.ir.layout import memory_order
+from bwcache_compile.ir.own_inputs import parameter_inputs
 from bwcache_compile.ir.plan import Region
 from bwcache_compile.ir.program import OURS, ModelProgram, PassResult
 from bwcache_compile.ir.torch_compat import force_stride_order

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from bwcache_compile.ir.edit import call_traced, check_results, fake, inserted, new_input, read_slot, result, size_node, write_slot
+from bwcache_compile.ir.edit import call_traced, check_results, inserted, new_input, read_slot, result, size_node, size_values, write_slot
 from bwcache_compile.ir.graph_text import called_graph
+from bwcache_compile.ir.own_inputs import own_value
 from bwcache_compile.ir.plan import IndicatorProbe, Region
 from bwcache_compile.ir.program import OURS, ModelProgram, PassResult
 from bwcache_compile.ir.ranks import mean_over_ranks
+from bwcache_compile.ir.samples import each_sample
 from bwcache_compile.ir.sizes import Size, size_of
 from bwcache_compile.ir.torch_compat import OpOverload
 from bwcache_compile.passes._slots import own_tokens
 from bwcache_compile.policies import INDICATORS
 from bwcache_compile.policies.sampling import sampled_tokens
+from bwcache_compile.size_expressions import evaluate, largest
 
 aten = torch.ops.aten
 
@@ -50,10 +55,13 @@ def _places(program: ModelProgram, call: Node, before: Node, shape: torch.Size, 
     """Say which rows of a feature are measured: a constant, or worked out in the graph where their number is open."""
     stride, device, inner = measured.stride, program.planned().device, called_graph(program.compute, call)
     assert stride is not None
-    rows, own = _passed_in(program, call, size_of(before.meta["val"].shape[0])), own_tokens(shape, measured, index)
+    rows, own = _passed_in(program, call, size_of(before.meta["val"].shape[-2])), own_tokens(shape, measured, index)
     with inner.graph.inserting_before(before):
         if isinstance(rows, Node):
-            return call_traced(inner, f"tokens_{index}", lambda n: sampled_tokens(n, stride, index, device), [rows])
+            node = call_traced(inner, f"tokens_{index}", lambda n: sampled_tokens(n, stride, index, device), [rows])
+            # tracing a few tokens fixes what it records of the size, not the size
+            node.meta["val"] = before.meta["val"].new_empty(largest(1, rows.meta["val"] // stride), dtype=torch.int64)
+            return node
         places = (sampled_tokens(rows, stride, index) if own is None else own).to(device)
         inner.register_buffer(f"{OURS}tokens_{index}", places, persistent=False)
         node = inner.graph.get_attr(f"{OURS}tokens_{index}")
@@ -69,9 +77,29 @@ def _sample(program: ModelProgram, call: Node, node: Node, measured: IndicatorPr
     value: Tensor = node.meta["val"]
     if measured.stride is None:
         return _append(node, aten.clone.default, (), f"sample_{index}", memory_format=torch.contiguous_format)
-    rows, channels = (_passed_in(program, call, size_of(size)) for size in (math.prod(value.shape[:-1]), value.shape[-1]))
-    node = _append(node, aten.reshape.default, ([rows, channels],), f"rows_{index}")
-    return _append(node, aten.index_select.default, (0, _places(program, call, node, value.shape, measured, index)), f"sample_{index}")
+    shape = [math.prod(value.shape[:-1]), value.shape[-1]]
+    samples = program.planned().samples
+    if samples is not None:  # of each sample the places that are measured where it is alone
+        count = evaluate(samples, size_values(program))
+        shape = [count, shape[0] // count, shape[1]]
+    sizes = [_passed_in(program, call, size_of(size)) for size in shape]
+    node = _append(node, aten.reshape.default, (sizes,), f"rows_{index}")
+    places = _places(program, call, node, value.shape, measured, index)
+    return _append(node, aten.index_select.default, (len(shape) - 2, places), f"sample_{index}")
+
+
+def _largest(changes: Tensor, count: int | SymInt) -> Tensor:
+    """Return the changes of the sample whose indicator, their mean, is the largest, float32[blocks]; one that is not finite is."""
+    each = changes.reshape(count, changes.shape[0] // count)
+    mean = each.mean(1)
+    worst = torch.where(mean == mean, mean, math.inf).argmax(0, keepdim=True)  # NaN is not equal to itself
+    return each.index_select(0, worst).reshape(-1)
+
+
+def _of_batch(each: Callable[..., tuple[Tensor, ...]], largest: bool, count: int | SymInt, *tensors: Tensor) -> Tensor:
+    """Return the changes of each sample, float32[samples * blocks], or those of the sample that changes most."""
+    (changes,) = each(count, *tensors)
+    return _largest(changes, count) if largest else changes
 
 
 def _measure(program: ModelProgram, region: Region) -> None:
@@ -98,10 +126,17 @@ def _measure(program: ModelProgram, region: Region) -> None:
         returned: Tensor = INDICATORS[plan.settings.indicator](tensors[: len(slots)], before)
         return returned if ranks is None else mean_over_ranks(returned, before, ranks)
 
-    operands = [*features, *references]
+    operands, name, function = [*features, *references], f"indicator={plan.settings.indicator!r}", change
+    if plan.samples is not None:
+        count = size_node(program, plan.samples)
+        function = functools.partial(_of_batch, each_sample(change, name), plan.settings.batch_reduce == "max")
+        if isinstance(count, int):
+            function = functools.partial(function, count)
+        else:
+            operands = [count, *operands]
     with graph.inserting_before(graph.output_node()):
-        made = call_traced(module, region.slot("indicator"), change, operands, region.slot("change"))
-    check_results(f"indicator={plan.settings.indicator!r}", [made], [fake((len(slots),), torch.float32, plan.device)])
+        made = call_traced(module, region.slot("indicator"), function, operands, region.slot("change"))
+    check_results(name, [made], [own_value(program, (len(slots),), torch.float32)])
     for slot, feature in zip(slots, features, strict=True):
         write_slot(program, slot, feature)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,31 +13,35 @@ from torch.fx import Node
 from bwcache_compile.ir.edit import (
     call_traced,
     check_results,
-    fake,
     inserted,
-    parameter_inputs,
     read_slot,
     result,
     slot_value,
-    step_input,
     write_slot,
 )
+from bwcache_compile.ir.own_inputs import own_value, parameter_inputs, step_input
 from bwcache_compile.ir.plan import Region
 from bwcache_compile.ir.program import ModelProgram, PassResult
+from bwcache_compile.ir.samples import each_sample
 from bwcache_compile.ir.torch_compat import pytree
-from bwcache_compile.policies import POLICIES, Policy
+from bwcache_compile.policies import POLICIES
 from bwcache_compile.policies.definitions import takes
 
 
-def _deciding(policy: Policy) -> Any:
-    """Return the policy's decision with results of their own: no output of a graph is one of its inputs."""
+def _deciding(decision: Callable[..., Any]) -> Any:
+    """Return a policy's decision with results of their own: no output of a graph is one of its inputs."""
 
-    @functools.wraps(policy.decide)
+    @functools.wraps(decision)
     def decide(*values: Tensor) -> Any:
-        returned = policy.decide(*values)
+        returned = decision(*values)
         return pytree.tree_map_only(Tensor, lambda r: r.clone() if any(r is value for value in values) else r, returned)
 
     return decide
+
+
+def _one_or_all(function: Callable[..., tuple[Tensor, ...]], several: Sequence[Any]) -> Callable[..., Any]:
+    """Return a function whose only result is no tuple, unless there are several."""
+    return function if several else lambda *values: function(*values)[0]
 
 
 def _decide(program: ModelProgram, region: Region, named: dict[str, Node]) -> list[Node]:
@@ -46,13 +51,15 @@ def _decide(program: ModelProgram, region: Region, named: dict[str, Node]) -> li
     own, left = [slots[region.slot(slot.name)] for slot in policy.slots], region.slot("reuse_left")
     changes = [inserted(graph, region.slot("change"))] if region.measured else []
     named = {**named, **{slot.role: read_slot(program, slot) for slot in own}, **dict(zip(["change"], changes, strict=False))}
-    operands = [named[name] for name in takes(policy.decide)]
+    operands, decision, name = [named[name] for name in takes(policy.decide)], policy.decide, f"policy={plan.settings.policy!r}: `decide`"
+    if plan.settings.batch_reduce == "per_sample":
+        operands, decision = [named["step"], *operands], _one_or_all(each_sample(policy.decide, name), own)
     with graph.inserting_before(graph.output_node()):
-        call = call_traced(module, region.slot("policy"), _deciding(policy), operands, None if own else left)
+        call = call_traced(module, region.slot("policy"), _deciding(decision), operands, None if own else left)
         returned = [result(call, i, slot.name) for i, slot in enumerate(own)]
         remaining = result(call, len(own), left) if own else call
-    expected = [*(slot_value(program, slot) for slot in own), fake((1,), torch.int64, plan.device)]
-    check_results(f"policy={plan.settings.policy!r}: `decide`", [*returned, remaining], expected)
+    expected = [*(slot_value(program, slot) for slot in own), own_value(program, (1,), torch.int64)]
+    check_results(name, [*returned, remaining], expected)
     for slot, following in zip(own, returned, strict=True):
         write_slot(program, slot, following)
     return [remaining, *changes]

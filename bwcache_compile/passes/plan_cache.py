@@ -18,7 +18,8 @@ from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.plan import Block, BlockSearch, CachePlan, IndicatorProbe, Region
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.ranks import Ranks
-from bwcache_compile.ir.sizes import has_no_size, hint, hint_shape, shape_of
+from bwcache_compile.ir.samples import check_samples, sample_count
+from bwcache_compile.ir.sizes import has_no_size, hint, hint_shape, shape_of, size_of
 from bwcache_compile.ir.source_lines import node_line
 from bwcache_compile.passes._arrangement import arrangement
 from bwcache_compile.passes._slots import region_slots
@@ -27,6 +28,11 @@ from bwcache_compile.passes.block_search.streams import continued, leaves_the_st
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.policies.sampling import measured_blocks
 
+_DECISIONS = {
+    "joint": "one decision for a whole batch: its samples are measured together, and compute and reuse the same steps",
+    "max": "one decision for a whole batch: its samples compute and reuse the same steps, as the one that changes most needs it",
+    "per_sample": "each sample of a batch has its own schedule",
+}
 _NEAREST = 5
 """How many rejected candidates an error names."""
 
@@ -237,6 +243,9 @@ def _notes(
     for m in measured[-1:]:
         if m.token_range is not None:
             notes.append(f"the indicator measures tokens {m.token_range[0]}:{m.token_range[1]}, those that the output takes")
+    samples = sample_count(program)
+    if measured and samples is not None and hint(samples) > 1:
+        notes.append(_DECISIONS[config.batch_reduce])
     return tuple(notes)
 
 
@@ -249,9 +258,13 @@ def plan_cache(program: ModelProgram, search: BlockSearch, config: CacheConfig, 
 
     Raises:
         NoBlocksFoundError: The search found none.
-        ConfigError: No block is left to cache, or `reuse="residual"` cannot be proved right.
+        ConfigError: No block is left to cache, `reuse="residual"` cannot be proved right, or the samples of a batch decide where ranks do.
         UnsupportedGraphError: A block writes to something outside the blocks, or returns what has no size before it runs.
     """
+    if ranks is not None and config.batch_reduce != "joint":
+        raise ConfigError(
+            f"ranks that decide together measure whole batches, got batch_reduce={config.batch_reduce!r}. Use batch_reduce='joint'."
+        )
     blocks = _cached_blocks(program, search, config)
     flow = DataFlow(program.compute.graph)
     nodes = {node.name: node for node in flow.nodes}
@@ -278,6 +291,7 @@ def plan_cache(program: ModelProgram, search: BlockSearch, config: CacheConfig, 
         time_input=time_input,
         hidden_bytes=math.prod(hint_shape(feature)) * feature.dtype.itemsize,
         device=feature.device,
+        samples=None if config.batch_reduce == "joint" else size_of(check_samples(program, (), config.batch_reduce)),
         work=work_share(program, flow, search, regions, [nodes[name] for name in found], sources),
         notes=_notes(program, search, measured, config, time_input),
     )

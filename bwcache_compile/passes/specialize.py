@@ -9,11 +9,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from bwcache_compile.ir.dataflow import DataFlow, eliminate_dead_code
-from bwcache_compile.ir.edit import as_graph, call_traced, check_results, fake_mode, inserted, new_input, parameter_inputs, slot_value
+from bwcache_compile.ir.edit import as_graph, call_traced, check_results, fake_mode, inserted, new_input, slot_value
+from bwcache_compile.ir.own_inputs import parameter_inputs
 from bwcache_compile.ir.plan import Region
 from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.passes.insert_cache import clock, source_of, traceable
-from bwcache_compile.policies.definitions import takes
 
 
 def stand_in(
@@ -37,11 +37,10 @@ def stand_in(
     named = {f"kept_{kind}": region.slot(kind, index) for kind in way.slots}
     named |= {f"kept_{slot.name}": region.slot(slot.name) for slot in way.shared}
     given: dict[str, Node | None] = {"source": source, **others, **{name: slots[slot] for name, slot in named.items()}}
-    operands = [given[name] for name in takes(way.reuse)]
-    found = [node for node in operands if node is not None]
-    assert len(found) == len(operands), "the plan proves what each output continues"
     first = described[region.slot(way.slots[0], index)]
-    function = traceable(way.reuse, [first.order])
+    names, function = traceable(program, way.reuse, [first.order])
+    found = [node for node in (given[name] for name in names) if node is not None]
+    assert len(found) == len(names), "the plan proves what each output continues"
     traced = as_graph(function, [node.meta["val"] for node in found], fake_mode(program.compute.graph))
     (returned,) = traced.graph.output_node().all_input_nodes
     check_results(f"reuse={plan.settings.reuse!r}: `{way.reuse.__name__}`", [returned], [slot_value(program, first)])

@@ -15,7 +15,7 @@ from torch import nn
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import Context, ContextTable
-from bwcache_compile.errors import StateError, warn
+from bwcache_compile.errors import ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.region.stacks import HeldStack, Maker, Stacks, enter_context, found_stacks
 from bwcache_compile.region.stand_ins import ChainBroken
@@ -54,7 +54,7 @@ class RegionModel(UncapturedModel):
             StateError: They were calibrated for another model.
         """
         super().__init__(model)
-        check_calibration(model, config, "captured by region")
+        _check(model, config)
         self.cache_config, self._make, self._verify = config, make, verify
         self._contexts = ContextTable(Context)
         self._source: Callable[[], RunStep | None] | None = None
@@ -203,7 +203,7 @@ class RegionModel(UncapturedModel):
         Another `cut` drops the stacks, or looks for them at the next call.
         """
         new = self.cache_config.updated(config, changes)
-        check_calibration(self._original, new, "captured by region")
+        _check(self._original, new)
         if new.cut != self.cache_config.cut:
             parts = self._first_parts(new)
             self._drop()
@@ -296,3 +296,12 @@ class RegionModel(UncapturedModel):
 def _suffix(parts: Mapping[str, Any], name: str) -> str:
     """Return what tells the contexts of a stack from those of the others."""
     return "" if len(parts) == 1 else f" ({name})"
+
+
+def _check(model: nn.Module, config: CacheConfig) -> None:
+    check_calibration(model, config, "captured by region")
+    if config.batch_reduce == "per_sample":
+        raise ConfigError(
+            "a model that is captured by region calls its stacks with whole batches, got batch_reduce='per_sample'. Use"
+            " batch_reduce='max' or 'joint'."
+        )

@@ -28,7 +28,9 @@ from bwcache_compile.runtime.fingerprint import check_calibrated
 from bwcache_compile.runtime.frames import call_directly, left_out
 from bwcache_compile.runtime.functional import first_state, functional_step
 from bwcache_compile.runtime.programs import ProgramCache
-from bwcache_compile.runtime.runnable import run_all
+from bwcache_compile.runtime.row_methods import RowMethods
+from bwcache_compile.runtime.runnable import owned, run_all
+from bwcache_compile.runtime.sample_step import SampleStepper
 from bwcache_compile.runtime.signature import Parameters
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.step import Stepper
@@ -38,7 +40,7 @@ from bwcache_compile.stepping import StepInfo
 _NO_MODE = contextlib.nullcontext()
 
 
-class CachedModel(DropIn):
+class CachedModel(DropIn, RowMethods):
     """A drop-in for the model it wraps. Made by `bwcache_compile.transform`.
 
     Contexts are independent: two threads may run two contexts, but not the same one.
@@ -57,6 +59,7 @@ class CachedModel(DropIn):
         self._call_parameters = Parameters.of(model)
         self._contexts = ContextTable(ModelContext)
         self._stepper = Stepper(model, self._call_parameters, self._programs, self._contexts)
+        self._samples = SampleStepper(model, self._call_parameters, self._programs, self._contexts)
         self._bypassed = False
         self._seal()
 
@@ -137,6 +140,8 @@ class CachedModel(DropIn):
             ConfigError: The settings do not fit the model or the call.
             StateError: The context is in use, the model is closed or training, or an input requires gradients.
         """
+        if self.cache_config.batch_reduce == "per_sample":
+            return self._batch_step(args, kwargs)
         stepper = self._stepper
         call = stepper.begin(args, kwargs, self.cache_config)
         try:
@@ -152,11 +157,42 @@ class CachedModel(DropIn):
             stepper.tell(call.told)
         return outputs
 
+    @left_out
+    def _batch_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a step of a batch whose samples decide by themselves."""
+        stepper = self._samples
+        step = stepper.begin(args, kwargs, self.cache_config)
+        try:
+            returned = []
+            with torch.no_grad() if torch.is_grad_enabled() else _NO_MODE:
+                for part in step.parts:
+                    runnable = part.match.runnable
+                    values = part.first if part.first is not None else call_directly(runnable.graph(part.kind), part.operands)
+                    returned.append(owned(values, ()) if runnable.replays() else values)
+            outputs = stepper.finish(step, returned)
+        finally:
+            stepper.end(step)
+        for event in step.told:
+            stepper.tell(event)
+        return outputs
+
     # -- the functional form -------------------------------------------------------------------------------------
 
     def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState | GuardedState:
-        """Return the state of a fresh context for inputs like these, capturing the model if need be."""
+        """Return the state of a fresh context for inputs like these, capturing the model if need be.
+
+        Raises:
+            ConfigError: The samples of a batch decide by themselves.
+        """
+        self._check_functional()
         return first_state(self._programs.match(*self._call_parameters.bind(args, kwargs or {}), self.cache_config))
+
+    def _check_functional(self) -> None:
+        if self.cache_config.batch_reduce == "per_sample":
+            raise ConfigError(
+                "the functional form has one state and one decision for a batch, got batch_reduce='per_sample'. Call the cached model, or"
+                " set batch_reduce='max' or 'joint'."
+            )
 
     def policy_parameters(self, **changes: Any) -> tuple[Tensor, ...]:
         """Return the policy's inputs for `functional_step`, from the settings with some of them changed.
@@ -190,8 +226,10 @@ class CachedModel(DropIn):
             The model's output and the next state.
 
         Raises:
+            ConfigError: The samples of a batch decide by themselves.
             StateError: The state belongs to other inputs.
         """
+        self._check_functional()
         args, kwargs = self._call_parameters.bind(args, kwargs)
         return functional_step(self._programs, self.cache_config, args, kwargs, state, parameters)
 
@@ -260,7 +298,12 @@ class CachedModel(DropIn):
         self._programs.compile(options, blocks_once=True)
 
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
-        """Run every graph once for inputs like these, so that whatever compiles does so now. No state is touched."""
+        """Run every graph once for inputs like these, so that whatever compiles does so now. No state is touched.
+
+        With `batch_reduce="per_sample"` they run at each batch size that samples of such a batch may need.
+        """
+        if self.cache_config.batch_reduce == "per_sample":
+            return self._warm_up_batch(args, kwargs or {})
         args, kwargs = self._call_parameters.bind(args, kwargs or {})
         match = self._programs.match(args, kwargs, self.cache_config)
         num_steps = self.cache_config.steps or 2

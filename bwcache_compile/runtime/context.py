@@ -77,6 +77,7 @@ class ModelContext(JointContext):
         match: What the last call ran with, while a generation runs.
         key: What the last call looked like.
         version: Structure and weights of the model at the last call.
+        layout: What the cache consists of, where the context is a sample of a batch.
         renumbered: Whether a Python number changed at the last call.
     """
 
@@ -86,6 +87,7 @@ class ModelContext(JointContext):
         self.state: CacheState | None = None
         self.match: ProgramMatch | None = None
         self.key: CallKey | None = None
+        self.layout: Hashable = None
         self.version = (-1, -1)
         self.renumbered = False
 

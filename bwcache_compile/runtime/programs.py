@@ -25,6 +25,7 @@ from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.signature import CallKey, call_key, generation_kind, leaves_of
 from bwcache_compile.runtime.trial import Request, Toolchain
 from bwcache_compile.runtime.watch import ModelWatch
+from bwcache_compile.size_expressions import evaluated
 
 LOGGER = logging.getLogger(__name__)
 
@@ -56,6 +57,11 @@ class ProgramMatch:
     def signature(self) -> Hashable:
         """What the inputs of one generation have in common: everything but the float dtype of what may be the time."""
         return generation_kind(self.key.kind), self.key.sizes, self.key.values
+
+    @property
+    def slot_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the slots at this call."""
+        return [evaluated(slot.shape, self.sizes) for slot in self.runnable.slots]
 
 
 class ProgramCache:
@@ -136,6 +142,16 @@ class ProgramCache:
             if held is not None and held.version == version:
                 return held
             return ProgramMatch(runnable, key._replace(values=runnable.key.values), sizes, version, self.watch.changed, first)
+
+    def version(self, glance: bool) -> tuple[tuple[int, int], str]:
+        """Return the model's structure and weights as they are counted, and what changed in its structure last.
+
+        Args:
+            glance: Whether looking the whole model over would cost more than the step.
+        """
+        with self._lock:
+            self._poll(glance)
+            return (self.watch.structure, self.watch.weights), self.watch.changed
 
     def _serves(self, held: ProgramMatch, key: CallKey, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the program that a context ran last serves its next call."""

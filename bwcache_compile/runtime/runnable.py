@@ -24,6 +24,7 @@ from bwcache_compile.runtime.frames import left_out
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.runtime.watch import address_of
+from bwcache_compile.size_expressions import evaluate
 from bwcache_compile.stepping import Cursor
 
 _MOST_STEPS, _MOST_SETTINGS = 256, 8
@@ -70,6 +71,11 @@ def make_room(table: dict[Any, Any], most: int) -> None:
         table.pop(next(iter(table)), None)
 
 
+def repeated(tensor: Tensor, count: int) -> Tensor:
+    """Return a tensor `count` times along dimension 0."""
+    return tensor.repeat(count, *([1] * (tensor.dim() - 1)))
+
+
 class RunnableProgram:
     """A program ready to run: its graphs, compiled where asked for, and its scalars on the device.
 
@@ -79,6 +85,8 @@ class RunnableProgram:
         eager: The same as functions, to be run as they are.
         graphs: The same again, compiled where asked for.
         addresses: Where the tensors lie in memory that the graphs hold.
+        per_sample: Whether each sample of a batch decides for itself.
+        samples_apart: Whether it was checked that samples do not depend on one another.
         notes: What the capture adds to the notes of the plan.
         siblings: The programs that are made from the same capture, this one among them, by the settings that shape their graphs; the last
             used is the last.
@@ -101,6 +109,8 @@ class RunnableProgram:
         self.graphs = dict(self.eager)
         self._is_compiled = False
         self._uses_cuda_graphs = False
+        self.per_sample = self.plan.settings.batch_reduce == "per_sample"
+        self.samples_apart = False
         self.slots = self.plan.guard_slots if self.guarded else self.plan.slots
         inputs = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
         self.input_kinds = [_kind(node.meta.get("val")) for node in inputs]
@@ -219,14 +229,32 @@ class RunnableProgram:
         return "guarded" if self.guarded else "reuse" if state.reuses_next else "compute"
 
     def operands(self, flat: Sequence[Any], state: CacheState, parameters: tuple[Tensor, ...]) -> list[Any]:
-        """Return the inputs of the graph that runs next; `parameters` are those that it takes."""
-        kind, sizes = self.kind(state), self.program.signature.sizes
-        slots: Sequence[Tensor] = state.slots
+        """Return the inputs of the graph that runs next; `parameters` are those that it takes. All samples are at one step."""
+        step = self.step_tensor(state.step)
+        if self.per_sample:
+            count = self.samples_of(flat)
+            step, parameters = step.repeat(count), tuple(repeated(parameter, count) for parameter in parameters)
+        return self.packed(self.kind(state), flat, state.slots, step, parameters)
+
+    def packed(
+        self, kind: str, flat: Sequence[Any], slots: Sequence[Tensor | None], step: Tensor, parameters: Sequence[Tensor]
+    ) -> list[Any]:
+        """Return the inputs of a graph in order; slots that it does not read may be None."""
+        sizes = self.program.signature.sizes
         if sizes is not None:
             flat = [_open(leaf, described) for leaf, described in zip(flat, sizes.inputs, strict=True)]
             slots = [_open(tensor, slot.shape) for tensor, slot in zip(slots, self.slots, strict=True)]
-        values = [*flat, *slots, self.step_tensor(state.step), *parameters]
+        values = [*flat, *slots, step, *parameters]
         return [values[i] for i in self._orders[kind]]
+
+    def samples_of(self, flat: Sequence[Any]) -> int:
+        """Return how many samples a call holds, where the graphs tell them apart."""
+        assert self.plan.samples is not None
+        sizes, read = self.program.signature.sizes, {}
+        for symbol in sizes.symbols if sizes is not None else ():
+            leaf = flat[symbol.position]
+            read[symbol.name] = symbol.solve(leaf if symbol.dimension is None else leaf.shape[symbol.dimension])
+        return int(evaluate(self.plan.samples, read))
 
     def _order(self, io: GraphIO) -> list[int]:
         """Return, for each input of a graph, its position among the user's inputs, all slots, the step and its parameters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from bwcache_compile.stepping import Cursor
@@ -37,6 +38,10 @@ class CacheState:
     def bytes(self) -> int:
         """Bytes held by the slots."""
         return sum(slot.numel() * slot.element_size() for slot in self.slots)
+
+    def to(self, device: torch.device | str) -> CacheState:
+        """Return the same cache with its tensors on a device."""
+        return CacheState(tuple(slot.to(device) for slot in self.slots), self.cursor, self.version)
 
     def at(self, step: int) -> CacheState:
         """Return the same cache before another step."""
