@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bwcache_compile as bw
-from tests.models import OneStream, TwoStream
+from tests.models import OneStream
 
 STEPS, BATCH = 30, 5
 ADAPTIVE = bw.CacheConfig(policy="adaptive", threshold=0.1, reuse="taylor", num_steps=STEPS, batch_reduce="per_sample")
