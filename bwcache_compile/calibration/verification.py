@@ -12,7 +12,7 @@ from bwcache_compile.calibration.evaluate import Generate
 from bwcache_compile.calibration.plan import CalibrationPlan
 from bwcache_compile.calibration.quality import psnr
 from bwcache_compile.errors import ConfigError
-from bwcache_compile.runtime.cached_model import CachedModel
+from bwcache_compile.runtime.drop_in import DropIn
 
 
 def verify_plan(
@@ -42,7 +42,7 @@ def verify_plan(
         StateError: The plan belongs to another model, or the times of a prompt's steps are others.
     """
     cached = getattr(model, "_orig_mod", model)
-    if not isinstance(cached, CachedModel):
+    if not isinstance(cached, DropIn):
         raise ConfigError(f"verify_plan requires a transformed model, got {type(model).__name__}. Pass the result of transform.")
     if not isinstance(prompts, Sequence) or not prompts:
         raise ConfigError("prompts must be a sequence of functions like `generate`, one for each prompt to verify the plan on.")
@@ -71,7 +71,7 @@ def verify_plan(
     return dataclasses.replace(plan, entries=tuple(entries))
 
 
-def _check_ran(running: CachedModel, plan: CalibrationPlan, number: int) -> None:
+def _check_ran(running: DropIn, plan: CalibrationPlan, number: int) -> None:
     steps = {name: len(context.steps) for name, context in running.report().contexts.items()}
     if not steps or set(steps.values()) != {plan.steps}:
         ran = ", ".join(f"{count} steps of {name}" for name, count in steps.items()) or "no step"

@@ -162,3 +162,10 @@ def test_weights_that_an_offload_hook_took_away() -> None:
     cached = bw.transform(model, num_steps=STEPS, capture="opaque")
     with pytest.raises(bw.ConfigError, match=r"of Branching is on the meta device.*Calibrate before the weights are offloaded"):
         bw.calibrate(cached, generate, budgets=(BUDGET,), progress=False)
+
+
+def test_a_plan_is_verified(plan: bw.CalibrationPlan, capture: Any) -> None:
+    cached = bw.transform(Branching(True), num_steps=STEPS, capture=capture)
+    (entry,) = bw.verify_plan(plan, cached, [generate]).entries
+    assert entry.unseen == (pytest.approx(entry.psnr, abs=0.05),)
+    assert cached.cache_config == bw.CacheConfig(num_steps=STEPS)
