@@ -30,19 +30,16 @@ def quickstart(record: dict[str, Any]) -> str:
 
 
 def equal_schedule(record: dict[str, Any]) -> str:
-    """Return, for each tool and size, the whole run against its ideal, a reused step, and what is kept between two steps."""
+    """Return, for each tool, the whole run against its ideal at each size and mode; a reused step and the state at the first of them."""
     parts = record["measured"]
-    heads = [
-        f"{part['size'].rpartition('x')[0]}, {part['mode']}: {what}" for part in parts for what in ("run / ideal", "reused step", "state")
-    ]
+    names = [f"{part['size'].rpartition('x')[0]}, {part['mode']}" for part in parts]
+    heads = [*names, f"{names[0]}: reused step", f"{names[0]}: state"]
     lines = [f"| tool | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for tool in parts[0]["rows"]:
+    for tool, first in parts[0]["rows"].items():
         if tool in ("plain", "prologue and epilogue"):
             continue
-        cells = []
-        for row in (part["rows"][tool] for part in parts):
-            cells.append(f"{row['run_over_ideal']:.2f}")
-            cells += [f"{row['reused_step_over_prologue_and_epilogue']:.2f}", f"{row['state_over_hidden_state']:.2f}"]
+        cells = [f"{part['rows'][tool]['run_over_ideal']:.2f}" for part in parts]
+        cells += [f"{first['reused_step_over_prologue_and_epilogue']:.2f}", f"{first['state_over_hidden_state']:.2f}"]
         lines.append(f"| {tool} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -65,11 +65,17 @@ def close(actual: Tensor, expected: Tensor) -> None:
     [
         ADAPTIVE,
         SCHEDULE,
-        dataclasses.replace(SCHEDULE, reuse="residual", indicator_tokens="all"),
-        dataclasses.replace(
-            ADAPTIVE, reuse="linear", anchors=3, order=2, damping=0.5, cut="output", indicator_tokens=7, indicator_blocks=2
+        pytest.param(dataclasses.replace(SCHEDULE, reuse="residual", indicator_tokens="all"), marks=pytest.mark.slow),
+        pytest.param(
+            dataclasses.replace(
+                ADAPTIVE, reuse="linear", anchors=3, order=2, damping=0.5, cut="output", indicator_tokens=7, indicator_blocks=2
+            ),
+            marks=pytest.mark.slow,
         ),
-        bw.CacheConfig(policy="guarded", steps_mask=MASK, indicator_bounds=(0.1,) * STEPS, batch_reduce="per_sample"),
+        pytest.param(
+            bw.CacheConfig(policy="guarded", steps_mask=MASK, indicator_bounds=(0.1,) * STEPS, batch_reduce="per_sample"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["adaptive", "schedule", "residual", "output", "guarded"],
 )
