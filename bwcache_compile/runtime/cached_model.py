@@ -29,7 +29,7 @@ from bwcache_compile.runtime.frames import call_directly, left_out
 from bwcache_compile.runtime.functional import first_state, functional_step
 from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.row_methods import RowMethods
-from bwcache_compile.runtime.runnable import owned, run_all
+from bwcache_compile.runtime.runnable import run_all
 from bwcache_compile.runtime.sample_step import SampleStepper
 from bwcache_compile.runtime.signature import Parameters
 from bwcache_compile.runtime.state import CacheState, GuardedState
@@ -157,25 +157,6 @@ class CachedModel(DropIn, RowMethods):
             stepper.tell(call.told)
         return outputs
 
-    @left_out
-    def _batch_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a step of a batch whose samples decide by themselves."""
-        stepper = self._samples
-        step = stepper.begin(args, kwargs, self.cache_config)
-        try:
-            returned = []
-            with torch.no_grad() if torch.is_grad_enabled() else _NO_MODE:
-                for part in step.parts:
-                    runnable = part.match.runnable
-                    values = part.first if part.first is not None else call_directly(runnable.graph(part.kind), part.operands)
-                    returned.append(owned(values, ()) if runnable.replays() else values)
-            outputs = stepper.finish(step, returned)
-        finally:
-            stepper.end(step)
-        for event in step.told:
-            stepper.tell(event)
-        return outputs
-
     # -- the functional form -------------------------------------------------------------------------------------
 
     def init_state(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> CacheState | GuardedState:
@@ -186,13 +167,6 @@ class CachedModel(DropIn, RowMethods):
         """
         self._check_functional()
         return first_state(self._programs.match(*self._call_parameters.bind(args, kwargs or {}), self.cache_config))
-
-    def _check_functional(self) -> None:
-        if self.cache_config.batch_reduce == "per_sample":
-            raise ConfigError(
-                "the functional form has one state and one decision for a batch, got batch_reduce='per_sample'. Call the cached model, or"
-                " set batch_reduce='max' or 'joint'."
-            )
 
     def policy_parameters(self, **changes: Any) -> tuple[Tensor, ...]:
         """Return the policy's inputs for `functional_step`, from the settings with some of them changed.

@@ -13,9 +13,10 @@ from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.runtime.context import ModelContext
 from bwcache_compile.runtime.fingerprint import model_identity
+from bwcache_compile.runtime.frames import call_directly, left_out
 from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.row_state import RowState, read_row, write_row
-from bwcache_compile.runtime.runnable import run_all
+from bwcache_compile.runtime.runnable import owned, run_all
 from bwcache_compile.runtime.sample_step import SampleStepper
 from bwcache_compile.stepping import UNNAMED, StepInfo
 
@@ -95,3 +96,29 @@ class RowMethods:
             flat = call.gathered([0] * size)
             with self._programs.gate.running():
                 run_all(runnable, flat, runnable.fresh(part.match.sizes), runnable.parameters(config, steps))
+
+    @left_out
+    def _batch_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a step of a batch whose samples decide by themselves."""
+        stepper = self._samples
+        step = stepper.begin(args, kwargs, self.cache_config)
+        try:
+            returned = []
+            with torch.no_grad():
+                for part in step.parts:
+                    runnable = part.match.runnable
+                    values = part.first if part.first is not None else call_directly(runnable.graph(part.kind), part.operands)
+                    returned.append(owned(values, ()) if runnable.replays() else values)
+            outputs = stepper.finish(step, returned)
+        finally:
+            stepper.end(step)
+        for event in step.told:
+            stepper.tell(event)
+        return outputs
+
+    def _check_functional(self) -> None:
+        if self.cache_config.batch_reduce == "per_sample":
+            raise ConfigError(
+                "the functional form has one state and one decision for a batch, got batch_reduce='per_sample'. Call the cached model, or"
+                " set batch_reduce='max' or 'joint'."
+            )
