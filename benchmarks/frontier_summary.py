@@ -15,11 +15,11 @@ LEAST = 3
 def summary(record: dict[str, Any]) -> str:
     """Return a Markdown table of PSNR in dB: a way per row, the largest mean gain over fewer steps first.
 
-    Columns are the numbers of computed steps, per solver, that at least `LEAST` ways were measured with.
+    Columns are the numbers of computed steps that at least `LEAST` ways were measured with, by solver, the most first.
     """
     points = [(row["solver"], row["asked"], row["steps"]) for row in record["rows"] if row["way"] == "fewer steps"]
     count = Counter((row["solver"], row["asked"], row["steps"]) for row in record["rows"])
-    points = [point for point in points if count[point] >= LEAST]
+    points = sorted((point for point in points if count[point] >= LEAST), key=lambda point: (point[0], -point[1]))
     cells: dict[str, dict[tuple[str, int, int], dict[str, Any]]] = {}
     for row in record["rows"]:
         cells.setdefault(row["way"], {})[row["solver"], row["asked"], row["steps"]] = row
