@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from bwcache_compile.passes.block_search.accept import accepted_stacks, convex_closure, follows, overlapping
-from tests.block_search.helpers import searched
+from tests.passes.searched import searched
 
 
 def test_a_stack_of_equal_blocks_is_accepted() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from bwcache_compile.passes.block_search.isomorphism import difference, outside_operands
-from tests.block_search.helpers import searched
+from tests.passes.searched import searched
 
 
 def test_blocks_of_one_class_and_size_match() -> None:

@@ -15,7 +15,7 @@ from bwcache_compile.passes.block_search.stacks import (
     structural_stacks,
     user_path,
 )
-from tests.block_search.helpers import searched
+from tests.passes.searched import searched
 
 
 def test_numbered_siblings_are_a_stack() -> None:

@@ -12,7 +12,7 @@ from bwcache_compile.passes.block_search.streams import (
     operator_name,
     path_ends,
 )
-from tests.block_search.helpers import searched
+from tests.passes.searched import searched
 
 
 def test_a_sum_keeps_both_of_its_sides_and_a_product_none() -> None:

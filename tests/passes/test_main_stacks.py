@@ -5,7 +5,7 @@ from __future__ import annotations
 from bwcache_compile.passes.block_search.accept import accepted_stacks
 from bwcache_compile.passes.block_search.main_stacks import features, main_units
 from bwcache_compile.passes.block_search.stacks import Unit
-from tests.block_search.helpers import Searched, searched
+from tests.passes.searched import Searched, searched
 
 
 def chosen(model: Searched) -> list[Unit]:
