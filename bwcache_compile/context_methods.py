@@ -6,15 +6,10 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bwcache_compile.contexts import ContextTable
+from bwcache_compile.contexts import ContextTable, row_group
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.step_events import Handle, StepEvent
 from bwcache_compile.stepping import RunStep, StepInfo
-
-
-def row_group(row: str, group: str = "") -> str:
-    """Name the group of contexts that a sample of a batch is."""
-    return f"{group}/{row}" if group else row
 
 
 def _row_names(rows: Sequence[str]) -> list[str]:

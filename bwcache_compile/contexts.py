@@ -98,6 +98,11 @@ class Scope:
             self._unused(self.info)
 
 
+def row_group(row: str, group: str = "") -> str:
+    """Name the group of contexts that a sample of a batch is."""
+    return f"{group}/{row}" if group else row
+
+
 AnyContext = TypeVar("AnyContext", bound=Context)
 
 
@@ -158,13 +163,9 @@ class ContextTable(Generic[AnyContext]):
             StateError: There is none of that name, or another thread is in it.
         """
         with self._lock:
-            context = self._contexts.get(key)
-            if context is None:
+            if key not in self._contexts:
                 raise StateError(f"there is no context {key!r}. Contexts: {', '.join(self._contexts) or 'none'}.")
-            if context.lock.locked():
-                raise StateError(f"context {key!r} is in use by another thread and cannot be dropped now.")
-            del self._contexts[key]
-            self._bound()
+            self._drop([key])
 
     def drop_group(self, group: str) -> None:
         """Forget every context of a group.
@@ -176,12 +177,15 @@ class ContextTable(Generic[AnyContext]):
             found = [key for key, context in self._contexts.items() if context.group == group]
             if not found:
                 raise StateError(f"there is no group {group!r}. Groups: {', '.join({c.group for c in self._contexts.values()}) or 'none'}.")
-            busy = [key for key in found if self._contexts[key].lock.locked()]
-            if busy:
-                raise StateError(f"context {busy[0]!r} is in use by another thread and cannot be dropped now.")
-            for key in found:
-                del self._contexts[key]
-            self._bound()
+            self._drop(found)
+
+    def _drop(self, keys: list[str]) -> None:
+        for key in keys:
+            if self._contexts[key].lock.locked():
+                raise StateError(f"context {key!r} is in use by another thread and cannot be dropped now.")
+        for key in keys:
+            del self._contexts[key]
+        self._bound()
 
     def scope(self, info: StepInfo, unused: Callable[[StepInfo], None] | None = None, rows: tuple[StepInfo, ...] | None = None) -> Scope:
         """Return a block in which the caller says this about the calls, or about the samples of their batch."""
@@ -215,7 +219,7 @@ class ContextTable(Generic[AnyContext]):
         self._largest_batch = max(self._largest_batch, count)
         if rows is None:
             said = self._info(calls_per_step, "0")
-            return [dataclasses.replace(said, group=f"{said.group}/{row}" if said.group else str(row)) for row in range(count)]
+            return [dataclasses.replace(said, group=row_group(str(row), said.group)) for row in range(count)]
         said = self._info(calls_per_step, rows[0].group)
         return [
             dataclasses.replace(

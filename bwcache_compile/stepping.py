@@ -112,6 +112,11 @@ class Advance:
     tracker: Tracker
 
 
+def cache_cleared(why: str, step: int) -> str:
+    """Say in a report that a step ran on an empty cache, and why."""
+    return f"{why} before step {step}: the cache was cleared"
+
+
 @dataclasses.dataclass(frozen=True)
 class Tracker:
     """The calls of one context so far: enough to tell which step of which generation the next one is.
@@ -182,7 +187,7 @@ class Tracker:
         following = Tracker(step + 1, True, signature, clock, self.run)
         joins = latest is not None and self.run != run and following.is_beside(latest)
         cleared = "another context of the group began a new run" if joins else _doubt(verdict, clock)
-        event = f"{cleared} before step {step}: the cache was cleared" if cleared else ""
+        event = cache_cleared(cleared, step) if cleared else ""
         return Advance(step, "", cleared, event, dataclasses.replace(following, run=run) if joins else following)
 
     def is_beside(self, other: Tracker) -> bool:

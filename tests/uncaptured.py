@@ -47,3 +47,13 @@ def check_contexts(cached: Any) -> None:
             x, t = inputs(step)
             with torch.no_grad(), cached.cache_context(name):
                 assert torch.equal(cached(x * scale, t), alone[name][step]), (name, step)
+
+
+def check_time_as_a_number(cached: Any, model: Any) -> None:
+    """Give the time as a Python number, in a run that is broken off and in another one."""
+    with torch.no_grad():
+        for _ in range(2):  # the first run is broken off
+            for step in range(5):
+                x, t = inputs(step)
+                got = cached(x, float(t[0]))
+                assert torch.equal(got, model(x, float(t[0]))) != bool(MASK[step]), step

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from bwcache_compile.calibration.evaluate import Generate
+from bwcache_compile.calibration.evaluate import Generate, generated
 from bwcache_compile.calibration.plan import CalibrationPlan
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.report import ContextReport
@@ -31,9 +31,7 @@ def with_indicators(plan: CalibrationPlan, cached: DropIn, generate: Generate) -
             settings = plan.settings(dataclasses.replace(entry, indicators=(None,) * plan.steps), guarded=True)
             if model is None:
                 model = cached.with_settings(settings)
-            model.configure(settings)
-            model.reset()
-            generate(model)
+            generated(model, settings, generate)
             found = _indicators(plan, list(model.report().contexts.values()))
             entries.append(dataclasses.replace(entry, indicators=found))
     finally:

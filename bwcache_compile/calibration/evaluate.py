@@ -12,12 +12,21 @@ from bwcache_compile.calibration.quality import psnr
 from bwcache_compile.calibration.recording import RecordedStep, Recorder
 from bwcache_compile.calibration.rules import rule_weights
 from bwcache_compile.calibration.sampler_map import difference
+from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError
+from bwcache_compile.runtime.drop_in import DropIn
 
 Generate = Callable[[Any], Any]
 """The user's function: makes one video with the model that it is given, and returns it."""
 
 Table = tuple[tuple[float, ...], ...]
+
+
+def generated(cached: DropIn, settings: CacheConfig, generate: Generate) -> Any:
+    """Return what `generate` makes with a cached model by these settings, from an empty cache."""
+    cached.configure(settings)
+    cached.reset()
+    return generate(cached)
 
 
 @dataclasses.dataclass(frozen=True)

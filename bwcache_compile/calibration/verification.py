@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from bwcache_compile.calibration.evaluate import Generate
+from bwcache_compile.calibration.evaluate import Generate, generated
 from bwcache_compile.calibration.plan import CalibrationPlan
 from bwcache_compile.calibration.quality import psnr
 from bwcache_compile.errors import ConfigError
@@ -54,14 +54,10 @@ def verify_plan(
     running = cached.with_settings(full)
     try:
         for number, generate in enumerate(prompts):
-            running.configure(full)
-            running.reset()
-            reference = generate(running)
+            reference = generated(running, full, generate)
             _check_ran(running, plan, number)
             for place, entry in enumerate(plan.entries):
-                running.configure(plan.settings(entry))
-                running.reset()
-                unseen[place].append(psnr(generate(running), reference))
+                unseen[place].append(psnr(generated(running, plan.settings(entry), generate), reference))
                 if fewer_steps is not None:
                     plain[place].append(psnr(fewer_steps[number](cached.original, entry.computed), reference))
     finally:

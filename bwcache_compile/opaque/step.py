@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.opaque.cache import Moment, OpaqueState, decide
-from bwcache_compile.runtime.context import JointContext
-from bwcache_compile.stepping import Advance, Cursor, StepInfo
+from bwcache_compile.runtime.context import JointContext, what_changed
+from bwcache_compile.stepping import Advance, Cursor, StepInfo, cache_cleared
 
 
 class OpaqueContext(JointContext):
@@ -120,8 +120,7 @@ def state_for(context: OpaqueContext, advance: Advance, version: tuple[int, int]
     if advance.began or context.state is None:
         return fresh, events
     if context.version != version:
-        why = f"the modules changed ({changed})" if context.version[0] != version[0] else "the weights changed"
-        return fresh, [*events, f"{why} before step {advance.step}: the cache was cleared"]
+        return fresh, [*events, cache_cleared(what_changed(context.version, version, changed), advance.step)]
     if advance.cleared:
         return fresh, events
     return dataclasses.replace(context.state, cursor=context.state.cursor.at(advance.step)), events

@@ -17,7 +17,7 @@ from bwcache_compile.runtime.programs import ProgramMatch
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.size_expressions import evaluated
-from bwcache_compile.stepping import Advance, Cursor, StepInfo
+from bwcache_compile.stepping import Advance, Cursor, StepInfo, cache_cleared
 
 
 class JointContext(Context):
@@ -165,6 +165,11 @@ def _interchangeable(one: ProgramMatch, other: ProgramMatch) -> bool:
     return kept[0] == kept[1]
 
 
+def what_changed(before: tuple[int, int], now: tuple[int, int], moved: str) -> str:
+    """Say what of a model changed between two of its versions, structure and weights; `moved` is what moved the structure last."""
+    return f"the modules changed ({moved})" if before[0] != now[0] else "the weights changed"
+
+
 def state_for(context: ModelContext, advance: Advance, match: ProgramMatch) -> tuple[CacheState, list[str]]:
     """Return the state that a call runs on, and what a report says of it.
 
@@ -175,13 +180,13 @@ def state_for(context: ModelContext, advance: Advance, match: ProgramMatch) -> t
         return match.runnable.fresh(match.sizes, step), events
     why = ""
     if context.version != match.version:
-        why = f"the modules changed ({match.changed})" if context.version[0] != match.version[0] else "the weights changed"
+        why = what_changed(context.version, match.version, match.changed)
     elif context.state is None or context.match is None:
         why = "the generation had ended"
     elif not _interchangeable(context.match, match):
         why = "the program changed"
     if why:
-        events.append(f"{why} before step {step}: the cache was cleared")
+        events.append(cache_cleared(why, step))
     if why or advance.cleared or context.state is None:
         return match.runnable.fresh(match.sizes, step), events
     return context.state.at(step), events

@@ -17,7 +17,7 @@ from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT
 from bwcache_compile.ir.layout import in_order
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.report import RawStep
-from bwcache_compile.runtime.context import ModelContext, warn_without_reuse
+from bwcache_compile.runtime.context import ModelContext, warn_without_reuse, what_changed
 from bwcache_compile.runtime.frames import hidden
 from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
 from bwcache_compile.runtime.runnable import RunnableProgram
@@ -26,7 +26,7 @@ from bwcache_compile.runtime.samples_apart import check_apart
 from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.step_events import StepEvent, step_event
-from bwcache_compile.stepping import Advance, Cursor
+from bwcache_compile.stepping import Advance, Cursor, cache_cleared
 
 
 @dataclasses.dataclass
@@ -61,7 +61,7 @@ class Row:
     def drop(self, why: str) -> None:
         """Run on an empty cache."""
         self.state = None
-        self.events.append(f"{why} before step {self.advance.step}: the cache was cleared")
+        self.events.append(cache_cleared(why, self.advance.step))
 
 
 @dataclasses.dataclass
@@ -187,7 +187,7 @@ class SampleStepper:
         if advance.began:
             return row
         if context.version != version[0]:
-            row.drop(f"the modules changed ({version[1]})" if context.version[0] != version[0][0] else "the weights changed")
+            row.drop(what_changed(context.version, *version))
         elif context.state is None:
             row.drop("the generation had ended")
         elif not advance.cleared:

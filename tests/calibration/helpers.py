@@ -108,3 +108,16 @@ def replay(model: nn.Module | CutModel, plan: CalibrationPlan, entry: PlanEntry)
     """Return a stand-in that runs one generation by an entry of a plan, without graphs."""
     cut = OutputCut(model, plan.anchors) if isinstance(model, nn.Module) else model
     return StandIn(Generation(cut, Recorder(schedule=plan.provenance.calls), entry.mask, table_rule(entry.weights)))
+
+
+def guided_euler(model: Any, steps: int, shift: float = 0.0) -> Tensor:
+    """Take Euler steps with guidance, in two calls a step."""
+    times = torch.linspace(1, 0.1, steps) + shift
+    latents = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(1))
+    for now, following in zip(times, [*times[1:], torch.tensor(0.0)], strict=True):
+        with model.cache_context("cond"):
+            conditioned = model(latents, now.reshape(1))
+        with model.cache_context("uncond"):
+            free = model(latents * 0.5, now.reshape(1))
+        latents = latents + (following - now) * (free + 1.5 * (conditioned - free))
+    return latents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bwcache_compile as bw
+from tests.calibration.helpers import guided_euler
 from tests.models import OneStream
 
 STEPS = 12
@@ -21,17 +23,7 @@ def model() -> OneStream:
     return OneStream().eval().requires_grad_(False)
 
 
-def generate(model: Any, shift: float = 0.0) -> Tensor:
-    """Take Euler steps with guidance, in two calls a step."""
-    times = torch.linspace(1, 0.1, STEPS) + shift
-    latents = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(1))
-    for now, following in zip(times, [*times[1:], torch.tensor(0.0)], strict=True):
-        with model.cache_context("cond"):
-            conditioned = model(latents, now.reshape(1))
-        with model.cache_context("uncond"):
-            free = model(latents * 0.5, now.reshape(1))
-        latents = latents + (following - now) * (free + 1.5 * (conditioned - free))
-    return latents
+generate = functools.partial(guided_euler, steps=STEPS)
 
 
 @pytest.fixture(scope="module", params=["output", "blocks"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import bwcache_compile as bw
 from bwcache_compile.calibration.quality import psnr
+from tests.calibration.helpers import guided_euler
 from tests.models import OneStream
 from tests.region.test_region import Scale
 from tests.uncaptured import same
@@ -31,18 +33,7 @@ class Branching(OneStream):
         return super().forward(x, t)
 
 
-def generate(model: Any, shift: float = 0.0) -> Tensor:
-    """Take Euler steps with guidance, in two calls a step."""
-    times = torch.linspace(1, 0.1, STEPS) + shift
-    latents = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        for now, following in zip(times, [*times[1:], torch.tensor(0.0)], strict=True):
-            with model.cache_context("cond"):
-                conditioned = model(latents, now.reshape(1))
-            with model.cache_context("uncond"):
-                free = model(latents * 0.5, now.reshape(1))
-            latents = latents + (following - now) * (free + 1.5 * (conditioned - free))
-    return latents
+generate = torch.no_grad()(functools.partial(guided_euler, steps=STEPS))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 import bwcache_compile as bw
 from tests.models import Block, OneStream, TwoStream, noise
-from tests.uncaptured import COMPUTE, MASK, STATIC, STEPS, check_contexts, inputs, outputs, same
+from tests.uncaptured import COMPUTE, MASK, STATIC, STEPS, check_contexts, check_time_as_a_number, inputs, outputs, same
 
 
 class HostBlock(Block):
@@ -196,13 +196,7 @@ def test_blocks_that_are_left_out_at_some_steps() -> None:
 
 def test_the_time_as_a_number() -> None:
     model = Plain().eval()
-    cached = bw.transform(model, policy="static", steps_mask=MASK, capture="opaque")
-    with torch.no_grad():
-        for _ in range(2):  # the first run is broken off
-            for step in range(5):
-                x, t = inputs(step)
-                got = cached(x, float(t[0]))
-                assert torch.equal(got, model(x, float(t[0]))) != bool(MASK[step]), step
+    check_time_as_a_number(bw.transform(model, policy="static", steps_mask=MASK, capture="opaque"), model)
 
 
 def test_under_inference_mode() -> None:

@@ -18,7 +18,7 @@ import bwcache_compile as bw
 from tests.models import OneStream, noise
 from tests.opaque.test_opaque import Plain, Resisting, computed
 from tests.region.test_region import Branching
-from tests.uncaptured import MASK, STEPS, check_contexts, inputs, outputs, same
+from tests.uncaptured import MASK, STEPS, check_contexts, check_time_as_a_number, inputs, outputs, same
 
 CUT = bw.CacheConfig(policy="static", steps_mask=MASK, cut="output")
 WEIGHTS = (None, None, (1.5, -0.5, 0.0), None, (1.2, 0.3, -0.5), (2.0, -1.5, 0.5))
@@ -201,13 +201,7 @@ def test_contexts_and_runs_that_were_broken_off(capture: Any) -> None:
 
 def test_the_time_as_a_number(capture: Any) -> None:
     model = Plain().eval()
-    cached = bw.transform(model, CUT, capture=capture)
-    with torch.no_grad():
-        for _ in range(2):  # the first run is broken off
-            for step in range(5):
-                x, t = inputs(step)
-                got = cached(x, float(t[0]))
-                assert torch.equal(got, model(x, float(t[0]))) != bool(MASK[step]), step
+    check_time_as_a_number(bw.transform(model, CUT, capture=capture), model)
 
 
 def test_other_weights_and_other_modules(capture: Any) -> None:
