@@ -12,25 +12,16 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from bwcache_compile.errors import warn
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.edit import call_graph, result
 from bwcache_compile.ir.graph_text import called_graphs
+from bwcache_compile.ir.outlined_block import OutlinedBlock
 from bwcache_compile.ir.program import REGION_MARK, ModelProgram, PassResult
 
 LOGGER = logging.getLogger(__name__)
 
 aten = torch.ops.aten
-
-
-class OutlinedBlock(GraphModule):
-    """A graph that `torch.compile` compiles once, however often it is called; elsewhere it is a graph like any other."""
-
-    def recompile(self) -> Any:
-        """Write the graph out as Python, and mark that as a region to compile once."""
-        code = super().recompile()
-        kind: Any = type(self)  # every graph module has a class of its own
-        kind.forward = torch.compiler.nested_compile_region(kind.forward)
-        return code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +110,19 @@ def _views(candidate: _Candidate, flow: _Memory) -> list[Node]:
     return found
 
 
-def _objection(candidate: _Candidate, outputs: Sequence[int], flow: _Memory, attributes: dict[str, Any]) -> str | None:
-    """Say why a block cannot be a graph of its own for a compiler, or None."""
-    own, mask = set(candidate.nodes), flow.mask(candidate.nodes)
+def _entangled(candidate: _Candidate, flow: _Memory, attributes: dict[str, Any]) -> str | None:
+    """Say why a block cannot be a graph of its own, or None."""
+    mask = flow.mask(candidate.nodes)
     if flow.before(mask) & flow.after(mask) != mask:
         return "other operators run between its own"
+    if not all(isinstance(attributes[str(node.target)], Tensor) for node in candidate.operands if node.op == "get_attr"):
+        return "it runs a graph of its own"
+    return None
+
+
+def _shares_memory(candidate: _Candidate, outputs: Sequence[int], flow: _Memory, attributes: dict[str, Any]) -> str | None:
+    """Say why a block cannot be a region of a compiled graph, which shares no memory with what is around it, or None."""
+    own = set(candidate.nodes)
     for root, writers in flow.writers.items():
         if root not in own and any(writer in own for writer in writers):
             return f"it writes to `{root.name}`, which is not its own"
@@ -136,8 +135,6 @@ def _objection(candidate: _Candidate, outputs: Sequence[int], flow: _Memory, att
     if any(not own.issuperset(roots) or any(roots & other for other in storages[:i]) for i, roots in enumerate(storages)):
         return "it returns a view of an operand, or two views of one tensor"
     weights = [attributes[str(node.target)] for node in candidate.operands if node.op == "get_attr"]
-    if not all(isinstance(weight, Tensor) for weight in weights):
-        return "it runs a graph of its own"
     held = [weight.untyped_storage().data_ptr() for weight in weights if weight.layout is torch.strided]
     if len(set(held)) < len(held):
         return "two of its weights share memory"
@@ -185,15 +182,15 @@ class _Edit:
         flow: The graph before the first edit.
     """
 
-    def __init__(self, module: GraphModule, flow: _Memory) -> None:
+    def __init__(self, module: GraphModule, flow: _Memory, regional: bool) -> None:
         """Edit nothing yet."""
-        self._module, self.flow = module, flow
+        self._module, self.flow, self._regional = module, flow, regional
         self._now: dict[Node, Node] = {}
         self._copies: dict[Node, Node] = {}
 
     def _operands(self, candidate: _Candidate) -> list[Node]:
-        """Return a block's operands as they are now; a region that is compiled once takes no two views of one tensor, but copies."""
-        views = _views(candidate, self.flow)
+        """Return a block's operands as they are now; a region of a compiled graph takes no two views of one tensor, but copies."""
+        views = [] if self._regional else _views(candidate, self.flow)
         for node in views:
             if node not in self._copies:
                 now = self._now.get(node, node)
@@ -227,42 +224,48 @@ def _calls(module: GraphModule, flow: _Memory) -> Iterator[tuple[GraphModule, _M
             yield from _calls(inner, _Memory(inner.graph, [flow.memory(a) for a in node.args if isinstance(a, Node)]))
 
 
-def _outline(module: GraphModule, flow: _Memory, blocks: dict[str, frozenset[str]]) -> tuple[int, dict[str, str]]:
-    """Outline the blocks of one graph; return how many are calls now, and why others are not."""
+def _outline(module: GraphModule, flow: _Memory, blocks: dict[str, frozenset[str]], regional: bool) -> tuple[set[str], dict[str, str]]:
+    """Outline the blocks of one graph; return which are calls now, and why others are not."""
     graph = module.graph
     owner = {name: block for block, names in blocks.items() for name in names}
     members: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if node.meta.get(REGION_MARK) and node.name in owner:  # names repeat from graph to graph
             members.setdefault(owner[node.name], []).append(node)
-    if len(members) < 2:
-        return 0, {}
+    least = 1 if regional else 2
+    if len(members) < least:
+        return set(), {}
     attributes = {str(n.target): operator.attrgetter(str(n.target))(module) for n in graph.find_nodes(op="get_attr")}
     classes: dict[Hashable, list[_Candidate]] = {}
     for name, nodes in members.items():
         candidate = _candidate(name, nodes, attributes)
         classes.setdefault(candidate.key, []).append(candidate)
-    edit, refused, count = _Edit(module, flow), dict[str, str](), 0
-    for position, alike in enumerate(classes.values()):
+    refused = dict[str, str]()
+    kinds: list[tuple[list[_Candidate], list[int], OutlinedBlock]] = []
+    for alike in classes.values():
         outputs = sorted({i for candidate in alike for i in _outputs(candidate)})
-        objections = {candidate.name: _objection(candidate, outputs, edit.flow, attributes) for candidate in alike}
+        objections = {candidate.name: _entangled(candidate, flow, attributes) for candidate in alike}
+        if not regional:
+            objections = {c.name: objections[c.name] or _shares_memory(c, outputs, flow, attributes) for c in alike}
         refused |= {name: reason for name, reason in objections.items() if reason is not None}
         fit = [candidate for candidate in alike if objections[candidate.name] is None]
-        if len(fit) < 2:
+        if len(fit) < least:
             refused |= {candidate.name: "no other block is like it" for candidate in fit}
-            continue
-        inner = _shared(fit, outputs)
+        else:
+            kinds.append((fit, outputs, _shared(fit, outputs)))
+    edit = _Edit(module, flow, regional)  # once every shared graph is made: an edit replaces the operands of what follows
+    for position, (fit, outputs, inner) in enumerate(kinds):
         for candidate in fit:
             edit.call(candidate, inner, f"block{position}", outputs)
-        count += len(fit)
-    if count:
+    done = {candidate.name for fit, _, _ in kinds for candidate in fit}
+    if done:
         for node in [node for node in graph.find_nodes(op="get_attr") if not node.users]:
             graph.erase_node(node)
         module.recompile()
-    return count, refused
+    return done, refused
 
 
-def outline_blocks(program: ModelProgram) -> PassResult:
+def outline_blocks(program: ModelProgram, regional: bool = False) -> PassResult:
     """Make the blocks of the compute graph that are alike calls of one graph, which takes their weights as operands.
 
     Two blocks are alike if they run the same operators with the same constants, on operands of the same shapes, strides and dtypes.
@@ -272,14 +275,23 @@ def outline_blocks(program: ModelProgram) -> PassResult:
 
     For compilers only: `torch.compile` generates the code of each such graph once. The graph of a reused step, and one with the guard
     inside, stay as they are.
+
+    Args:
+        program: Edited in place.
+        regional: Outline for calls that are compiled for themselves, outside of any compiled graph. A block that is like no other is
+            outlined too, and blocks may share memory with what is around them. What cannot be outlined is warned of: it runs eagerly.
     """
     blocks = {block.name: frozenset(block.nodes) for block in program.planned().blocks}
-    count, refused = 0, dict[str, str]()
+    done, refused = set[str](), dict[str, str]()
     for module, flow in list(_calls(program.compute, _Memory(program.compute.graph, ()))):
-        found, reasons = _outline(module, flow, blocks)
-        count, refused = count + found, refused | reasons
+        found, reasons = _outline(module, flow, blocks, regional)
+        done, refused = done | found, refused | reasons
     program.compute.recompile()
+    refused |= dict.fromkeys(blocks.keys() - done - refused.keys(), "its operators stand in no graph of their own")
     for name, reason in refused.items():
-        LOGGER.info("%s of %s is compiled for itself: %s", name, program.model_name, reason)
-    LOGGER.info("%d of %d blocks of %s are compiled as calls of the graphs that they share", count, len(blocks), program.model_name)
-    return PassResult(program, count > 0)
+        if regional:
+            warn(f"{name} of {program.model_name} is not compiled, since {reason}. It runs eagerly; compile() compiles it.")
+        else:
+            LOGGER.info("%s of %s is compiled for itself: %s", name, program.model_name, reason)
+    LOGGER.info("%d of %d blocks of %s are compiled as calls of the graphs that they share", len(done), len(blocks), program.model_name)
+    return PassResult(program, bool(done))

@@ -269,7 +269,7 @@ class RegionModel(UncapturedModel):
         self._compile_parts(operator.methodcaller("compile", **options))
 
     def compile_repeated_blocks(self, **options: Any) -> None:
-        """Compile as `compile` does, and blocks that are alike once; see `CachedModel.compile_repeated_blocks`."""
+        """Compile the blocks of each stack alone; see `CachedModel.compile_repeated_blocks`."""
         self._compile_parts(operator.methodcaller("compile_repeated_blocks", **options))
 
     def _compile_parts(self, compiles: Callable[[CachedModel | UncapturedModel], None]) -> None:

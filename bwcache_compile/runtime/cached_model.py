@@ -22,6 +22,7 @@ from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.report import Report
+from bwcache_compile.runtime.compilation import Compilation, uses_cuda_graphs
 from bwcache_compile.runtime.context import ModelContext
 from bwcache_compile.runtime.drop_in import DropIn
 from bwcache_compile.runtime.fingerprint import check_calibrated
@@ -255,21 +256,29 @@ class CachedModel(DropIn, RowMethods):
         self._contexts.clear()
 
     def compile(self, **options: Any) -> None:
-        """Compile each program's graphs with `torch.compile(**options)`, those captured later too."""
-        self._programs.compile(options)
+        """Compile each program's graphs whole with `torch.compile(**options)`, those captured later too.
+
+        Inductor compiles blocks that are alike once. Operators of one block are then not fused with those of the next; a block that is
+        like no other is compiled for itself, and the log says which and why. Other backends get graphs without calls.
+        """
+        self._programs.compile(Compilation(options))
 
     def compile_repeated_blocks(self, **options: Any) -> None:
-        """Compile as `compile` does, and blocks that are alike once, so that compiling takes about as long for a model of any depth.
+        """Compile the blocks alone with `torch.compile(**options)`, those that are alike once; what is around them runs eagerly.
 
-        Operators of one block are not fused with those of the next. A block that is like no other is compiled for itself; the log says
-        which and why.
+        Compiling takes as long for a model of any depth. A block that cannot be compiled for itself is warned of and runs eagerly.
 
         Raises:
-            ConfigError: The guard is in the graph.
+            ConfigError: The guard is in the graph, or the options replay CUDA graphs.
         """
         if self._toolchain.guard == "graph":
-            raise ConfigError('compile_repeated_blocks needs guard="host". Call compile(), which compiles each block for itself.')
-        self._programs.compile(options, blocks_once=True)
+            raise ConfigError('compile_repeated_blocks needs guard="host". Call compile(), which compiles whole graphs.')
+        if uses_cuda_graphs(options):
+            raise ConfigError(
+                "compile_repeated_blocks does not replay CUDA graphs: each replay would copy the weights of its block. Call compile(),"
+                " whose graphs hold them."
+            )
+        self._programs.compile(Compilation(options, regional=True))
 
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
         """Run every graph once for inputs like these, so that whatever compiles does so now. No state is touched.

@@ -17,6 +17,7 @@ from bwcache_compile.ir.compare import Reference, Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.torch_compat import trace_artifact
+from bwcache_compile.runtime.compilation import Compilation
 from bwcache_compile.runtime.drop_in import refuse_training
 from bwcache_compile.runtime.gate import CaptureGate
 from bwcache_compile.runtime.maker import ProgramMaker, differ_in_sizes
@@ -286,10 +287,10 @@ class ProgramCache:
         """Return what each pass changed in the program used last."""
         return self._toolchain.explain(self.latest.program.fresh(), config)
 
-    def compile(self, options: dict[str, Any], blocks_once: bool = False) -> None:
-        """Compile every program with these options of `torch.compile`, those captured later too; see `ProgramMaker.compile`."""
+    def compile(self, compilation: Compilation) -> None:
+        """Compile every program, those captured later too."""
         with self._lock:
-            self._maker.compile(options, blocks_once)
+            self._maker.compile(compilation)
 
     def touch(self) -> None:
         """Treat the weights as changed: a method was called that may write to them without a version counter showing it."""

@@ -19,6 +19,7 @@ from bwcache_compile.ir.sizes import CallSizes, Shape, Size
 from bwcache_compile.ir.torch_compat import get_eval_frame_callback, maybe_mark_dynamic, pytree
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.policies.definitions import takes
+from bwcache_compile.runtime.compilation import Compilation, uses_cuda_graphs
 from bwcache_compile.runtime.eager import eager_function
 from bwcache_compile.runtime.frames import left_out
 from bwcache_compile.runtime.signature import CallKey
@@ -48,15 +49,6 @@ def _kind(value: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
     if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
         return None
     return tuple(value.shape), value.dtype
-
-
-def uses_cuda_graphs(options: Mapping[str, Any]) -> bool:
-    """Whether `torch.compile` with these options replays CUDA graphs."""
-    mode, chosen = options.get("mode"), options.get("options") or {}
-    backend = options.get("backend", "inductor")
-    if backend != "inductor":
-        return backend == "cudagraphs"
-    return mode in ("reduce-overhead", "max-autotune") or bool(chosen.get("triton.cudagraphs"))
 
 
 def owned(values: Sequence[Any], ours: Sequence[Tensor]) -> list[Any]:
@@ -107,8 +99,7 @@ class RunnableProgram:
             kind: module.forward if self.guarded else eager_function(module) for kind, module in self.modules.items()
         }
         self.graphs = dict(self.eager)
-        self._is_compiled = False
-        self._uses_cuda_graphs = False
+        self._compilation: Compilation | None = None
         self.per_sample = self.plan.settings.batch_reduce == "per_sample"
         self.samples_apart = False
         self.slots = self.plan.guard_slots if self.guarded else self.plan.slots
@@ -145,22 +136,16 @@ class RunnableProgram:
             return {} if key.sizes == self.key.sizes else None
         return sizes.bind(key.sizes)
 
-    def compile(self, options: dict[str, Any], instead: ModelProgram | None = None) -> None:
-        """Compile the graphs with these options of `torch.compile`; each is compiled whole at its first run.
-
-        The graphs of `instead`, which compute the same, are compiled if it is given.
-        """
-        self._uses_cuda_graphs = uses_cuda_graphs(options)
-        if self.program.signature.sizes is not None:
-            options = {"dynamic": True, **options}
-        self._is_compiled = True
+    def compile(self, compilation: Compilation, instead: ModelProgram | None = None) -> None:
+        """Compile the graphs, each at its first run; those of `instead`, which compute the same, if it is given."""
+        self._compilation = compilation
         modules = self.modules if instead is None else {kind: getattr(instead, kind) for kind in self.modules}
-        self.graphs = {kind: torch.compile(module, **options) for kind, module in modules.items()}
+        self.graphs = compilation.compiled(modules, self.eager, self.program.signature.sizes is not None)
 
     @left_out
     def graph(self, kind: str) -> Callable[..., Any]:
         """Return what runs a graph. An outer `torch.compile` gets the module's code, whose weights it finds on the module."""
-        return self.modules[kind].forward if get_eval_frame_callback() and not self._is_compiled else self.graphs[kind]
+        return self.modules[kind].forward if get_eval_frame_callback() and self._compilation is None else self.graphs[kind]
 
     @left_out
     def replays(self) -> bool:
@@ -170,7 +155,9 @@ class RunnableProgram:
         """
         if self.plan.device.type != "cuda":
             return False
-        return self._uses_cuda_graphs if self._is_compiled else bool(get_eval_frame_callback())
+        if self._compilation is not None:
+            return uses_cuda_graphs(self._compilation.options)
+        return bool(get_eval_frame_callback())
 
     def fresh(self, sizes: Mapping[str, int], step: int = 0) -> CacheState:
         """Return the state of a context that has computed nothing, at these sizes; its next step is `step`."""

@@ -28,7 +28,8 @@ class Toolchain:
         build: A captured program, which it consumes, and settings to a cached one.
         explain: The same to the diff of each pass.
         guard: Where the guard of a program is that `build` makes: "host" or "graph".
-        outlined: A cached program to one whose blocks are calls of the graphs that they share; None leaves it as it is.
+        outlined: A cached program, and whether its blocks are to be compiled alone, to one whose blocks are calls of the graphs that
+            they share; None leaves it as it is.
         ranks: Those that decide together by the programs that `build` makes; None for one process.
     """
 
@@ -36,7 +37,7 @@ class Toolchain:
     build: Callable[[ModelProgram, CacheConfig], ModelProgram]
     explain: Callable[[ModelProgram, CacheConfig], dict[str, GraphDiff]]
     guard: str = "host"
-    outlined: Callable[[ModelProgram], ModelProgram] | None = None
+    outlined: Callable[[ModelProgram, bool], ModelProgram] | None = None
     ranks: Ranks | None = None
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import metrics
+from torch._inductor.utils import fresh_cache
 
 import bwcache_compile as bw
 from bwcache_compile.runtime.maker import MAX_SIBLINGS
-from tests.models import OneStream, TwoStream, noise
+from tests.models import OddMiddle, OneStream, Tiny, TwoStream, noise
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -110,8 +112,23 @@ def test_each_graph_compiles_whole(reuse: Any) -> None:
     assert graphs() == 2, "warm-up compiled everything"
 
 
-def test_repeated_blocks_are_compiled_once() -> None:
-    """diffusers' method of that name, on a drop-in."""
+@pytest.mark.parametrize("method", ["compile", "compile_repeated_blocks"])
+def test_blocks_that_are_alike_are_compiled_once(method: str) -> None:
+    generated = []
+    for depth in (2, 5):
+        model = OneStream(depth=depth).eval()
+        cached = bw.transform(model, policy="static", steps_mask=(0, 0, 1), example_args=model.example())
+        getattr(cached, method)(fullgraph=True)
+        metrics.reset()
+        torch.compiler.reset()
+        with fresh_cache(), torch.no_grad():
+            cached(*model.example())
+        generated.append(metrics.generated_kernel_count)
+    assert generated[0] == generated[1] > 0
+
+
+def test_the_blocks_alone_are_compiled() -> None:
+    """diffusers' method of that name, on a drop-in: at every size, and no graph for what is around the blocks or for a reused step."""
     model = OneStream(depth=4).eval()
     config = bw.CacheConfig(policy="static", steps_mask=(0, 0, 1))
     eager, cached = (bw.transform(model, config, dynamic_shapes="auto") for _ in range(2))
@@ -121,13 +138,29 @@ def test_repeated_blocks_are_compiled_once() -> None:
             x, t = noise("x", step, batch, tokens, 4), torch.full((batch,), 1 - step / 8)
             with torch.no_grad():
                 torch.testing.assert_close(cached(x, t), eager(x, t), rtol=1e-5, atol=1e-5)
-    assert graphs() == 2
+    assert graphs() == 1
 
 
-def test_compile_repeated_blocks_refuses_a_guard_in_the_graph() -> None:
+@pytest.mark.parametrize(("model", "kinds"), [(OneStream(), 1), (TwoStream(), 2), (OddMiddle(), 2)], ids=lambda value: type(value).__name__)
+def test_each_kind_of_block_is_compiled(model: Tiny, kinds: int) -> None:
+    """One that is like no other too."""
+    config = bw.CacheConfig(policy="adaptive", num_steps=4, threshold=1e9)
+    eager, cached = bw.transform(model.eval(), config), bw.transform(model, config)
+    cached.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    for step in range(4):
+        with torch.no_grad():
+            torch.testing.assert_close(cached(*model.example(step=step)), eager(*model.example(step=step)), rtol=1e-5, atol=1e-5)
+    assert cached.report().contexts["default"].reused > 0
+    assert graphs() == kinds
+
+
+def test_what_compile_repeated_blocks_refuses() -> None:
     cached = bw.transform(OneStream().eval(), guard="graph", num_steps=3)
     with pytest.raises(bw.ConfigError, match=r'compile_repeated_blocks needs guard="host"'):
         cached.compile_repeated_blocks()
+    cached = bw.transform(OneStream().eval(), num_steps=3)
+    with pytest.raises(bw.ConfigError, match="compile_repeated_blocks does not replay CUDA graphs"):
+        cached.compile_repeated_blocks(mode="reduce-overhead")
 
 
 def test_the_compiled_error_is_the_plainly_compiled_models_own() -> None:
