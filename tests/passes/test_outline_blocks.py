@@ -51,6 +51,34 @@ class Modulated(OneStream):
         return self.head(x)
 
 
+class SplitBlock(nn.Module):
+    """Joins two streams and parts them again: it returns two views of one tensor, as Flux's single blocks do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat([x, y], 1)
+        both = both + self.down(torch.relu(self.up(both)))
+        x, y = both.split([x.shape[1], y.shape[1]], 1)
+        return x, y
+
+
+class Split(OneStream):
+    """Its blocks hand on two streams."""
+
+    def __init__(self, depth: int = 4, width: int = 8) -> None:
+        super().__init__(depth, width)
+        self.blocks = nn.ModuleList(SplitBlock(width) for _ in range(depth))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x, y = self.patch(x), self.embed(t)
+        for block in self.blocks:
+            x, y = block(x, y)
+        return self.head(x)
+
+
 class Tied(OneStream):
     """Every block multiplies by views of one tensor, as fused projections that were cut."""
 
@@ -147,6 +175,7 @@ def test_diff() -> None:
         (TwoStream(double=2, single=3), (5, 2)),
         (OddMiddle(), (2, 1)),
         (Modulated(depth=3), (3, 1)),
+        (Split(depth=5), (3, 1)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
