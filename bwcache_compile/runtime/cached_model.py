@@ -30,12 +30,12 @@ from bwcache_compile.runtime.frames import call_directly, left_out
 from bwcache_compile.runtime.functional import first_state, functional_step
 from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.row_methods import RowMethods
-from bwcache_compile.runtime.runnable import run_all
 from bwcache_compile.runtime.sample_step import SampleStepper
 from bwcache_compile.runtime.signature import Parameters
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.step import Stepper
 from bwcache_compile.runtime.trial import Toolchain
+from bwcache_compile.runtime.warm_up import run_all
 from bwcache_compile.stepping import StepInfo
 
 _NO_MODE = contextlib.nullcontext()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -288,17 +287,3 @@ class RunnableProgram:
             return outputs, state.reused(), None
         left = 0 if self.guarded else int(named[REUSE_LEFT])
         return outputs, state.computed(tuple(self.written(named)), left), named.get(INDICATOR)
-
-
-@left_out
-def run_all(runnable: RunnableProgram, flat: Sequence[Any], fresh: CacheState, parameters: tuple[Tensor, ...]) -> None:
-    """Run every graph on a fresh state and drop what it returns; an outer torch.compile compiles them here.
-
-    Where CUDA graphs are replayed each graph runs twice: the first run compiles, the second one records.
-    `parameters` are what all graphs take of the settings.
-    """
-    with torch.no_grad():
-        for state in (fresh, dataclasses.replace(fresh, cursor=Cursor(step=1, computed_at=0, reuse_until=1))):
-            kind = runnable.kind(state)
-            for _ in range(2 if runnable.replays() else 1):
-                runnable.graph(kind)(*runnable.operands(flat, state, runnable.taken(kind, parameters)))

@@ -15,8 +15,9 @@ from bwcache_compile.report import RawStep
 from bwcache_compile.runtime.context import ModelContext, check_values, state_for, time_inputs, warn_without_reuse
 from bwcache_compile.runtime.frames import hidden
 from bwcache_compile.runtime.joint import synchronize_decisions
+from bwcache_compile.runtime.match import ProgramMatch
 from bwcache_compile.runtime.numbers import NumberInputs
-from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
+from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.step_events import StepEvent, step_event
