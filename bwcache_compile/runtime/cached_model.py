@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,21 +12,18 @@ from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
-from bwcache_compile.errors import ConfigError, warn
+from bwcache_compile.errors import warn
 from bwcache_compile.ir.compare import Verify
-from bwcache_compile.ir.graph_text import GraphDiff
-from bwcache_compile.ir.pass_files import write_pass_files
 from bwcache_compile.ir.plan import CachePlan
-from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.report import Report
-from bwcache_compile.runtime.compilation import Compilation, uses_cuda_graphs
 from bwcache_compile.runtime.context import ModelContext
 from bwcache_compile.runtime.drop_in import DropIn
 from bwcache_compile.runtime.fingerprint import check_calibrated
 from bwcache_compile.runtime.frames import call_directly, left_out
 from bwcache_compile.runtime.functional import first_state, functional_step
+from bwcache_compile.runtime.graph_methods import GraphMethods
 from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.row_methods import RowMethods
 from bwcache_compile.runtime.sample_step import SampleStepper
@@ -41,7 +37,7 @@ from bwcache_compile.stepping import StepInfo
 _NO_MODE = contextlib.nullcontext()
 
 
-class CachedModel(DropIn, RowMethods):
+class CachedModel(GraphMethods, DropIn, RowMethods):
     """A drop-in for the model it wraps. Made by `bwcache_compile.transform`.
 
     Contexts are independent: two threads may run two contexts, but not the same one.
@@ -108,25 +104,10 @@ class CachedModel(DropIn, RowMethods):
         return self._programs.match(*self._call_parameters.bind(args, kwargs or {}), self.cache_config).runnable.plan
 
     @property
-    def plan(self) -> CachePlan:
-        """The plan of the program used last."""
-        return self._programs.latest.plan
-
-    @property
-    def program(self) -> ModelProgram:
-        """The program used last."""
-        return self._programs.latest.program
-
-    @property
     def call_parameters(self) -> tuple[str, ...]:
         """Names of what the model's forward takes by position, in order."""
         parameters = inspect.signature(self._original.forward).parameters.values()
         return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-
-    @property
-    def cached_programs(self) -> tuple[ModelProgram, ...]:
-        """Every program there is, one per signature."""
-        return self._programs.all
 
     # -- calling -------------------------------------------------------------------------------------------------
 
@@ -255,31 +236,6 @@ class CachedModel(DropIn, RowMethods):
         self._programs.close()
         self._contexts.clear()
 
-    def compile(self, **options: Any) -> None:
-        """Compile each program's graphs whole with `torch.compile(**options)`, those captured later too.
-
-        Inductor compiles blocks that are alike once. Operators of one block are then not fused with those of the next; a block that is
-        like no other is compiled for itself, and the log says which and why. Other backends get graphs without calls.
-        """
-        self._programs.compile(Compilation(options))
-
-    def compile_repeated_blocks(self, **options: Any) -> None:
-        """Compile the blocks alone with `torch.compile(**options)`, those that are alike once; what is around them runs eagerly.
-
-        Compiling takes as long for a model of any depth. A block that cannot be compiled for itself is warned of and runs eagerly.
-
-        Raises:
-            ConfigError: The guard is in the graph, or the options replay CUDA graphs.
-        """
-        if self._toolchain.guard == "graph":
-            raise ConfigError('compile_repeated_blocks needs guard="host". Call compile(), which compiles whole graphs.')
-        if uses_cuda_graphs(options):
-            raise ConfigError(
-                "compile_repeated_blocks does not replay CUDA graphs: each replay would copy the weights of its block. Call compile(),"
-                " whose graphs hold them."
-            )
-        self._programs.compile(Compilation(options, regional=True))
-
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
         """Run every graph once for inputs like these, so that whatever compiles does so now. No state is touched.
 
@@ -298,21 +254,3 @@ class CachedModel(DropIn, RowMethods):
         """Return what each context did in its current generation. Reads the indicator from the device."""
         blocks = tuple(m.block for m in self.plan.measured) if len(self._programs) else ()
         return Report(self._contexts.reports(self.cache_config), blocks, self._programs.captured)
-
-    def graph_diff(self) -> dict[str, GraphDiff]:
-        """Return what each pass changed, by its name, and what all did together, under "whole"."""
-        return self._programs.explain(self.cache_config)
-
-    def dump_passes(self, directory: str | Path) -> tuple[Path, ...]:
-        """Write the graph before and after each pass, and their difference, as text: `01_canonicalize.before.txt` and so on.
-
-        The passes run again on what was captured. A folder that holds an earlier dump is replaced.
-
-        Returns:
-            The files, in the order of the passes.
-
-        Raises:
-            ExportError: The folder holds something else, or cannot be written to. It is as it was.
-            StateError: Nothing is captured yet.
-        """
-        return write_pass_files(self.graph_diff(), directory)
