@@ -44,6 +44,7 @@ class Context:
         created: Ordinal of its first call.
         called: Ordinal of its last call that succeeded, among those of all contexts.
         entered: When its last call began, in seconds of `time.perf_counter`.
+        caller: The thread that made it.
         began: Why its generation began.
         records: What each step of its generation did.
         events: What happened besides computing and reusing.
@@ -54,7 +55,7 @@ class Context:
         """Start before the first call."""
         self.name, self.group, self.created = info.key, info.group, created
         self.lock = threading.Lock()
-        self.tracker, self.called, self.entered = Tracker(), -1, 0.0
+        self.tracker, self.called, self.entered, self.caller = Tracker(), -1, 0.0, 0
         self.began = ""
         self.records: list[RawStep] = []
         self.events: list[str] = []
@@ -288,7 +289,7 @@ class ContextTable(Generic[AnyContext]):
             raise StateError(
                 f"context {info.key!r} is in use by another thread. Give each thread its own context: `with cached.cache_context(name):`."
             )
-        context.entered = time.perf_counter()
+        context.entered, context.caller = time.perf_counter(), threading.get_ident()
         return context
 
     def _bound(self) -> None:
@@ -317,6 +318,35 @@ class ContextTable(Generic[AnyContext]):
             if newest is None or newest.run <= run:
                 self._latest[info.group] = context.tracker
             self._bound()
+
+    def restore_point(self) -> Callable[[], None]:
+        """Return what undoes the calls that this thread makes from here on: those of one part of a model, of which another part fails.
+
+        What other threads do in contexts of their own meanwhile stays.
+        """
+        thread = threading.get_ident()
+        with self._lock:
+            contexts, latest, unnamed = self._contexts, dict(self._latest), self._unnamed
+            saved = {context: (dict(vars(context)), len(context.records), len(context.events)) for context in contexts.values()}
+
+        def restore() -> None:
+            with self._lock:
+                kept = self._contexts is contexts  # else all of them were dropped meanwhile
+                self._unnamed = unnamed if kept else 0
+                for key, context in list(self._contexts.items()):
+                    values, records, events = saved.get(context, ({}, 0, 0)) if kept else ({}, 0, 0)
+                    if context.caller != thread or context.called == values.get("called"):
+                        continue
+                    if self._latest.get(context.group) is context.tracker:
+                        del self._latest[context.group]
+                        self._latest |= {group: tracker for group, tracker in latest.items() if kept and group == context.group}
+                    if values:
+                        vars(context).update(values)
+                        del context.records[records:], context.events[events:]
+                    else:  # there was none
+                        del self._contexts[key]
+
+        return restore
 
     def reports(self, config: CacheConfig) -> dict[str, ContextReport]:
         """Return the current generation of each context that was called, by name, with what the policy of these settings says of it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -223,6 +223,10 @@ class CachedModel(GraphMethods, DropIn, RowMethods):
     def decide_with(self, other: CachedModel) -> None:
         """Let the contexts of two cached models, which are parts of one model, decide together where `decide="joint"`."""
         self._contexts.join(other._contexts)
+
+    def restore_point(self) -> Callable[[], None]:
+        """Return what undoes the steps that this thread runs from here on, for a model of which this one is a part and which fails."""
+        return self._contexts.restore_point()
 
     def invalidate(self) -> None:
         """Take the weights for changed: each context drops what it cached at its next call and keeps its step.
