@@ -7,7 +7,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bwcache_compile.contexts import ContextTable, row_group
+from bwcache_compile.context_scope import row_group
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.step_events import Handle, StepEvent
 from bwcache_compile.stepping import RunStep, StepInfo

@@ -13,9 +13,10 @@ from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.context import Context
+from bwcache_compile.context_scope import Scope, row_group
 from bwcache_compile.errors import ConfigError, StateError
-from bwcache_compile.policies import POLICIES
-from bwcache_compile.report import ContextReport, RawStep, step_records
+from bwcache_compile.report import ContextReport, RawStep
 from bwcache_compile.step_events import Listeners
 from bwcache_compile.stepping import Advance, RunStep, StepInfo, Tracker
 
@@ -32,76 +33,6 @@ _MOST_PER_SAMPLE = 16
 
 _MOST_CALLS = 16
 """Calls without a context name at one step of a run that is followed."""
-
-
-class Context:
-    """One stream of calls. Only the thread that holds `lock` touches it; reports read it.
-
-    Attributes:
-        name: Its name among those of all groups.
-        group: The contexts that belong to the same video.
-        tracker: Which step the next call is.
-        created: Ordinal of its first call.
-        called: Ordinal of its last call that succeeded, among those of all contexts.
-        entered: When its last call began, in seconds of `time.perf_counter`.
-        caller: The thread that made it.
-        began: Why its generation began.
-        records: What each step of its generation did.
-        events: What happened besides computing and reusing.
-        state_bytes: Bytes that its cache takes while a generation runs.
-    """
-
-    def __init__(self, info: StepInfo, created: int) -> None:
-        """Start before the first call."""
-        self.name, self.group, self.created = info.key, info.group, created
-        self.lock = threading.Lock()
-        self.tracker, self.called, self.entered, self.caller = Tracker(), -1, 0.0, 0
-        self.began = ""
-        self.records: list[RawStep] = []
-        self.events: list[str] = []
-        self.state_bytes = 0
-
-    def report(self, config: CacheConfig) -> ContextReport:
-        """Return the current generation as a value, with what the policy of these settings says of it."""
-        steps, explain = step_records(self.records), POLICIES[config.policy].explain
-        events = (*self.events, *(explain(config, steps) if explain else ()))
-        return ContextReport(self.name, steps, events, self.state_bytes, self.began)
-
-
-class Scope:
-    """A `cache_context` block: what the caller says about the calls inside. `unused` is called at its end if none came.
-
-    Attributes:
-        info: What is said of the call.
-        rows: What is said of each sample of its batch; None where samples are not named.
-        called: Whether a call came.
-    """
-
-    def __init__(
-        self,
-        variable: ContextVar[Scope | None],
-        info: StepInfo,
-        unused: Callable[[StepInfo], None] | None,
-        rows: tuple[StepInfo, ...] | None = None,
-    ) -> None:
-        """Say nothing before the block is entered."""
-        self.info, self.rows, self.called = info, rows, False
-        self._variable, self._unused = variable, unused
-
-    def __enter__(self) -> None:
-        """Begin the block."""
-        self._token = self._variable.set(self)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """End the block, whether or not it failed."""
-        self._variable.reset(self._token)
-        if kind is None and not self.called and self._unused is not None:
-            self._unused(self.info)
-
-
-def row_group(row: str, group: str = "") -> str:
-    """Name the group of contexts that a sample of a batch is."""
-    return f"{group}/{row}" if group else row
 
 
 AnyContext = TypeVar("AnyContext", bound=Context)

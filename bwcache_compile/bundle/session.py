@@ -12,8 +12,9 @@ from bwcache_compile.bundle.manifest import Manifest
 from bwcache_compile.bundle.settings import policy_inputs
 from bwcache_compile.clock import HALF, TimeInput, check_time, may_be_time
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.context import Context
 from bwcache_compile.context_methods import ContextMethods
-from bwcache_compile.contexts import Context, ContextTable
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, cache_in, cache_out
 from bwcache_compile.report import RawStep, Report

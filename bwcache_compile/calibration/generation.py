@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bwcache_compile.calibration.cut_model import CutModel
 from bwcache_compile.calibration.recording import Recorder
+from bwcache_compile.context import Context
 from bwcache_compile.context_methods import whole_number
-from bwcache_compile.contexts import Context, ContextTable
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import StateError
 from bwcache_compile.runtime.wrapper import ModelWrapper
 from bwcache_compile.stepping import StepInfo

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import Context, ContextTable
+from bwcache_compile.context import Context
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.region.stacks import HeldStack, Maker, Stacks, enter_context, found_stacks

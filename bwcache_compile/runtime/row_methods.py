@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import ContextTable, row_group
+from bwcache_compile.context_scope import row_group
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.runtime.context import ModelContext
 from bwcache_compile.runtime.fingerprint import model_identity
