@@ -17,8 +17,8 @@ from bwcache_compile.context import Context
 from bwcache_compile.context_scope import Scope, row_group
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.report import ContextReport, RawStep
-from bwcache_compile.step_events import Listeners
-from bwcache_compile.stepping import Advance, RunStep, StepInfo, Tracker
+from bwcache_compile.step_events import Listeners, StepEvent, step_event
+from bwcache_compile.stepping import Advance, Cursor, RunStep, StepInfo, Tracker
 
 LOGGER = logging.getLogger(__name__)
 
@@ -288,8 +288,32 @@ class ContextTable(Generic[AnyContext]):
         with self._lock:
             return self._latest.get(group)
 
-    def succeed(self, context: AnyContext, advance: Advance, record: RawStep, events: Sequence[str], ends_call: bool = True) -> None:
-        """Note a call that has succeeded; a new generation drops the records of the last one. Of a batch, the last sample ends the call."""
+    def succeed(
+        self,
+        context: AnyContext,
+        advance: Advance,
+        before: Cursor,
+        record: RawStep,
+        events: Sequence[str],
+        num_steps: int | None,
+        *,
+        in_graph: bool = False,
+        ends_call: bool = True,
+    ) -> StepEvent | None:
+        """Note a call that has succeeded, and return what callbacks are to be told of it, if there are any.
+
+        A new generation drops the records of the last one.
+
+        Args:
+            context: Its context, locked.
+            advance: What the call was.
+            before: The cursor on which the step ran.
+            record: What the step did.
+            events: What happened to the cache.
+            num_steps: Steps of the generation, if known.
+            in_graph: Whether the guard is in the graph.
+            ends_call: Of a batch, the last sample ends the call.
+        """
         if advance.began:
             LOGGER.debug("context %r: a new generation began at step %d (%s)", context.name, advance.step, advance.began)
         for event in events:
@@ -304,3 +328,6 @@ class ContextTable(Generic[AnyContext]):
             if newest is None or newest.run <= advance.tracker.run:
                 self._latest[context.group] = advance.tracker
             self._unnamed += ends_call and self._scope.get() is None
+        if not self.listeners:
+            return None
+        return step_event(context.name, context.entered, num_steps, advance, before, record, events, in_graph)

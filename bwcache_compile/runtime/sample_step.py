@@ -25,7 +25,7 @@ from bwcache_compile.runtime.sample_rows import BatchStep, Part, Row, row_layout
 from bwcache_compile.runtime.samples_apart import check_apart
 from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState
-from bwcache_compile.step_events import StepEvent, step_event
+from bwcache_compile.step_events import StepEvent
 from bwcache_compile.stepping import Advance, Cursor
 
 
@@ -223,9 +223,8 @@ class SampleStepper:
         context.key, context.renumbered = step.call.key, row.renumbered
         context.state_bytes = following.bytes
         record = RawStep(row.advance.step, computed, fresh, row.change)
-        self._contexts.succeed(context, row.advance, record, row.events, ends_call=last)
-        if self._contexts.listeners:
-            event = step_event(context.name, context.entered, row.num_steps, row.advance, before, record, row.events, False)
+        event = self._contexts.succeed(context, row.advance, before, record, row.events, row.num_steps, ends_call=last)
+        if event is not None:
             step.told.append(event)
         if row.num_steps is not None and row.advance.step == row.num_steps - 1:
             context.release()

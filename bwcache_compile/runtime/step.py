@@ -20,7 +20,7 @@ from bwcache_compile.runtime.numbers import NumberInputs
 from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState
-from bwcache_compile.step_events import StepEvent, step_event
+from bwcache_compile.step_events import StepEvent
 from bwcache_compile.stepping import Advance, StepInfo
 
 
@@ -164,10 +164,9 @@ class Stepper:
         if state.slots is not before.slots:
             context.state_bytes = state.bytes
         record = RawStep(before.step, runnable.computes(before), fresh, change)
-        self._contexts.succeed(context, call.advance, record, call.events)
-        if self._contexts.listeners:
-            steps, guarded = call.num_steps, runnable.guarded
-            call.told = step_event(context.name, context.entered, steps, call.advance, before.cursor, record, call.events, guarded)
+        call.told = self._contexts.succeed(
+            context, call.advance, before.cursor, record, call.events, call.num_steps, in_graph=runnable.guarded
+        )
         if call.num_steps is not None and before.step == call.num_steps - 1:
             context.release()
             warn_without_reuse(context, call.config)
