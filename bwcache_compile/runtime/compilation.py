@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,12 @@ def uses_cuda_graphs(options: Mapping[str, Any]) -> bool:
     if backend != "inductor":
         return backend == "cudagraphs"
     return mode in ("reduce-overhead", "max-autotune") or bool(chosen.get("triton.cudagraphs"))
+
+
+def owned(values: Sequence[Any], ours: Sequence[Tensor]) -> list[Any]:
+    """Copy tensors that a CUDA graph returned, which its next replay overwrites; what lies in our own memory is kept as it is."""
+    places = {tensor.data_ptr() for tensor in ours} - {0}  # of tensors that wrap others
+    return [value.clone() if isinstance(value, Tensor) and value.data_ptr() not in places else value for value in values]
 
 
 class _NoViews(nn.Module):

@@ -12,13 +12,13 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_in, cache_out
 from bwcache_compile.graph_settings import GraphSettings
 from bwcache_compile.ir.compare import same
-from bwcache_compile.ir.policy_tensors import policy_parameters
+from bwcache_compile.ir.policy_tensors import host_decision, policy_parameters
 from bwcache_compile.ir.program import OURS, ModelProgram
 from bwcache_compile.ir.sizes import CallSizes, Shape, Size
 from bwcache_compile.ir.torch_compat import get_eval_frame_callback, maybe_mark_dynamic, pytree
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.policies.definitions import takes
-from bwcache_compile.runtime.compilation import Compilation, uses_cuda_graphs
+from bwcache_compile.runtime.compilation import Compilation, owned, uses_cuda_graphs
 from bwcache_compile.runtime.eager import eager_function
 from bwcache_compile.runtime.frames import left_out
 from bwcache_compile.runtime.signature import CallKey
@@ -48,12 +48,6 @@ def _kind(value: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
     if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
         return None
     return tuple(value.shape), value.dtype
-
-
-def owned(values: Sequence[Any], ours: Sequence[Tensor]) -> list[Any]:
-    """Copy tensors that a CUDA graph returned, which its next replay overwrites; what lies in our own memory is kept as it is."""
-    places = {tensor.data_ptr() for tensor in ours} - {0}  # of tensors that wrap others
-    return [value.clone() if isinstance(value, Tensor) and value.data_ptr() not in places else value for value in values]
 
 
 def make_room(table: dict[Any, Any], most: int) -> None:
@@ -108,6 +102,7 @@ class RunnableProgram:
         self.addresses = frozenset(address for address in map(address_of, held) if address)
         self._steps: dict[int, Tensor] = {}
         self._settings: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._decided: tuple[CacheConfig | None, int | None, dict[int, int | None]] = None, None, {}
         self._last_settings: dict[str, tuple[CacheConfig, int | None, tuple[Tensor, ...]]] = {}
         self.io = {kind: program.io(kind) for kind in kinds}
         self._parameters = [parameter.name for parameter in self.plan.settings.parameters]
@@ -193,6 +188,16 @@ class RunnableProgram:
         self._last_settings[kind] = config, num_steps, found
         return found
 
+    def decided(self, config: CacheConfig, num_steps: int | None, step: int) -> int | None:
+        """Return how many steps reuse after a computed one, if the host knows; see `host_decision`. Those of the last settings are kept."""
+        last, count, known = self._decided
+        if config is not last or count != num_steps:
+            known = {}
+            self._decided = config, num_steps, known
+        if step not in known:
+            known[step] = host_decision(config, num_steps, step)
+        return known[step]
+
     def taken(self, kind: str, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return those that a graph takes of what all graphs take."""
         return tuple(parameters[self._parameters.index(name)] for name in self.io[kind].parameters)
@@ -268,15 +273,17 @@ class RunnableProgram:
             return not state.reuses_next
         return torch.cat(state.slots[len(self.plan.slots) :]) < state.step
 
-    def split(self, returned: Any, state: CacheState, replayed: bool) -> tuple[Any, CacheState, Tensor | None]:
+    def split(self, returned: Any, state: CacheState, replayed: bool, decided: int | None = None) -> tuple[Any, CacheState, Tensor | None]:
         """Part a graph's results into the model's output, the next state and the measured change.
 
-        Reads `reuse_left` on the host after a computed step: the only synchronization, and none with the guard in the graph.
+        Reads `reuse_left` on the host after a computed step, if its decision is not known there: the only synchronization, and none
+        with the guard in the graph.
 
         Args:
             returned: What the graph returned.
             state: The state that it ran on.
             replayed: Whether its next run may overwrite that (see `replays`): what is kept or handed out is copied then.
+            decided: What the host knows; see `decided`.
         """
         if state.reuses_next and not replayed:
             return pytree.tree_unflatten(returned, self.program.signature.out_spec), state.reused(), None
@@ -285,5 +292,7 @@ class RunnableProgram:
         outputs = self.results(self.io[kind], named)
         if state.reuses_next:
             return outputs, state.reused(), None
-        left = 0 if self.guarded else int(named[REUSE_LEFT])
+        left = 0
+        if not self.guarded:
+            left = int(named[REUSE_LEFT]) if decided is None else decided
         return outputs, state.computed(tuple(self.written(named)), left), named.get(INDICATOR)

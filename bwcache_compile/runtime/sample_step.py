@@ -190,15 +190,18 @@ class SampleStepper:
                 assert state is not None
                 step.rows[at].following = state.reused()
         else:
-            left = named[REUSE_LEFT].tolist()
+            rows = [step.rows[at] for at in part.rows]
+            known = [runnable.decided(step.config, row.num_steps, row.advance.step) for row in rows]
+            decided = [left for left in known if left is not None]
+            if len(decided) < len(rows):
+                decided = named[REUSE_LEFT].tolist()
             written = [parts_of(slot, part.size) for slot in runnable.written(named)]
             changes = parts_of(named[INDICATOR], part.size) if INDICATOR in named else None
-            for place, at in enumerate(part.rows):
-                row = step.rows[at]
+            for place, row in enumerate(rows):
                 # copies: a sample must not keep the memory of the whole batch
                 slots = tuple(slot[place].clone() for slot in written)
                 before = row.state or CacheState(slots, Cursor(row.advance.step))
-                row.following = before.computed(slots, left[place])
+                row.following = before.computed(slots, decided[place])
                 row.change = None if changes is None else changes[place].clone()
         return [named[name] for name in runnable.io[part.kind].results]
 

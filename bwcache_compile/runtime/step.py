@@ -156,7 +156,8 @@ class Stepper:
         """Store what the graph returned, and return the model's output; see `RunnableProgram.split` for `replayed`."""
         before, context, runnable = call.state, call.context, call.match.runnable
         fresh = before.cursor.computed_at < 0
-        outputs, state, change = runnable.split(returned, before, replayed)
+        decided = None if before.reuses_next or runnable.guarded else runnable.decided(call.config, call.num_steps, before.step)
+        outputs, state, change = runnable.split(returned, before, replayed, decided)
         if fresh:  # what was decided together before belongs to another cache
             context.release()
         context.state, context.match = state, call.match

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 import bwcache_compile as bw
 from bwcache_compile.runtime import runnable as runnable_module
-from bwcache_compile.runtime.compilation import Compilation
-from bwcache_compile.runtime.runnable import RunnableProgram, owned
+from bwcache_compile.runtime.compilation import Compilation, owned
+from bwcache_compile.runtime.runnable import RunnableProgram
 from tests.models import OneStream
 from tests.runtime.helpers import STATIC, run
 
