@@ -78,7 +78,6 @@ def _cached(capture: str, compiles: Callable[[Any], Any]) -> Callable[[Any, bool
 CONTESTANTS: dict[str, Callable[[Any, bool], Any]] = {
     "plain, whole": _plain,
     "plain, block by block": _by_block,
-    "cached, each block": _cached("whole", torch.compile),
     "cached": _cached("whole", methodcaller("compile")),
     "cached, blocks alone": _cached("whole", methodcaller("compile_repeated_blocks")),
     "cached by region": _cached("region", methodcaller("compile")),

@@ -53,11 +53,7 @@ class ProgramMaker:
         """Compile every program, those made later too."""
         self._compilation = compilation
         for runnable in self._alive:
-            self._compile(runnable, compilation)
-
-    def _compile(self, runnable: RunnableProgram, compilation: Compilation) -> None:
-        outlined = self._toolchain.outlined if compilation.outlines and not runnable.guarded else None
-        runnable.compile(compilation, None if outlined is None else outlined(runnable.program, compilation.regional))
+            runnable.compile(compilation)
 
     def make(self, request: Request, kept: Collection[CallKey]) -> tuple[RunnableProgram, list[Any] | None]:
         """Capture the model for a call and make a program; with dynamic sizes where a call of another size was captured before.
@@ -147,7 +143,7 @@ class ProgramMaker:
     def _runnable(self, program: ModelProgram, key: CallKey, noted: tuple[str, ...]) -> RunnableProgram:
         plan = program.planned()
         program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted)))
-        runnable = RunnableProgram(program, key, noted)
+        runnable = RunnableProgram(program, key, noted, self._toolchain.outlined)
         if self._compilation is not None:
-            self._compile(runnable, self._compilation)
+            runnable.compile(self._compilation)
         return runnable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,11 @@ from bwcache_compile.ir.compare import same
 from bwcache_compile.ir.policy_tensors import host_decision, policy_parameters
 from bwcache_compile.ir.program import OURS, ModelProgram
 from bwcache_compile.ir.sizes import CallSizes, Shape, Size
-from bwcache_compile.ir.torch_compat import get_eval_frame_callback, maybe_mark_dynamic, pytree
+from bwcache_compile.ir.torch_compat import maybe_mark_dynamic, pytree
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.policies.definitions import takes
-from bwcache_compile.runtime.compilation import Compilation, owned, uses_cuda_graphs
-from bwcache_compile.runtime.eager import eager_function
-from bwcache_compile.runtime.frames import left_out
+from bwcache_compile.runtime.compilation import owned
+from bwcache_compile.runtime.runnable_graphs import Outline, RunnableGraphs
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.runtime.watch import address_of
@@ -61,14 +60,11 @@ def repeated(tensor: Tensor, count: int) -> Tensor:
     return tensor.repeat(count, *([1] * (tensor.dim() - 1)))
 
 
-class RunnableProgram:
+class RunnableProgram(RunnableGraphs):
     """A program ready to run: its graphs, compiled where asked for, and its scalars on the device.
 
     Attributes:
-        modules: By kind: `compute` and `reuse`, or `guarded` alone where the guard is in the graph.
         slots: What one context's state holds.
-        eager: The same as functions, to be run as they are.
-        graphs: The same again, compiled where asked for.
         addresses: Where the tensors lie in memory that the graphs hold.
         per_sample: Whether each sample of a batch decides for itself.
         samples_apart: Whether it was checked that samples do not depend on one another.
@@ -78,21 +74,16 @@ class RunnableProgram:
         input_kinds: Shape and dtype of each of the user's inputs; None where it is no tensor or a size is open.
     """
 
-    def __init__(self, program: ModelProgram, key: CallKey, notes: tuple[str, ...] = ()) -> None:
-        """Wrap a program that was captured for a call like this one; nothing is compiled yet."""
-        self.program, self.key, self.notes = program, key, notes
+    def __init__(self, program: ModelProgram, key: CallKey, notes: tuple[str, ...] = (), outline: Outline | None = None) -> None:
+        """Wrap a program that was captured for a call like this one; nothing is compiled yet.
+
+        `outline` makes of it what a compiler gets that compiles blocks that are alike once.
+        """
+        super().__init__(program, outline)
+        self.key, self.notes = key, notes
         self.checked = {key.sizes}
         self.refused: set[CallSizes] = set()
         self.siblings: dict[GraphSettings, RunnableProgram] = {}
-        self.plan = program.planned()
-        self.guarded = program.guarded is not None
-        kinds = ("guarded",) if self.guarded else ("compute", "reuse")
-        self.modules = {kind: getattr(program, kind) for kind in kinds}
-        self.eager: dict[str, Callable[..., Any]] = {
-            kind: module.forward if self.guarded else eager_function(module) for kind, module in self.modules.items()
-        }
-        self.graphs = dict(self.eager)
-        self._compilation: Compilation | None = None
         self.per_sample = self.plan.settings.batch_reduce == "per_sample"
         self.samples_apart = False
         self.slots = self.plan.guard_slots if self.guarded else self.plan.slots
@@ -104,7 +95,7 @@ class RunnableProgram:
         self._settings: dict[Hashable, tuple[Tensor, ...]] = {}
         self._decided: tuple[CacheConfig | None, int | None, dict[int, int | None]] = None, None, {}
         self._last_settings: dict[str, tuple[CacheConfig, int | None, tuple[Tensor, ...]]] = {}
-        self.io = {kind: program.io(kind) for kind in kinds}
+        self.io = {kind: program.io(kind) for kind in self.modules}
         self._parameters = [parameter.name for parameter in self.plan.settings.parameters]
         self._cache_in = [cache_in(slot.name) for slot in self.slots]
         self._cache_out = [cache_out(slot.name) for slot in self.slots]
@@ -129,29 +120,6 @@ class RunnableProgram:
         if sizes is None:
             return {} if key.sizes == self.key.sizes else None
         return sizes.bind(key.sizes)
-
-    def compile(self, compilation: Compilation, instead: ModelProgram | None = None) -> None:
-        """Compile the graphs, each at its first run; those of `instead`, which compute the same, if it is given."""
-        self._compilation = compilation
-        modules = self.modules if instead is None else {kind: getattr(instead, kind) for kind in self.modules}
-        self.graphs = compilation.compiled(modules, self.eager, self.program.signature.sizes is not None)
-
-    @left_out
-    def graph(self, kind: str) -> Callable[..., Any]:
-        """Return what runs a graph. An outer `torch.compile` gets the module's code, whose weights it finds on the module."""
-        return self.modules[kind].forward if get_eval_frame_callback() and self._compilation is None else self.graphs[kind]
-
-    @left_out
-    def replays(self) -> bool:
-        """Whether what a graph returns now may be overwritten by its next run, since a CUDA graph is replayed.
-
-        An outer `torch.compile` may do so and does not say: it counts as if it does.
-        """
-        if self.plan.device.type != "cuda":
-            return False
-        if self._compilation is not None:
-            return uses_cuda_graphs(self._compilation.options)
-        return bool(get_eval_frame_callback())
 
     def fresh(self, sizes: Mapping[str, int], step: int = 0) -> CacheState:
         """Return the state of a context that has computed nothing, at these sizes; its next step is `step`."""

@@ -112,17 +112,19 @@ def test_each_graph_compiles_whole(reuse: Any) -> None:
     assert graphs() == 2, "warm-up compiled everything"
 
 
-@pytest.mark.parametrize("method", ["compile", "compile_repeated_blocks"])
-def test_blocks_that_are_alike_are_compiled_once(method: str) -> None:
+@pytest.mark.parametrize("how", ["compile", "compile_repeated_blocks", "torch.compile"])
+def test_blocks_that_are_alike_are_compiled_once(how: str) -> None:
     generated = []
     for depth in (2, 5):
         model = OneStream(depth=depth).eval()
         cached = bw.transform(model, policy="static", steps_mask=(0, 0, 1), example_args=model.example())
-        getattr(cached, method)(fullgraph=True)
+        compiled: Any = torch.compile(cached) if how == "torch.compile" else cached
+        if compiled is cached:
+            getattr(cached, how)()
         metrics.reset()
         torch.compiler.reset()
         with fresh_cache(), torch.no_grad():
-            cached(*model.example())
+            compiled(*model.example())
         generated.append(metrics.generated_kernel_count)
     assert generated[0] == generated[1] > 0
 
