@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 from torch._inductor.utils import fresh_cache
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import bwcache_compile as bw
 from bwcache_compile.runtime.maker import MAX_SIBLINGS
@@ -154,6 +155,31 @@ def test_each_kind_of_block_is_compiled(model: Tiny, kinds: int) -> None:
             torch.testing.assert_close(cached(*model.example(step=step)), eager(*model.example(step=step)), rtol=1e-5, atol=1e-5)
     assert cached.report().contexts["default"].reused > 0
     assert graphs() == kinds
+
+
+class FlexBlock(nn.Module):
+    """Attends with a function of the user's, as blocks with sparse attention do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(x * temb).chunk(3, -1))
+        near = create_block_mask(lambda b, h, i, j: (i - j).abs() < 3, None, None, x.shape[1], x.shape[1], device=x.device)
+        return x + self.out(flex_attention(q, k, v, block_mask=near).squeeze(1))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_is_traced() -> None:
+    model = OneStream(width=16)
+    model.blocks = nn.ModuleList(FlexBlock(16) for _ in range(3))
+    config = bw.CacheConfig(policy="static", steps_mask=(0, 0, 1))
+    eager, cached = bw.transform(model.eval(), config), bw.transform(model, config)
+    cached.compile(backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(cached(*model.example(step=step)), eager(*model.example(step=step)), rtol=1e-5, atol=1e-5)
 
 
 def test_what_compile_repeated_blocks_refuses() -> None:
