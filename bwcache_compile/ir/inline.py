@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -12,11 +13,11 @@ from torch.fx.node import map_arg
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-    """A graph without calls.
+    """A graph without calls but those that were kept.
 
     Attributes:
         graph: The operators, in the order in which they ran.
-        attributes: What its `get_attr` nodes read, by name; weights are shared.
+        attributes: What its `get_attr` nodes read and which graphs it still calls, by name; weights are shared.
         places: For each node of the original graph, the node that computes its value now; a list for a call.
         parts: The operators that each call became, by its target.
     """
@@ -27,18 +28,21 @@ class Flat:
     parts: dict[str, list[Node]]
 
 
-def inline_calls(module: GraphModule) -> Flat:
-    """Copy a graph, with every graph that it calls written out at the call."""
+def inline_calls(module: GraphModule, keep: Callable[[GraphModule], bool] = lambda _: False) -> Flat:
+    """Copy a graph, with every graph that it calls written out at the call, but those that `keep` names."""
     graph = Graph()
     attributes: dict[str, Any] = {}
     reads: dict[str, Node] = {}
 
-    def read(owner: GraphModule, node: Node) -> Node:
-        name, value = str(node.target), operator.attrgetter(str(node.target))(owner)
+    def named(name: str, value: Any) -> str:
         while name in attributes and attributes[name] is not value:
             name += "_"  # two graphs have something of that name
+        attributes[name] = value
+        return name
+
+    def read(owner: GraphModule, node: Node) -> Node:
+        name = named(str(node.target), operator.attrgetter(str(node.target))(owner))
         if name not in reads:
-            attributes[name] = value
             reads[name] = graph.get_attr(name)
             reads[name].meta = dict(node.meta)
         return reads[name]
@@ -54,6 +58,10 @@ def inline_calls(module: GraphModule) -> Flat:
             elif node.op == "call_module":
                 inner = owner.get_submodule(str(node.target))
                 assert isinstance(inner, GraphModule)
+                if keep(inner):
+                    values[node] = graph.node_copy(node, values.__getitem__)
+                    values[node].target = named(str(node.target), inner)
+                    continue
                 given = [values[a] for a in node.args if isinstance(a, Node)]
                 before = set(graph.nodes)
                 values[node] = run(inner, dict(zip(inner.graph.find_nodes(op="placeholder"), given, strict=True)))

@@ -15,22 +15,12 @@ from torch.fx import Graph, GraphModule, Node
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.edit import call_graph, result
 from bwcache_compile.ir.graph_text import called_graphs
+from bwcache_compile.ir.outlined_block import BLOCK, OutlinedBlock
 from bwcache_compile.ir.program import REGION_MARK, ModelProgram, PassResult
 
 LOGGER = logging.getLogger(__name__)
 
 aten = torch.ops.aten
-
-
-class OutlinedBlock(GraphModule):
-    """A graph that `torch.compile` compiles once, however often it is called; elsewhere it is a graph like any other."""
-
-    def recompile(self) -> Any:
-        """Write the graph out as Python, and mark that as a region to compile once."""
-        code = super().recompile()
-        kind: Any = type(self)  # every graph module has a class of its own
-        kind.forward = torch.compiler.nested_compile_region(kind.forward)
-        return code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +199,7 @@ class _Edit:
         graph, own = self._module.graph, set(candidate.nodes)
         with graph.inserting_after(candidate.nodes[-1]):
             call = call_graph(self._module, name, inner, operands)
+        call.meta[BLOCK] = candidate.name
         anchor: Node = call
         for i, place in enumerate(outputs):
             node = candidate.nodes[place]
@@ -270,8 +261,8 @@ def outline_blocks(program: ModelProgram) -> PassResult:
     it is; the log says which and why. What is around the blocks stays too: the rows that an indicator measures are taken outside of the
     call. The numbers do not change: the same operators run, in an order that respects every write.
 
-    For compilers only: `torch.compile` generates the code of each such graph once. The graph of a reused step, and one with the guard
-    inside, stay as they are.
+    For compilers only: `torch.compile` generates the code of each such graph once, and AOTInductor compiles one package of each. The
+    graph of a reused step, and one with the guard inside, stay as they are. The result's `left` has the blocks that are no calls.
     """
     blocks = {block.name: frozenset(block.nodes) for block in program.planned().blocks}
     count, refused = 0, dict[str, str]()
@@ -282,4 +273,4 @@ def outline_blocks(program: ModelProgram) -> PassResult:
     for name, reason in refused.items():
         LOGGER.info("%s of %s is compiled for itself: %s", name, program.model_name, reason)
     LOGGER.info("%d of %d blocks of %s are compiled as calls of the graphs that they share", count, len(blocks), program.model_name)
-    return PassResult(program, count > 0)
+    return PassResult(program, count > 0, refused)
