@@ -128,6 +128,9 @@ def test_autocast() -> None:
 def test_sizes_that_no_value_shows() -> None:
     """Frames and places are multiplied before the blocks, so these take the model's input for its sizes."""
     cached, stages = split(Interleaved(), noise("x", 0, 2, 5, 7, 4), torch.ones(2), dynamic_shapes="auto")
+    first = next(stage for stage in stages.stages if stage.block == "spatial.0")
+    assert first.inputs[0] == "x"
+    assert len(first.outputs) == 2, "the permuted stream and the measured rows, and not the stream as it was"
     check(cached, stages)
 
 

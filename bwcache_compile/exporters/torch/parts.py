@@ -26,15 +26,15 @@ class Part:
         nodes: Operators, in order.
         call: The call that stands for the block, of whose graph the operators are; None for a part of the outer graph.
         given: Of each input of the block's graph, the operand of the call; of each result of the call, the operator that computes it.
-        returned: What a block returns: first the results of the call.
-        results: How many these are.
+        returned: What a block returns: first the results of the call that others read.
+        results: The positions of these.
     """
 
     nodes: list[Node] = dataclasses.field(default_factory=list)
     call: Node | None = None
     given: Mapping[Node, Node] = dataclasses.field(default_factory=dict)
     returned: tuple[Node, ...] = ()
-    results: int = 0
+    results: tuple[int, ...] = ()
 
 
 def _block(module: GraphModule, call: Node) -> Part:
@@ -42,7 +42,7 @@ def _block(module: GraphModule, call: Node) -> Part:
     given: Any = dict(zip(graph.find_nodes(op="placeholder"), call.args, strict=True))
     returned: Any = graph.output_node().args[0]
     given |= {node: returned[node.args[1]] for node in call.users if node.target is operator.getitem}
-    return Part([node for node in graph.nodes if node.op == "call_function"], call, given, tuple(returned), len(returned))
+    return Part([node for node in graph.nodes if node.op == "call_function"], call, given, tuple(returned), tuple(range(len(returned))))
 
 
 def is_worked_out(node: Node) -> bool:
@@ -82,28 +82,25 @@ def grouped(module: GraphModule, flow: DataFlow) -> list[Part]:
 
 
 def _follow(block: Part, behind: Part, flow: DataFlow, blocks: int) -> list[Node]:
-    """Return the operators of the part behind a block that need nothing else of that part which needs a block."""
-    rest, found = flow.mask(node for node in behind.nodes if flow.ancestors[node] & blocks), list[Node]()
+    """Return the operators of the part behind a block that follow from the block and need nothing else there which needs a block."""
+    rest, found = flow.mask(node for node in behind.nodes if flow.ancestors[node] & blocks), dict[Node, None]()
     for node in behind.nodes:
         own = flow.mask([node])
-        if own & rest and not flow.ancestors[node] & (rest ^ own) and any(n in block.given for n in _read(node, found)):
-            found.append(node)
-            rest ^= own
-    return found
-
-
-def _read(node: Node, found: list[Node]) -> list[Node]:
-    """Return what a node reads, directly or through operators that were found."""
-    return [n for other in node.all_input_nodes for n in (_read(other, found) if other in found else [other])]
+        follows = any(other in block.given or other in found for other in node.all_input_nodes)
+        if follows and not flow.ancestors[node] & rest & ~own:
+            found[node] = None
+            rest &= ~own
+    return list(found)
 
 
 def _described(block: Part, nodes: list[Node]) -> list[Hashable]:
     """Describe operators that follow a block, so that equal ones may be alike."""
+    places = {node: i for i, node in enumerate(nodes)}
 
     def plain(argument: Any) -> Hashable:
         if isinstance(argument, Node):
-            if argument in nodes:
-                return "operator", nodes.index(argument)
+            if argument in places:
+                return "operator", places[argument]
             if argument in block.given:
                 return "result", block.returned.index(block.given[argument])
             return "value", format_value(argument.meta["val"]) if "val" in argument.meta else argument.op
@@ -119,6 +116,12 @@ def _read_outside(following: list[list[Node]]) -> list[int]:
     return sorted({j for nodes in following for j, node in enumerate(nodes) if not set(nodes).issuperset(node.users)})
 
 
+def _results_read(block: Part, nodes: list[Node]) -> set[int]:
+    """Return the positions of a block's results that others than these operators read."""
+    parts = (node for node in block.given if node.target is operator.getitem and not set(nodes).issuperset(node.users))
+    return {node.args[1] for node in parts if isinstance(node.args[1], int)}
+
+
 def _absorb(parts: list[Part], blocks: int, alike: list[int], flow: DataFlow) -> None:
     """Let blocks of a kind run the operators that follow each of them alike, such as taking the rows that an indicator measures."""
     following = [_follow(parts[i], parts[i + 1], flow, blocks) for i in alike]
@@ -128,9 +131,11 @@ def _absorb(parts: list[Part], blocks: int, alike: list[int], flow: DataFlow) ->
     while not all(isinstance(nodes[j].meta.get("val"), Tensor) for nodes in following for j in _read_outside(following)):
         following = [nodes[:-1] for nodes in following]  # stages hand on tensors alone
     read = _read_outside(following)
+    results = sorted({i for k, nodes in zip(alike, following, strict=True) for i in _results_read(parts[k], nodes)})
     for i, nodes in zip(alike, following, strict=True):
         block, behind = parts[i], parts[i + 1]
-        parts[i] = dataclasses.replace(block, nodes=[*block.nodes, *nodes], returned=(*block.returned, *(nodes[j] for j in read)))
+        returned = (*(block.returned[j] for j in results), *(nodes[j] for j in read))
+        parts[i] = dataclasses.replace(block, nodes=[*block.nodes, *nodes], returned=returned, results=tuple(results))
         needed = set(flow.select(flow.before(flow.mask(nodes))))
         parts[0].nodes.extend(node for node in behind.nodes if node in needed and node not in nodes)  # they need no block
         parts[i + 1] = dataclasses.replace(behind, nodes=[node for node in behind.nodes if node not in needed])

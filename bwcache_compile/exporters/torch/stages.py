@@ -129,7 +129,9 @@ class _Builder:
             raise _refused(self._program, f"`{node.name}` is no tensor, and goes from one part of the graph to another")
 
     def show_sizes(self, sources: Mapping[str, Node]) -> None:
-        """Take the inputs of the model that show dynamic sizes which no other input shows as they are; these come first.
+        """Take the inputs of the model that show dynamic sizes which no other input shows as they are.
+
+        Inputs of the model come first: a compiler reads sizes in this order, and from products of sizes only what it knows by then.
 
         Args:
             sources: The input that each dynamic size is read from.
@@ -137,8 +139,12 @@ class _Builder:
         tensors = [node.meta["val"] for node in self.inputs.values()]
         shown = {str(size) for tensor in tensors for size in tensor.shape}
         found = dynamic_sizes([*(node.meta.get("val") for node in self._part.nodes), *tensors])[1]
-        carriers = [sources[str(symbol)] for symbol in found if str(symbol) not in shown and str(symbol) in sources]
-        self.inputs = {**{self._values.name(node): node for node in carriers}, **self.inputs}
+        carriers = {}
+        for name in map(str, found):
+            node = sources.get(name)
+            if node is not None and (name not in shown or self._values.name(node) in self.inputs):
+                carriers[self._values.name(node)] = node
+        self.inputs = {**carriers, **self.inputs}
 
     def build(self, read: Collection[str]) -> Stage:
         """Return the stage.
@@ -168,8 +174,8 @@ class _Builder:
         for node in part.nodes:
             copy(node)
         if part.call is not None:
-            names = [self._values.name(node) for node in part.returned[part.results :]]
-            names = [*(self._values.result(part.call, i) for i in range(part.results)), *names]
+            names = [self._values.name(node) for node in part.returned[len(part.results) :]]
+            names = [*(self._values.result(part.call, i) for i in part.results), *names]
             returned = dict(zip(names, part.returned, strict=True))
         else:
             returned = {name: node for node in part.nodes if (name := self._values.name(node)) in read}
