@@ -15,7 +15,9 @@ from bwcache_compile.exporters.onnx.export import export_onnx
 from bwcache_compile.exporters.torch.export import export_torch
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.ir.verify import verify
 from bwcache_compile.opaque import OpaqueModel
+from bwcache_compile.passes.outline_blocks import outline_blocks
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.region import RegionModel
 from bwcache_compile.runtime import CachedModel
@@ -58,6 +60,24 @@ def _one_program(cached: CachedModel, signature: tuple[tuple[Any, ...], dict[str
     return program
 
 
+def _outlined(program: ModelProgram) -> ModelProgram:
+    """Return a program whose blocks are calls of the graphs that they share.
+
+    Raises:
+        ExportError: No two blocks can share one.
+    """
+    result = outline_blocks(program.copy())
+    if not result.modified:
+        reasons = [f"{name}: {reason}" for name, reason in result.left.items()] or ["it has one block in a stack"]
+        raise ExportError(
+            f"no two blocks of {program.model_name} can be compiled as one:\n  "
+            + "\n  ".join(reasons)
+            + "\n  Export with blocks_once=False, which compiles the graph into one package."
+        )
+    verify(result.program, outline_blocks.__name__)
+    return result.program
+
+
 def _shapes(program: ModelProgram) -> list[tuple[str, str]]:
     nodes = program.compute.graph.find_nodes(op="placeholder")[: len(program.signature.inputs)]
     return [(node.name, format_value(node.meta["val"])) for node in nodes if isinstance(node.meta.get("val"), Tensor)]
@@ -70,6 +90,7 @@ def export(
     *,
     signature: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     guarded: bool = False,
+    blocks_once: bool = False,
     opset: int = 20,
     repro: str | Path | None = None,
 ) -> Manifest:
@@ -87,6 +108,9 @@ def export(
             does; "aoti" for the same compiled by AOTInductor for this kind of machine, which needs a C++ compiler.
         signature: `(args, kwargs)` of a call, where the model holds several programs or none yet.
         guarded: Add one graph that decides by itself, with an `If`. ONNX only.
+        blocks_once: Compile blocks that are alike once: the compute graph is a sequence of packages, one for each kind of block, called
+            with the weights of each block in turn, and those for what stands around the blocks. What compiles and how much code there is
+            no longer grow with the number of blocks. "aoti" only.
         opset: ONNX operator set, for that format. 20 has attention in parts, 23 as one operator.
         repro: A new or empty folder. If the export is refused because numbers differ, the first operator that differs is written there
             with its inputs, torch's result, and a script that compares. ONNX only.
@@ -118,6 +142,8 @@ def export(
         raise ConfigError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
     if guarded and format != "onnx":
         raise ConfigError(f'guarded=True requires format="onnx", got {format!r}.')
+    if blocks_once and format != "aoti":
+        raise ConfigError(f'blocks_once=True requires format="aoti", got {format!r}.')
     if repro is not None and format != "onnx":
         raise ConfigError(f'repro requires format="onnx", got {format!r}.')
     place = None if repro is None else Path(repro).resolve()
@@ -126,5 +152,6 @@ def export(
     program, config = _one_program(cached, signature), cached.cache_config
     with torch.autocast(program.planned().device.type, enabled=False):  # what is around this call is no part of the program
         if format != "onnx":
-            return export_torch(program, config, directory, cached.call_parameters, compiled=format == "aoti")
+            outlined = _outlined(program) if blocks_once else None
+            return export_torch(program, config, directory, cached.call_parameters, compiled=format == "aoti", outlined=outlined)
         return export_onnx(program, config, directory, cached.call_parameters, guarded=guarded, opset=opset, repro=place)

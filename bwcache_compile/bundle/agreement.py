@@ -6,7 +6,7 @@ import typing
 from collections.abc import Collection
 from typing import Any
 
-from bwcache_compile.bundle.manifest import Constant, Manifest
+from bwcache_compile.bundle.manifest import Constant, GraphEntry, Manifest
 from bwcache_compile.graph_io import REUSE_LEFT, UNTIL, cache_out
 
 _DEEPEST = 50
@@ -54,3 +54,23 @@ def missing_outputs(manifest: Manifest, kind: str) -> list[str]:
         needed += [cache_out(slot.name) for slot in manifest.slots]
     needed += {"compute": [REUSE_LEFT], "guarded": [cache_out(UNTIL)]}.get(kind, [])
     return [name for name in needed if name not in manifest.graphs[kind].outputs]
+
+
+def sequence_fault(entry: GraphEntry) -> str | None:
+    """Say what the calls of a sequence read that there is not, or return that there is already; None where all is in order."""
+    assert entry.sequence is not None
+    known = set(entry.inputs)
+    for i, call in enumerate(entry.sequence.calls):
+        unknown = next((name for name in call.inputs if name not in known), None)
+        if unknown is not None:
+            return f"call {i} reads {unknown}, which is not an input and which no earlier call returns"
+        for name in call.outputs:
+            if name in known:
+                return f"call {i} returns {name}, which there is already"
+            known.add(name)
+    unknown = next((name for name in entry.sequence.returned if name not in known), None)
+    if unknown is not None:
+        return f"it returns {unknown}, which is not an input and which no call returns"
+    if len(entry.sequence.returned) != len(entry.outputs):
+        return f"it returns {len(entry.sequence.returned)} values, but lists {len(entry.outputs)} outputs"
+    return None

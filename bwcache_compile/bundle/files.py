@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Collection
 from pathlib import Path
 
-from bwcache_compile.bundle.agreement import disagreement, missing_outputs
+from bwcache_compile.bundle.agreement import disagreement, missing_outputs, sequence_fault
 from bwcache_compile.bundle.external_data import external_locations
 from bwcache_compile.bundle.manifest import FileEntry, Manifest, PlacedEntry
 from bwcache_compile.bundle.manifest_text import read_text
@@ -33,7 +33,7 @@ class Bundle:
     manifest: Manifest
 
     def graph_file(self, kind: str) -> Path:
-        """Return the path of a graph.
+        """Return the path of a graph that is one file.
 
         Raises:
             BundleError: The bundle has none of that kind.
@@ -41,7 +41,9 @@ class Bundle:
         graphs = self.manifest.graphs
         if kind not in graphs:
             raise BundleError(f"{self.folder} has the graphs {', '.join(graphs)}, but no {kind} graph. Export it with guarded=True.")
-        return self.folder / graphs[kind].file
+        file = graphs[kind].file
+        assert file is not None, "sequences are opened call by call"
+        return self.folder / file
 
 
 def file_hash(path: Path) -> str:
@@ -98,11 +100,11 @@ def _check_tensors(path: Path, manifest: Manifest) -> None:
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry, verify_hash: bool) -> None:
-    path = folder / name
-    if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
+    path, parts = folder / name, name.split("/")
+    if any(part != Path(part).name or part in ("", ".", "..") or "\\" in part for part in parts):
         raise BundleError(f"{folder / MANIFEST} refers to {name!r}, which is outside the bundle.")
     try:
-        there = path.is_file() and not path.is_symlink()
+        there = path.is_file() and not any(folder.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts)))
     except OSError:  # no name that the file system takes
         there = False
     if not there:
@@ -123,15 +125,20 @@ def _check_graphs(folder: Path, manifest: Manifest) -> None:
     if not {"compute", "reuse"} <= set(graphs):
         raise BundleError(f"{path} does not list a compute and a reuse graph.")
     for kind, entry in graphs.items():
-        if entry.file not in files:
+        if (entry.file is None) == (entry.sequence is None) or (onnx and entry.sequence is not None):
+            raise BundleError(f"{path}: the {kind} graph must be {'one file' if onnx else 'either one file or a sequence of calls'}.")
+        if not set(entry.files) <= files.keys():
             raise BundleError(f"{path}: the file of the {kind} graph is not among the bundle's files.")
-        if entry.weights is None and not onnx:
+        fault = None if entry.sequence is None else sequence_fault(entry)
+        if fault is not None:
+            raise BundleError(f"{path}: the {kind} graph is no sequence of calls: {fault}.")
+        if entry.weights is None and entry.file is not None and not onnx:
             raise BundleError(f"{path} does not list the weights of the {kind} graph.")
         lacking = missing_outputs(manifest, kind)
         if lacking:
             raise BundleError(f"{path}: the {kind} graph lacks the outputs {', '.join(lacking)}.")
         if onnx:
-            _check_locations(folder / entry.file, files)
+            _check_locations(folder / entry.files[0], files)
     if not onnx:
         _check_layout(path, manifest)
 

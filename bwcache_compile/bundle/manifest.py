@@ -113,20 +113,66 @@ class BlockEntry(Entry):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GraphEntry(Entry):
-    """A graph's file, and the names of what it takes and returns, in order.
+class CallEntry(Entry):
+    """One call of a package in a sequence.
 
     Attributes:
-        file: In the bundle.
-        inputs: Without the weights.
-        outputs: All of them.
-        weights: Those that it takes before its inputs. For torch's formats alone.
+        file: The package, in the bundle.
+        weights: Those that it takes before its inputs.
+        inputs: Names of the values that it takes: inputs of the graph, or what earlier calls returned.
+        outputs: Names of the values that it returns.
+        block: The block that it is; None for what stands around the blocks.
     """
 
     file: str
+    weights: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    block: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceEntry(Entry):
+    """A graph as calls of packages.
+
+    Attributes:
+        calls: In the order in which they run.
+        returned: Names of the values that are the graph's outputs, in their order.
+    """
+
+    calls: tuple[CallEntry, ...]
+    returned: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphEntry(Entry):
+    """A graph's file or its calls of packages, and the names of what it takes and returns, in order.
+
+    Attributes:
+        file: In the bundle; None for a sequence.
+        inputs: Without the weights.
+        outputs: All of them.
+        weights: Those that it takes before its inputs. For torch's formats alone, and not for a sequence, whose calls take them.
+        sequence: The calls of packages that it is. For format "aoti" alone.
+    """
+
+    file: str | None = None
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights: tuple[str, ...] | None = None
+    sequence: SequenceEntry | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that it runs, each once."""
+        calls = self.sequence.calls if self.sequence else ()
+        return tuple(dict.fromkeys(([self.file] if self.file is not None else []) + [call.file for call in calls]))
+
+    @property
+    def weights_read(self) -> tuple[str, ...]:
+        """The weights that it takes, by itself or in its calls, each once."""
+        calls = self.sequence.calls if self.sequence else ()
+        return tuple(dict.fromkeys([*(self.weights or ()), *(name for call in calls for name in call.weights)]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -139,7 +139,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "bundle_model": manifest.model,
         "format": manifest.graph_format,
         "opset": manifest.opset,
-        "graphs": {kind: entry.file for kind, entry in manifest.graphs.items()},
+        "graphs": {kind: entry.file or list(entry.files) for kind, entry in manifest.graphs.items()},
         "blocks": [block.to_json() for block in manifest.blocks],
         "inputs": [{"name": e.name, "shape": list(e.shape), "dtype": e.dtype} for e in manifest.inputs],
         "slots": [{"name": e.name, "role": e.role, "shape": list(e.shape), "dtype": e.dtype} for e in manifest.slots],

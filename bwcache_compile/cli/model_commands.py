@@ -150,6 +150,7 @@ def export(
     verify: Verify = "bitwise",
     format_: Annotated[Literal["onnx", "pt2", "aoti"], typer.Option("--format", help="What the graphs are written as.")] = "onnx",
     guarded: Annotated[bool, typer.Option(help="Add one ONNX graph that decides by itself.")] = False,
+    blocks_once: Annotated[bool, typer.Option(help="Compile blocks that are alike once. Format aoti only.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 20,
     dynamic: Annotated[bool, typer.Option(help="Keep every size open that the model lets.")] = False,
     as_json: Json = False,
@@ -165,7 +166,7 @@ def export(
         from bwcache_compile.cli.settings import settings
 
         named = Named(model, diffusers, config, inputs, example)
-        export_model(screen, named, out, settings(set_, plan, at), blocks, verify, format_, guarded, opset, dynamic)
+        export_model(screen, named, out, settings(set_, plan, at), blocks, verify, format_, guarded, blocks_once, opset, dynamic)
 
 
 def report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 
+from bwcache_compile.graph_io import GraphIO
 from bwcache_compile.ir.inline import inline_calls
 from bwcache_compile.ir.program import REGION_MARK, ModelProgram, graph_module_copy
 from bwcache_compile.ir.torch_compat import FakeTensor, FakeTensorMode, ShapeEnv, load_verifier, pytree
@@ -149,28 +151,52 @@ def exported_program(
     )
 
 
-def plain_graph(program: ModelProgram, kind: str) -> PlainGraph:
-    """Return one of a program's graphs, its calls written out, its weights lifted.
-
-    Nothing is traced again, unless it was captured under autocast, whose casts are written out.
-    """
-    io, flat = program.io(kind), inline_calls(getattr(program, kind))
-    inputs = []
-    for node, name in zip(flat.graph.find_nodes(op="placeholder"), io.inputs, strict=True):
+def without_constants(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
+    """Remove a graph's inputs that are no tensors, whose values are built in; return the names of the others."""
+    kept = []
+    for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=True):
         if isinstance(node.meta.get("val"), Tensor):
-            inputs.append(name)
+            kept.append(name)
         else:
-            flat.graph.erase_node(node)  # a constant, which is built in
-    lifted, specs, parameters, constants = _lifted(flat.attributes, flat.graph)
+            graph.erase_node(node)
+    return tuple(kept)
+
+
+def exported_graph(program: ModelProgram, attributes: dict[str, Any], graph: Graph) -> ExportedProgram:
+    """Wrap a graph without calls, which returns a tuple of values, as an exported program with its weights lifted.
+
+    Nothing is traced again, unless the program was captured under autocast, whose casts are written out.
+
+    Args:
+        program: Says under which autocast it was captured.
+        attributes: What the graph's `get_attr` nodes read, by name.
+        graph: It stays as it is.
+    """
+    lifted, specs, parameters, constants = _lifted(attributes, graph)
     _marked(lifted)
-    returned = lifted.graph.output_node().args[0]
-    assert isinstance(returned, (list, tuple))
-    outputs = {name: node for name, node in io.unpack(returned).items() if isinstance(node, Node)}  # what is constant is built in
-    kept = list(outputs.values())
-    lifted.graph.output_node().args = (tuple(kept),)
-    output_specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in kept]
+    output_specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in _returned(lifted.graph)]
     exported = exported_program(lifted, ExportGraphSignature(specs, output_specs), {}, parameters, constants)
     if program.signature.autocast:
         with tracing(), under_autocast(program):
             exported = exported.run_decompositions({})  # traces it, so that casts stand in the graph
-    return PlainGraph(kind, exported, tuple(inputs), tuple(outputs))
+    return exported
+
+
+def _returned(graph: Graph) -> tuple[Any, ...]:
+    returned = graph.output_node().args[0]
+    assert isinstance(returned, (list, tuple))
+    return tuple(returned)
+
+
+def keep_values(graph: Graph, io: GraphIO) -> tuple[str, ...]:
+    """Let a graph return only what it computes; return the names of that. What is constant is built in elsewhere."""
+    outputs = {name: node for name, node in io.unpack(_returned(graph)).items() if isinstance(node, Node)}
+    graph.output_node().args = (tuple(outputs.values()),)
+    return tuple(outputs)
+
+
+def plain_graph(program: ModelProgram, kind: str) -> PlainGraph:
+    """Return one of a program's graphs, its calls written out, its weights lifted."""
+    io, flat = program.io(kind), inline_calls(getattr(program, kind))
+    inputs, outputs = without_constants(flat.graph, io.inputs), keep_values(flat.graph, io)
+    return PlainGraph(kind, exported_graph(program, flat.attributes, flat.graph), inputs, outputs)

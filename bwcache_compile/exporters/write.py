@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from bwcache_compile.bundle.files import FORMAT, MANIFEST, VERSION, file_hash
 from bwcache_compile.bundle.manifest import FileEntry, Manifest
@@ -30,7 +30,8 @@ def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileEnt
         manifest: What to write; its list of files is made here.
         known: Descriptions of files that need not be read once more.
     """
-    files = {path.name: known.get(path.name) or _described(path) for path in sorted(folder.iterdir())}
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: known.get(name) or _described(path) for name, path in paths.items()}
     (folder / MANIFEST).write_text(_written(manifest, files))
 
 
@@ -104,7 +105,9 @@ def _refuse_others(target: Path) -> None:
         files = set()
     if not files:
         raise ExportError(f"{target} exists and is not a bundle; it is not overwritten. Choose another directory.")
-    others = sorted(path.name for path in target.iterdir() if path.name not in files)
+    folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    names = {path.relative_to(target).as_posix() for path in target.rglob("*")}
+    others = sorted(names - files - folders)
     if others:
         raise ExportError(
             f"{target} contains {', '.join(others[:3])}, which does not belong to the bundle there; it is not overwritten.\n"

@@ -13,11 +13,11 @@ from torch.fx.node import map_arg
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-    """A graph whose calls are written out.
+    """A graph without calls but those that were kept.
 
     Attributes:
-        graph: The operators, in the order in which they ran, and the calls that stay.
-        attributes: What its `get_attr` nodes read and its calls run, by name; weights are shared.
+        graph: The operators, in the order in which they ran.
+        attributes: What its `get_attr` nodes read and which graphs it still calls, by name; weights are shared.
         places: For each node of the original graph, the node that computes its value now; a list for a call.
         parts: The operators that each call became, by its target.
     """
@@ -28,14 +28,13 @@ class Flat:
     parts: dict[str, list[Node]]
 
 
-def inline_calls(module: GraphModule, stays: Callable[[GraphModule], bool] = lambda _: False) -> Flat:
-    """Copy a graph, with every graph that it calls written out at the call; calls of those for which `stays` is true stay calls."""
+def inline_calls(module: GraphModule, keep: Callable[[GraphModule], bool] = lambda _: False) -> Flat:
+    """Copy a graph, with every graph that it calls written out at the call, but those that `keep` names."""
     graph = Graph()
     attributes: dict[str, Any] = {}
     reads: dict[str, Node] = {}
 
-    def named(target: str, value: Any) -> str:
-        name = target
+    def named(name: str, value: Any) -> str:
         while name in attributes and attributes[name] is not value:
             name += "_"  # two graphs have something of that name
         attributes[name] = value
@@ -59,7 +58,7 @@ def inline_calls(module: GraphModule, stays: Callable[[GraphModule], bool] = lam
             elif node.op == "call_module":
                 inner = owner.get_submodule(str(node.target))
                 assert isinstance(inner, GraphModule)
-                if stays(inner):
+                if keep(inner):
                     values[node] = graph.node_copy(node, values.__getitem__)
                     values[node].target = named(str(node.target), inner)
                     continue

@@ -1,4 +1,4 @@
-"""The graph that blocks which are alike share."""
+"""What stands for a block that is a call of a graph which several blocks share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+
+BLOCK = "bwcache_block"
+"""Key in the `meta` of a call of an `OutlinedBlock`: the name of the block that it stands for."""
 
 
 class OutlinedBlock(GraphModule):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -133,7 +134,8 @@ class ModelProgram:
 
 @dataclasses.dataclass(frozen=True)
 class PassResult:
-    """What a pass returns: the program afterwards, and whether anything changed."""
+    """What a pass returns: the program afterwards, whether anything changed, and what it left as it was, by name, with the reason."""
 
     program: ModelProgram
     modified: bool
+    left: Mapping[str, str] = dataclasses.field(default_factory=dict)

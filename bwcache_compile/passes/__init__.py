@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.errors import warn
 from bwcache_compile.ir.graph_text import GraphDiff, graph_diff, snapshot
 from bwcache_compile.ir.program import ModelProgram, PassResult, graph_module_copy
 from bwcache_compile.ir.ranks import Ranks
@@ -23,6 +25,8 @@ from bwcache_compile.passes.outline_blocks import outline_blocks
 from bwcache_compile.passes.plan_cache import plan_cache
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.passes.split_region import split_region
+
+LOGGER = logging.getLogger(__name__)
 
 Pass = Callable[[ModelProgram], PassResult]
 Guard = Literal["host", "graph"]
@@ -121,11 +125,16 @@ def outlined(program: ModelProgram, regional: bool = False) -> ModelProgram:
 
     Args:
         program: With the guard outside of its graphs.
-        regional: See `outline_blocks`.
+        regional: See `outline_blocks`. A block that is no call runs eagerly then, which is warned of.
     """
-    made = outline_blocks(program.replace(compute=graph_module_copy(program.compute)), regional).program
-    verify(made, outline_blocks.__name__)
-    return made
+    made = outline_blocks(program.replace(compute=graph_module_copy(program.compute)), regional)
+    verify(made.program, outline_blocks.__name__)
+    for name, reason in made.left.items():
+        if regional:
+            warn(f"{name} of {program.model_name} is not compiled, since {reason}. It runs eagerly; compile() compiles it.")
+        else:
+            LOGGER.info("%s of %s is compiled for itself: %s", name, program.model_name, reason)
+    return made.program
 
 
 def explain(

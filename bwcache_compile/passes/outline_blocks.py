@@ -9,11 +9,10 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from bwcache_compile.errors import warn
 from bwcache_compile.ir.dataflow import DataFlow
 from bwcache_compile.ir.edit import call_graph, result
 from bwcache_compile.ir.graph_text import called_graphs
-from bwcache_compile.ir.outlined_block import OutlinedBlock
+from bwcache_compile.ir.outlined_block import BLOCK, OutlinedBlock
 from bwcache_compile.ir.program import REGION_MARK, ModelProgram, PassResult
 from bwcache_compile.passes._alike import (
     Candidate,
@@ -98,6 +97,7 @@ class _Edit:
         graph, own = self._module.graph, set(candidate.nodes)
         with graph.inserting_after(candidate.nodes[-1]):
             call = call_graph(self._module, name, inner, operands)
+        call.meta[BLOCK] = candidate.name
         anchor: Node = call
         for i, place in enumerate(outputs):
             node = candidate.nodes[place]
@@ -164,28 +164,26 @@ def outline_blocks(program: ModelProgram, regional: bool = False) -> PassResult:
 
     Two blocks are alike if they run the same operators with the same constants, on operands of the same shapes, strides and dtypes.
     Blocks of several kinds share a graph each. A block that is like no other, or that writes to or returns what is not its own, stays as
-    it is; the log says which and why. What is around the blocks stays too: the rows that an indicator measures are taken outside of the
-    call. The numbers do not change: the same operators run, in an order that respects every write.
+    it is. What is around the blocks stays too: the rows that an indicator measures are taken outside of the call. The numbers do not
+    change: the same operators run, in an order that respects every write.
 
-    For compilers only: `torch.compile` generates the code of each such graph once. The graph of a reused step, and one with the guard
-    inside, stay as they are.
+    For compilers only: `torch.compile` generates the code of each such graph once, and AOTInductor compiles one package of each. The
+    graph of a reused step, and one with the guard inside, stay as they are.
 
     Args:
         program: Edited in place.
         regional: Outline for calls that are compiled for themselves, outside of any compiled graph. A block that is like no other is
-            outlined too, and blocks may share memory with what is around them. What cannot be outlined is warned of: it runs eagerly.
+            outlined too, and blocks may share memory with what is around them.
+
+    Returns:
+        The program, and in `left` the blocks that are no calls.
     """
     blocks = {block.name: frozenset(block.nodes) for block in program.planned().blocks}
-    done, refused = set[str](), dict[str, str]()
+    done, left = set[str](), dict[str, str]()
     for module, flow in list(_calls(program.compute, Memory(program.compute.graph, ()))):
         found, reasons = _outline(module, flow, blocks, regional)
-        done, refused = done | found, refused | reasons
+        done, left = done | found, left | reasons
     program.compute.recompile()
-    refused |= dict.fromkeys(blocks.keys() - done - refused.keys(), "its operators stand in no graph of their own")
-    for name, reason in refused.items():
-        if regional:
-            warn(f"{name} of {program.model_name} is not compiled, since {reason}. It runs eagerly; compile() compiles it.")
-        else:
-            LOGGER.info("%s of %s is compiled for itself: %s", name, program.model_name, reason)
+    left |= dict.fromkeys(blocks.keys() - done - left.keys(), "its operators stand in no graph of their own")
     LOGGER.info("%d of %d blocks of %s are compiled as calls of the graphs that they share", len(done), len(blocks), program.model_name)
-    return PassResult(program, bool(done))
+    return PassResult(program, bool(done), left)

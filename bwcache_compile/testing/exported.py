@@ -57,7 +57,7 @@ def _described(manifest: Manifest, kind: str) -> GraphFacts:
 
     inputs, outputs = facts(entry.inputs), facts(entry.outputs)
     read, written = (frozenset(item.name for item in items) for items in (inputs, outputs))
-    return GraphFacts(entry.file, inputs, outputs, read, written, len(entry.weights or ()), "weights")
+    return GraphFacts(entry.file or kind, inputs, outputs, read, written, len(entry.weights_read), "weights")
 
 
 def _state(reader: GraphFacts, writer: GraphFacts, named: Mapping[str, str] | None) -> dict[str, str]:

@@ -14,12 +14,16 @@ from typing import Any
 from bwcache_compile.bundle.arithmetic import arithmetic
 from bwcache_compile.bundle.dynamic_shapes import symbols_at
 from bwcache_compile.bundle.files import open_bundle
-from bwcache_compile.bundle.manifest import Manifest, Size
+from bwcache_compile.bundle.manifest import CallEntry, Manifest, SequenceEntry, Size
 from bwcache_compile.bundle.settings import policy_inputs
 
 
 def lines(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[tuple[Any, ...]]:
-    """Yield the lines: what each is, and its values. A graph's weights, inputs and outputs follow it in their order."""
+    """Yield the lines: what each is, and its values.
+
+    A graph is followed by its calls of packages (one, unless the bundle was exported with `blocks_once=True`), each by the weights, the
+    values that it takes and those that it returns in their order, and then by its outputs, each with the value that it is.
+    """
     if manifest.values:  # the session in C++ compares none
         raise SystemExit(f"the values of {', '.join(entry.input for entry in manifest.values)} are built into the bundle")
     known = symbols_at(manifest, sizes)
@@ -50,12 +54,17 @@ def lines(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[tuple[Any, .
             *(number for row in rows for number in row),
         )
     for kind, graph in manifest.graphs.items():
-        yield "graph", kind, graph.file
-        for name in graph.weights or ():
-            weight = weights.tensors[name]
-            yield "weight", weight.offset, *layout(weight.dtype, weight.shape, weight.order)
-        yield from (("takes", name) for name in graph.inputs)
-        yield from (("returns", name) for name in graph.outputs)
+        yield "graph", kind
+        alone = CallEntry(file=graph.file or "", weights=graph.weights or (), inputs=graph.inputs, outputs=graph.outputs)
+        sequence = graph.sequence or SequenceEntry(calls=(alone,), returned=graph.outputs)
+        for call in sequence.calls:
+            yield "call", call.file
+            for name in call.weights:
+                weight = weights.tensors[name]
+                yield "weight", weight.offset, *layout(weight.dtype, weight.shape, weight.order)
+            yield from (("takes", name) for name in call.inputs)
+            yield from (("returns", name) for name in call.outputs)
+        yield from (("result", name, value) for name, value in zip(graph.outputs, sequence.returned, strict=True))
 
 
 def main() -> None:

@@ -57,17 +57,34 @@ struct Layout {
   }
 };
 
-struct Graph {
-  std::unique_ptr<Package> package;
+// A call of a package, which several calls may share: what it takes behind its weights, and what it returns.
+struct Call {
+  std::shared_ptr<Package> package;
   std::vector<at::Tensor> weights;
   std::vector<std::string> takes, returns;
+};
 
-  Named run(const Named& values) {
-    std::vector<at::Tensor> inputs = weights;
-    for (const auto& name : takes) inputs.push_back(values.at(name));
-    const auto returned = package->run(inputs);
-    Named outputs;
-    for (size_t i = 0; i < returns.size(); ++i) outputs[returns[i]] = returned.at(i);
+// A graph: calls one after another, and the values that are its outputs. With `blocks_once=True` each block is a call.
+struct Graph {
+  std::vector<Call> calls;
+  std::vector<std::pair<std::string, std::string>> results;
+
+  // Runs the calls; what no later call reads and no output is, is dropped.
+  Named run(const Named& inputs) const {
+    Named values, outputs;
+    std::map<std::string, size_t> last;  // call that reads a value
+    for (size_t i = 0; i < calls.size(); ++i)
+      for (const auto& name : calls[i].takes) last[name] = i;
+    for (const auto& [output, name] : results) last[name] = calls.size();
+    const auto value = [&](const std::string& name) { return values.count(name) ? values.at(name) : inputs.at(name); };
+    for (size_t i = 0; i < calls.size(); ++i) {
+      std::vector<at::Tensor> given = calls[i].weights;
+      for (const auto& name : calls[i].takes) given.push_back(value(name));
+      const auto returned = calls[i].package->run(given);
+      for (size_t k = 0; k < calls[i].returns.size(); ++k) values[calls[i].returns[k]] = returned.at(k);
+      std::erase_if(values, [&](const auto& held) { return !last.count(held.first) || last.at(held.first) <= i; });
+    }
+    for (const auto& [output, name] : results) outputs[output] = value(name);
     return outputs;
   }
 };
@@ -84,6 +101,7 @@ struct Session {
   at::Tensor weights;
   std::map<std::string, Layout> inputs, slots;
   std::map<std::string, double> fills;  // what a fresh slot holds
+  std::map<std::string, std::shared_ptr<Package>> packages;  // by their files
   std::map<std::string, Graph> graphs;
   std::vector<std::string> outputs;
   Named policy;  // thresholds and the like, as exported; they may be replaced between steps
@@ -118,14 +136,19 @@ struct Session {
         while (line >> word) values.push_back(std::stod(word));
         policy[name] = at::tensor(values, at::kDouble).to(layout.dtype).view(layout.shape).to(device);
       } else if (what == "graph") {
-        line >> word;
         graph = name;
-        graphs[graph].package = std::make_unique<Package>(folder + "/" + word);
+      } else if (what == "call") {
+        if (!packages.count(name)) packages[name] = std::make_shared<Package>(folder + "/" + name);
+        graphs[graph].calls.push_back({packages[name], {}, {}, {}});
       } else if (what == "weight") {
         const Layout layout(line);
-        graphs.at(graph).weights.push_back(layout.view(weights.narrow(0, std::stoll(name), layout.bytes())));
+        graphs.at(graph).calls.back().weights.push_back(layout.view(weights.narrow(0, std::stoll(name), layout.bytes())));
       } else if (what == "takes" || what == "returns") {
-        (what == "takes" ? graphs.at(graph).takes : graphs.at(graph).returns).push_back(name);
+        auto& call = graphs.at(graph).calls.back();
+        (what == "takes" ? call.takes : call.returns).push_back(name);
+      } else if (what == "result") {
+        line >> word;
+        graphs.at(graph).results.emplace_back(name, word);
       } else {
         throw std::runtime_error(listing + " has a line of an unknown kind: " + text);
       }

@@ -222,6 +222,13 @@ def test_a_folder_that_is_no_bundle_is_kept(bwcache: Run, factory: Path, tmp_pat
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+def test_blocks_once_is_for_packages(bwcache: Run, factory: Path, tmp_path: Path) -> None:
+    done = bwcache("export", f"{factory}:both", "--blocks-once", "--out", "bundle")
+    assert done.code == 1
+    assert done.error == "blocks_once=True requires format=\"aoti\", got 'onnx'."
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mount a small file system; skip where this process may not."""

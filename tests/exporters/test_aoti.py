@@ -14,7 +14,7 @@ from expecttest import assert_expected_inline
 from torch.utils import cpp_extension
 
 import bwcache_compile as bw
-from tests.exporters.helpers import CONFIG, check_beside_torch, opened
+from tests.exporters.helpers import CONFIG, check_beside_torch, edit, opened, refusal
 from tests.models import OneStream, TwoStream, noise
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles with g++, which is not installed")
@@ -63,6 +63,30 @@ shape constraint violated: the graphs require max(1, (x.shape[0]*x.shape[1]) // 
 
 
 @pytest.mark.slow
+def test_blocks_once(tmp_path: Path) -> None:
+    """With dynamic sizes: within rounding of the one package, and of torch at other sizes."""
+    cached = bw.transform(OneStream().eval(), CONFIG, example_args=(noise("x", 0, 2, 40, 4), torch.ones(2)), dynamic_shapes="auto")
+    whole = bw.export(cached, tmp_path / "whole", format="aoti")
+    manifest = bw.export(cached, tmp_path / "blocks", format="aoti", blocks_once=True)
+    assert manifest.self_check["largest_error"] < 1e-5
+    names = [f"{name}/package.pt2" for name in ("Block", "after_blocks", "before_blocks")]
+    assert sorted(manifest.files) == [*names, "reuse.pt2", "weights.bin"]
+    assert set(manifest.conditions) == set(whole.conditions)
+    sessions = [opened(tmp_path / name) for name in ("whole", "blocks")]
+    for sizes in ((2, 40), (3, 50)):
+        check_beside_torch(cached, sessions[1], sizes, tolerance=1e-5)
+        x, t = noise("x", 1, *sizes, 4), torch.ones(sizes[0])
+        for session in sessions:
+            session.reset()
+        one, other = (session(x, t) for session in sessions)
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    package = tmp_path / "blocks" / "Block" / "package.pt2"
+    package.write_bytes(b"no archive")
+    edit(tmp_path / "blocks", lambda manifest: None, "Block/package.pt2")
+    assert refusal(tmp_path / "blocks", allow_code=True).startswith("torch cannot open .../blocks/Block/package.pt2 (written with torch")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [
     bw.CacheConfig(policy="static", steps_mask=(0, 1, 0, 1, 1)),
     bw.CacheConfig(num_steps=8, reuse="taylor"),
@@ -94,17 +118,21 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dynamic sizes", "bfloat16 in another layout", "a table of weights"])
+@pytest.mark.parametrize("case", ["dynamic sizes", "bfloat16 in another layout", "a table of weights", "blocks once"])
 def test_a_process_without_python(program: Path, case: str, tmp_path: Path) -> None:
     """C++ computes and reuses where the session in Python does, and returns the same bits; the one opens no Python library.
 
     The first run is broken off after five steps.
     """
-    steps, opened_at, settings, config = [*range(5), *range(8)], (), {}, CONFIG
+    steps, opened_at, settings, config, packages = [*range(5), *range(8)], (), {}, CONFIG, 2
     if case == "dynamic sizes":
         model, example = OneStream(depth=2).eval(), (noise("x", 0, 2, 40, 4), torch.ones(2))
         settings, opened_at = {"dynamic_shapes": "auto"}, ("--size", "x[1]=50")
         inputs = [{"x": noise("x", i, 2, 50, 4), "t": torch.full((2,), 1 - i / 8)} for i in steps]
+    elif case == "blocks once":
+        model, packages = TwoStream(double=2, single=2).eval(), 6
+        inputs = [dict(zip(("x", "text", "t"), model.example(2, i), strict=True)) for i in steps]
+        example = tuple(inputs[0].values())
     elif case == "a table of weights":
         model, config = OneStream(depth=2).eval(), TABLE
         inputs = [dict(zip(("x", "t"), model.example(step=i), strict=True)) for i in steps]
@@ -115,7 +143,12 @@ def test_a_process_without_python(program: Path, case: str, tmp_path: Path) -> N
         inputs = [{**given, "x": given["x"].transpose(1, 2).contiguous().transpose(1, 2)} for given in inputs]
         example = tuple(inputs[0].values())
     cached = bw.transform(model, config, example_args=example, **settings)
-    bw.export(cached, tmp_path / "bundle", format="aoti")
+    manifest = bw.export(cached, tmp_path / "bundle", format="aoti", blocks_once=case == "blocks once")
+    if case == "blocks once":
+        folders = ["before_blocks", "DoubleBlock", "DoubleBlock", "between_blocks", "Block", "Block", "after_blocks"]
+        sequence = manifest.graphs["compute"].sequence
+        assert sequence is not None
+        assert [call.file for call in sequence.calls] == [f"{folder}/package.pt2" for folder in folders]
     script = [sys.executable, str(EXAMPLE / "listing.py"), str(tmp_path / "bundle"), *opened_at]
     (tmp_path / "listing").write_text(subprocess.run(script, capture_output=True, text=True, check=True).stdout)
     for i, given in enumerate(inputs):
@@ -127,7 +160,7 @@ def test_a_process_without_python(program: Path, case: str, tmp_path: Path) -> N
     assert done.stdout == ("###..###..#..\n" if config is TABLE else "##..###..#..#\n")
     libraries = {os.path.basename(word.rstrip(";")) for line in done.stderr.splitlines() for word in line.split() if ".so" in word}
     assert "libtorch_cpu.so" in libraries
-    assert sum(library.endswith(".wrapper.so") for library in libraries) == 2, libraries
+    assert sum(library.endswith(".wrapper.so") for library in libraries) == packages, libraries
     assert not [library for library in libraries if "python" in library]
     session = opened(tmp_path / "bundle")
     for i, given in enumerate(inputs):

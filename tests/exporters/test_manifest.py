@@ -18,12 +18,14 @@ import bwcache_compile as bw
 from bwcache_compile.bundle.files import open_bundle
 from bwcache_compile.bundle.manifest import (
     BlockEntry,
+    CallEntry,
     ConstantEntry,
     FileEntry,
     GraphEntry,
     InputEntry,
     Manifest,
     OutputsEntry,
+    SequenceEntry,
     SlotEntry,
     SymbolEntry,
     TensorEntry,
@@ -59,7 +61,17 @@ WHOLE = Manifest(
     blocks=(BlockEntry(name="blocks.0", type="Block"),),
     measured=("blocks.0",),
     notes=("a note",),
-    graphs={"compute": GraphEntry(file="compute.pt2", inputs=("x", "step"), outputs=("y",), weights=("w",))},
+    graphs={
+        "compute": GraphEntry(file="compute.pt2", inputs=("x", "step"), outputs=("y",), weights=("w",)),
+        "sequence": GraphEntry(
+            inputs=("x",),
+            outputs=("y",),
+            sequence=SequenceEntry(
+                calls=(CallEntry(file="Block/package.pt2", weights=("w",), inputs=("x",), outputs=("a",), block="blocks.0"),),
+                returned=("a",),
+            ),
+        ),
+    },
     self_check={"steps": "##..", "sizes": [{"s0": 2}], "largest_error": 0.0},
     files={"compute.pt2": FileEntry(bytes=3, sha256="00")},
     device="cpu",
@@ -69,7 +81,8 @@ WHOLE = Manifest(
     tensorrt=TensorRTEntry(list="10.15", unlisted=("a line",), sizes={"x[0]": (2, 4, 8)}),
 )
 OPTIONAL = {("device",), ("weights",), ("tensorrt",), ("inputs", 0, "order"), ("slots", 0, "order"), ("slots", 1, "order")}
-OPTIONAL |= {("graphs", "compute", "weights")}
+OPTIONAL |= {("graphs", "compute", "weights"), ("graphs", "compute", "file")}
+OPTIONAL |= {("graphs", "sequence", "sequence"), ("graphs", "sequence", "sequence", "calls", 0, "block")}
 FREE = (("self_check",), ("outputs", "form"))
 """What is inside of these is looked at elsewhere or not at all."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from torch.export.passes import move_to_device_pass
 from bwcache_compile.bundle.call import PAIRS
 from bwcache_compile.bundle.files import Bundle
 from bwcache_compile.bundle.manifest import PlacedEntry
+from bwcache_compile.bundle.runners.sequence import Graph, PackageSequence
 from bwcache_compile.bundle.runners.weights import read_weights
 from bwcache_compile.errors import BundleError, ConfigError, StateError, first_line
 from bwcache_compile.ir.layout import in_order
 from bwcache_compile.ir.torch_compat import load_package
-
-Graph = Callable[..., Sequence[Tensor]]
 
 
 def _exported(path: Path, device: torch.device, exported_on: str) -> tuple[Graph, int]:
@@ -120,25 +119,40 @@ class TorchRunner(TorchTensors):
         weights = {name: tensor.to(self._device).detach() for name, tensor in mapped.items()}  # no views: see the next line
         for name, tensor in weights.items():  # torch chooses kernels by whether weights are views, and whether they may have gradients
             tensor.requires_grad_(plain and tensor.is_floating_point() and described[name].grad)
-        self._graphs: dict[str, tuple[Graph, list[Tensor]]] = {}
-        for kind, entry in manifest.graphs.items():
-            path, read = bundle.graph_file(kind), entry.weights or ()
+        opened: dict[str, tuple[Graph, int]] = {}
+
+        def open_call(file: str, read: Sequence[str], inputs: int) -> tuple[Graph, list[Tensor]]:
+            path, expected = bundle.folder / file, len(read) + inputs
             missing = [name for name in read if name not in weights]
             if missing:
                 raise BundleError(f"{path} reads the weight {missing[0]}, which is not in the bundle.")
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    graph, inputs = (
-                        load_package(path) if manifest.graph_format == "aoti" else _exported(path, self._device, manifest.device)
-                    )
-            except Exception as error:  # what it unpickles or runs may raise anything
-                versions = f"written with torch {manifest.torch}, this is {torch.__version__}"
-                raise BundleError(f"torch cannot open {path} ({versions}): {type(error).__name__}: {first_line(error)}") from error
-            expected = len(read) + len(entry.inputs)
-            if inputs != expected:
-                raise BundleError(f"{path} has {inputs} inputs, but the manifest lists {expected}.")
-            self._graphs[kind] = graph, [weights[name] for name in read]
+            if file not in opened:
+                opened[file] = self._opened(path)
+            graph, found = opened[file]
+            if found != expected:
+                raise BundleError(f"{path} has {found} inputs, but the manifest lists {expected}.")
+            return graph, [weights[name] for name in read]
+
+        self._graphs: dict[str, tuple[Graph, list[Tensor]]] = {}
+        for kind, entry in manifest.graphs.items():
+            if entry.sequence is not None:
+                calls = [open_call(call.file, call.weights, len(call.inputs)) for call in entry.sequence.calls]
+                self._graphs[kind] = PackageSequence(entry.inputs, entry.sequence, calls), []
+            else:
+                assert entry.file is not None
+                self._graphs[kind] = open_call(entry.file, entry.weights or (), len(entry.inputs))
+
+    def _opened(self, path: Path) -> tuple[Graph, int]:
+        """Open a program or a package; return it and how many inputs it takes."""
+        manifest = self._manifest
+        assert manifest.device is not None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return load_package(path) if manifest.graph_format == "aoti" else _exported(path, self._device, manifest.device)
+        except Exception as error:  # what it unpickles or runs may raise anything
+            versions = f"written with torch {manifest.torch}, this is {torch.__version__}"
+            raise BundleError(f"torch cannot open {path} ({versions}): {type(error).__name__}: {first_line(error)}") from error
 
     def value(self, given: Any, name: str, dtype: str) -> Any:
         """Return an input as a tensor on the device, lying as the graphs were captured; it is not copied if it does."""
@@ -163,5 +177,7 @@ class TorchRunner(TorchTensors):
             with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
                 returned = run(*weights, *(inputs[name] for name in entry.inputs))
             return dict(zip(entry.outputs, returned, strict=True))
+        except BundleError:  # of a sequence, which names the package
+            raise
         except Exception as error:  # operators raise what they like
             raise BundleError(f"torch failed to run {entry.file}: {type(error).__name__}: {first_line(error)}") from error

@@ -23,6 +23,7 @@ def export_model(
     verify: Verify,
     graph_format: str,
     guarded: bool,
+    blocks_once: bool,
     opset: int,
     dynamic: bool,
 ) -> None:
@@ -34,7 +35,7 @@ def export_model(
     source = loaded(screen, named)
     cached = transformed(screen, source, config, blocks, verify=verify, dynamic_shapes="auto" if dynamic else None)
     with screen.progress("exporting and checking"):
-        manifest = bw.export(cached, out, graph_format, guarded=guarded, opset=opset)
+        manifest = bw.export(cached, out, graph_format, guarded=guarded, blocks_once=blocks_once, opset=opset)
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
     document = {**head(source), "bundle": str(out), **summary(manifest), "files": sizes}
     rows = [(name, bytes_text(size)) for name, size in sizes.items()]

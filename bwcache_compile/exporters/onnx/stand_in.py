@@ -64,8 +64,9 @@ def stand_in(bundle: Bundle) -> Bundle:
         for value, name in zip(model.graph.outputs, entry.outputs, strict=True):
             value.name = name
         NameFixPass()(model)
-        graphs[kind] = dataclasses.replace(entry, file=f"stand_in.{entry.file}")
-        ir.save(model, bundle.folder / graphs[kind].file)
+        file = f"stand_in.{entry.file}"
+        graphs[kind] = dataclasses.replace(entry, file=file)
+        ir.save(model, bundle.folder / file)
     outputs = dataclasses.replace(manifest.outputs, items=widened(manifest.outputs.items))
     wide = dataclasses.replace(manifest, inputs=widened(manifest.inputs), slots=widened(manifest.slots), outputs=outputs, graphs=graphs)
     return dataclasses.replace(bundle, manifest=wide)

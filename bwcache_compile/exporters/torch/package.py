@@ -68,7 +68,7 @@ def _origins(exported: ExportedProgram) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield node.name, node.meta.get("custom", {})
 
 
-def _dynamic_sizes(values: list[Any]) -> tuple[ShapeEnv | None, dict[Any, Any]]:
+def dynamic_sizes(values: list[Any]) -> tuple[ShapeEnv | None, dict[Any, Any]]:
     """Return where the dynamic sizes among some values live, and the range of each."""
     leaves = pytree.tree_leaves(values)
     shapes = [tuple(value.shape) if isinstance(value, Tensor) else (value,) for value in leaves]
@@ -91,7 +91,7 @@ def torch_graph(plain: PlainGraph) -> TorchGraph:
     held = {**exported.state_dict, **exported.constants}
     specs = [InputSpec(InputKind.USER_INPUT, spec.arg, None) for spec in old.input_specs]
     # sizes that come of values inside, such as a nonzero's, are not among the inputs, and torch reads no file without their range
-    ranges = _dynamic_sizes([node.meta.get("val") for node in exported.graph.nodes])[1]
+    ranges = dynamic_sizes([node.meta.get("val") for node in exported.graph.nodes])[1]
     program = exported_program(exported.graph_module, ExportGraphSignature(specs, old.output_specs), ranges, {}, {})
     return TorchGraph(plain.kind, program, {name: held[name] for name in lifted})
 
@@ -117,7 +117,7 @@ def compile_package(graph: TorchGraph, path: Path) -> list[str]:
         ExportError: It does not compile.
     """
     values = tuple(node.meta["val"] for node in graph.exported.graph.find_nodes(op="placeholder"))
-    env, ranges = _dynamic_sizes(list(values))
+    env, ranges = dynamic_sizes(list(values))
     try:
         with tracing(), torch.no_grad():
             module: Any = graph.exported.module(check_guards=False)
