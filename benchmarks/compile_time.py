@@ -19,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,11 @@ def _by_block(model: Any, compiled: bool) -> Any:
     return model
 
 
-def _cached(capture: str, blocks_once: bool = False) -> Callable[[Any, bool], Any]:
+def _cached(capture: str, compiles: Callable[[Any], Any]) -> Callable[[Any, bool], Any]:
     def make(model: Any, compiled: bool) -> Any:
         options: dict[str, Any] = {"capture": capture, "example_kwargs": inputs(0)}
         cached = bw.transform(model, policy="static", steps_mask=MASK, **options)
-        if compiled:
-            cached.compile_repeated_blocks() if blocks_once else cached.compile()
-        return cached
+        return compiles(cached) or cached if compiled else cached
 
     return make
 
@@ -79,10 +78,10 @@ def _cached(capture: str, blocks_once: bool = False) -> Callable[[Any, bool], An
 CONTESTANTS: dict[str, Callable[[Any, bool], Any]] = {
     "plain, whole": _plain,
     "plain, block by block": _by_block,
-    "cached, whole": _cached("whole"),
-    "cached, whole, blocks once": _cached("whole", blocks_once=True),
-    "cached, region": _cached("region"),
-    "cached, opaque": _cached("opaque"),
+    "cached": _cached("whole", methodcaller("compile")),
+    "cached, blocks alone": _cached("whole", methodcaller("compile_repeated_blocks")),
+    "cached by region": _cached("region", methodcaller("compile")),
+    "cached as opaque": _cached("opaque", methodcaller("compile")),
 }
 
 

@@ -68,10 +68,19 @@ def defaults(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compile_time(record: dict[str, Any]) -> str:
+    """Return the processor seconds of compiling: a row for each way, a column for each depth."""
+    rows = record["processor_seconds"]
+    heads = [head if "/" in head else f"{head} blocks" for head in next(iter(rows.values()))]
+    lines = [f"| processor seconds | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(map(str, row.values()))} |" for name, row in rows.items())])
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quickstart": ("README.md", quickstart),
     "frontier": ("README.md", summary),
     "equal_schedule": ("README.md", equal_schedule),
+    "compile_time": ("docs/compile.md", compile_time),
     "calibration": ("docs/calibration.md", calibration),
     "defaults": ("examples/tiny_video_dit/README.md", defaults),
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bwcache_compile.contexts import ContextTable, row_group
+from bwcache_compile.context_scope import row_group
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError
 from bwcache_compile.step_events import Handle, StepEvent
 from bwcache_compile.stepping import RunStep, StepInfo
@@ -26,17 +28,32 @@ def _row_names(rows: Sequence[str]) -> list[str]:
     return names
 
 
-def _for_each(what: str, value: int | Sequence[int] | None, count: int) -> list[int | None]:
+def whole_number(what: str, value: Any) -> int | None:
+    """Return a number that a caller says about a step; None where it says none. Tensors and numpy's whole numbers are numbers, too.
+
+    Raises:
+        ConfigError: It is no single whole number.
+    """
+    if value is None or type(value) is int:
+        return value
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError):  # of a tensor with several values
+        rows = ", and rows does not name the samples of a batch" if isinstance(value, Sequence) and not isinstance(value, str) else ""
+        raise ConfigError(f"{what} must be a single whole number, got {value!r}{rows}.") from None
+
+
+def _for_each(what: str, value: Any, count: int) -> list[int | None]:
     """Return a number for each sample of a batch.
 
     Raises:
-        ConfigError: Another number of numbers is given.
+        ConfigError: Another number of numbers is given, or one is no whole number.
     """
-    if not isinstance(value, Sequence):
-        return [value] * count
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [whole_number(what, value)] * count
     if len(value) != count:
         raise ConfigError(f"{what} has {len(value)} entries, but rows names {count} samples.")
-    return list(value)
+    return [whole_number(what, each) for each in value]
 
 
 class ContextMethods:
@@ -65,11 +82,13 @@ class ContextMethods:
             rows: With `CacheConfig(batch_reduce="per_sample")`: a name for each sample of the batch, in order. A sample keeps its cache
                 under its name, wherever it stands in later batches. Reports list it as `row/name`.
             **details: What else a pipeline knows (sigma, timestep); not needed.
+
+        Raises:
+            ConfigError: A number is no whole number, there are several without `rows`, or `rows` are no different names.
         """
         if rows is None:
-            if isinstance(step_index, Sequence) or isinstance(num_inference_steps, Sequence):
-                raise ConfigError("step_index and num_inference_steps are single numbers, unless rows names the samples of a batch.")
-            return self._contexts.scope(StepInfo(name, step_index, num_inference_steps, group=group), self._unused)
+            step, count = whole_number("step_index", step_index), whole_number("num_inference_steps", num_inference_steps)
+            return self._contexts.scope(StepInfo(name, step, count, group=group), self._unused)
         names = _row_names(rows)
         steps, counts = _for_each("step_index", step_index, len(names)), _for_each("num_inference_steps", num_inference_steps, len(names))
         infos = tuple(

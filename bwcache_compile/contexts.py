@@ -13,11 +13,12 @@ from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.context import Context
+from bwcache_compile.context_scope import Scope, row_group
 from bwcache_compile.errors import ConfigError, StateError
-from bwcache_compile.policies import POLICIES
-from bwcache_compile.report import ContextReport, RawStep, step_records
-from bwcache_compile.step_events import Listeners
-from bwcache_compile.stepping import Advance, RunStep, StepInfo, Tracker
+from bwcache_compile.report import ContextReport, RawStep
+from bwcache_compile.step_events import Listeners, StepEvent, step_event
+from bwcache_compile.stepping import Advance, Cursor, RunStep, StepInfo, Tracker
 
 LOGGER = logging.getLogger(__name__)
 
@@ -32,75 +33,6 @@ _MOST_PER_SAMPLE = 16
 
 _MOST_CALLS = 16
 """Calls without a context name at one step of a run that is followed."""
-
-
-class Context:
-    """One stream of calls. Only the thread that holds `lock` touches it; reports read it.
-
-    Attributes:
-        name: Its name among those of all groups.
-        group: The contexts that belong to the same video.
-        tracker: Which step the next call is.
-        created: Ordinal of its first call.
-        called: Ordinal of its last call that succeeded, among those of all contexts.
-        entered: When its last call began, in seconds of `time.perf_counter`.
-        began: Why its generation began.
-        records: What each step of its generation did.
-        events: What happened besides computing and reusing.
-        state_bytes: Bytes that its cache takes while a generation runs.
-    """
-
-    def __init__(self, info: StepInfo, created: int) -> None:
-        """Start before the first call."""
-        self.name, self.group, self.created = info.key, info.group, created
-        self.lock = threading.Lock()
-        self.tracker, self.called, self.entered = Tracker(), -1, 0.0
-        self.began = ""
-        self.records: list[RawStep] = []
-        self.events: list[str] = []
-        self.state_bytes = 0
-
-    def report(self, config: CacheConfig) -> ContextReport:
-        """Return the current generation as a value, with what the policy of these settings says of it."""
-        steps, explain = step_records(self.records), POLICIES[config.policy].explain
-        events = (*self.events, *(explain(config, steps) if explain else ()))
-        return ContextReport(self.name, steps, events, self.state_bytes, self.began)
-
-
-class Scope:
-    """A `cache_context` block: what the caller says about the calls inside. `unused` is called at its end if none came.
-
-    Attributes:
-        info: What is said of the call.
-        rows: What is said of each sample of its batch; None where samples are not named.
-        called: Whether a call came.
-    """
-
-    def __init__(
-        self,
-        variable: ContextVar[Scope | None],
-        info: StepInfo,
-        unused: Callable[[StepInfo], None] | None,
-        rows: tuple[StepInfo, ...] | None = None,
-    ) -> None:
-        """Say nothing before the block is entered."""
-        self.info, self.rows, self.called = info, rows, False
-        self._variable, self._unused = variable, unused
-
-    def __enter__(self) -> None:
-        """Begin the block."""
-        self._token = self._variable.set(self)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """End the block, whether or not it failed."""
-        self._variable.reset(self._token)
-        if kind is None and not self.called and self._unused is not None:
-            self._unused(self.info)
-
-
-def row_group(row: str, group: str = "") -> str:
-    """Name the group of contexts that a sample of a batch is."""
-    return f"{group}/{row}" if group else row
 
 
 AnyContext = TypeVar("AnyContext", bound=Context)
@@ -288,7 +220,7 @@ class ContextTable(Generic[AnyContext]):
             raise StateError(
                 f"context {info.key!r} is in use by another thread. Give each thread its own context: `with cached.cache_context(name):`."
             )
-        context.entered = time.perf_counter()
+        context.entered, context.caller = time.perf_counter(), threading.get_ident()
         return context
 
     def _bound(self) -> None:
@@ -318,6 +250,35 @@ class ContextTable(Generic[AnyContext]):
                 self._latest[info.group] = context.tracker
             self._bound()
 
+    def restore_point(self) -> Callable[[], None]:
+        """Return what undoes the calls that this thread makes from here on: those of one part of a model, of which another part fails.
+
+        What other threads do in contexts of their own meanwhile stays.
+        """
+        thread = threading.get_ident()
+        with self._lock:
+            contexts, latest, unnamed = self._contexts, dict(self._latest), self._unnamed
+            saved = {context: (dict(vars(context)), len(context.records), len(context.events)) for context in contexts.values()}
+
+        def restore() -> None:
+            with self._lock:
+                kept = self._contexts is contexts  # else all of them were dropped meanwhile
+                self._unnamed = unnamed if kept else 0
+                for key, context in list(self._contexts.items()):
+                    values, records, events = saved.get(context, ({}, 0, 0)) if kept else ({}, 0, 0)
+                    if context.caller != thread or context.called == values.get("called"):
+                        continue
+                    if self._latest.get(context.group) is context.tracker:
+                        del self._latest[context.group]
+                        self._latest |= {group: tracker for group, tracker in latest.items() if kept and group == context.group}
+                    if values:
+                        vars(context).update(values)
+                        del context.records[records:], context.events[events:]
+                    else:  # there was none
+                        del self._contexts[key]
+
+        return restore
+
     def reports(self, config: CacheConfig) -> dict[str, ContextReport]:
         """Return the current generation of each context that was called, by name, with what the policy of these settings says of it."""
         return {context.name: context.report(config) for context in self.values() if context.tracker.started}
@@ -327,8 +288,32 @@ class ContextTable(Generic[AnyContext]):
         with self._lock:
             return self._latest.get(group)
 
-    def succeed(self, context: AnyContext, advance: Advance, record: RawStep, events: Sequence[str], ends_call: bool = True) -> None:
-        """Note a call that has succeeded; a new generation drops the records of the last one. Of a batch, the last sample ends the call."""
+    def succeed(
+        self,
+        context: AnyContext,
+        advance: Advance,
+        before: Cursor,
+        record: RawStep,
+        events: Sequence[str],
+        num_steps: int | None,
+        *,
+        in_graph: bool = False,
+        ends_call: bool = True,
+    ) -> StepEvent | None:
+        """Note a call that has succeeded, and return what callbacks are to be told of it, if there are any.
+
+        A new generation drops the records of the last one.
+
+        Args:
+            context: Its context, locked.
+            advance: What the call was.
+            before: The cursor on which the step ran.
+            record: What the step did.
+            events: What happened to the cache.
+            num_steps: Steps of the generation, if known.
+            in_graph: Whether the guard is in the graph.
+            ends_call: Of a batch, the last sample ends the call.
+        """
         if advance.began:
             LOGGER.debug("context %r: a new generation began at step %d (%s)", context.name, advance.step, advance.began)
         for event in events:
@@ -343,3 +328,6 @@ class ContextTable(Generic[AnyContext]):
             if newest is None or newest.run <= advance.tracker.run:
                 self._latest[context.group] = advance.tracker
             self._unnamed += ends_call and self._scope.get() is None
+        if not self.listeners:
+            return None
+        return step_event(context.name, context.entered, num_steps, advance, before, record, events, in_graph)

@@ -25,6 +25,8 @@ BASE = {
     "size_expressions",
     "stepping",
     "clock",
+    "context",
+    "context_scope",
     "contexts",
     "context_methods",
     "step_events",

@@ -12,12 +12,12 @@ from bwcache_compile.bundle.manifest import Manifest
 from bwcache_compile.bundle.settings import policy_inputs
 from bwcache_compile.clock import HALF, TimeInput, check_time, may_be_time
 from bwcache_compile.config import CacheConfig
+from bwcache_compile.context import Context
 from bwcache_compile.context_methods import ContextMethods
-from bwcache_compile.contexts import Context, ContextTable
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, UNTIL, cache_in, cache_out
 from bwcache_compile.report import RawStep, Report
-from bwcache_compile.step_events import step_event
 from bwcache_compile.stepping import Cursor, StepInfo
 
 
@@ -129,9 +129,7 @@ class Session(ContextMethods):
             if following.slots is not state.slots:  # the two sets of buffers take turns
                 context.spare = state.slots if self._runner.takes_buffers else {}
             context.state, context.state_bytes = following, sum(map(self._runner.bytes, following.slots.values()))
-            self._contexts.succeed(context, advance, record, events)
-            if self._contexts.listeners:
-                told = step_event(context.name, context.entered, num_steps, advance, state.cursor, record, events, in_graph=False)
+            told = self._contexts.succeed(context, advance, state.cursor, record, events, num_steps)
             if num_steps is not None and record.step == num_steps - 1:
                 context.state, context.spare = None, {}
         finally:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from bwcache_compile.calibration.cut_model import CutModel
 from bwcache_compile.calibration.recording import Recorder
-from bwcache_compile.contexts import Context, ContextTable
+from bwcache_compile.context import Context
+from bwcache_compile.context_methods import whole_number
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import StateError
 from bwcache_compile.runtime.wrapper import ModelWrapper
 from bwcache_compile.stepping import StepInfo
@@ -117,7 +119,8 @@ class StandIn(ModelWrapper):
         self, name: str, *, step_index: int | None = None, num_inference_steps: int | None = None, group: str = "", **details: Any
     ) -> contextlib.AbstractContextManager[None]:
         """Name the calls in a block, as pipelines of diffusers do."""
-        return self._contexts.scope(StepInfo(name, step_index, num_inference_steps, group=group))
+        step, count = whole_number("step_index", step_index), whole_number("num_inference_steps", num_inference_steps)
+        return self._contexts.scope(StepInfo(name, step, count, group=group))
 
 
 def table_rule(table: Sequence[Sequence[float]]) -> Rule:

@@ -13,11 +13,11 @@ from torch.fx.node import map_arg
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-    """A graph without calls but those that were kept.
+    """A graph whose calls are written out.
 
     Attributes:
-        graph: The operators, in the order in which they ran.
-        attributes: What its `get_attr` nodes read and which graphs it still calls, by name; weights are shared.
+        graph: The operators, in the order in which they ran, and the calls that stay.
+        attributes: What its `get_attr` nodes read and its calls run, by name; weights are shared.
         places: For each node of the original graph, the node that computes its value now; a list for a call.
         parts: The operators that each call became, by its target.
     """
@@ -28,13 +28,14 @@ class Flat:
     parts: dict[str, list[Node]]
 
 
-def inline_calls(module: GraphModule, keep: Callable[[GraphModule], bool] = lambda _: False) -> Flat:
-    """Copy a graph, with every graph that it calls written out at the call, but those that `keep` names."""
+def inline_calls(module: GraphModule, stays: Callable[[GraphModule], bool] = lambda _: False) -> Flat:
+    """Copy a graph, with every graph that it calls written out at the call; calls of those for which `stays` is true stay calls."""
     graph = Graph()
     attributes: dict[str, Any] = {}
     reads: dict[str, Node] = {}
 
-    def named(name: str, value: Any) -> str:
+    def named(target: str, value: Any) -> str:
+        name = target
         while name in attributes and attributes[name] is not value:
             name += "_"  # two graphs have something of that name
         attributes[name] = value
@@ -58,7 +59,7 @@ def inline_calls(module: GraphModule, keep: Callable[[GraphModule], bool] = lamb
             elif node.op == "call_module":
                 inner = owner.get_submodule(str(node.target))
                 assert isinstance(inner, GraphModule)
-                if keep(inner):
+                if stays(inner):
                     values[node] = graph.node_copy(node, values.__getitem__)
                     values[node].target = named(str(node.target), inner)
                     continue

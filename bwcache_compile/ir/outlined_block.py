@@ -1,4 +1,4 @@
-"""What stands for a block that is a call of a graph which several blocks share."""
+"""The graph that blocks which are alike share."""
 
 from __future__ import annotations
 

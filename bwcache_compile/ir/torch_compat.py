@@ -45,6 +45,7 @@ __all__ = [
     "force_stride_order",
     "function_homes",
     "get_eval_frame_callback",
+    "inductor_compiles",
     "is_any_autocast_enabled",
     "is_concrete_int",
     "is_traceable_wrapper_subclass",
@@ -69,6 +70,17 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
 def wrapper_tensor(kind: type[Tensor], like: Tensor) -> Any:
     """Return an instance of a subclass of `Tensor` that has the shape, strides, dtype and device of a tensor, and no values."""
     return Tensor._make_wrapper_subclass(kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
+
+
+def inductor_compiles() -> bool:
+    """Whether the code that runs now is being compiled by an outer `torch.compile` with Inductor; False where torch does not say."""
+    backend: Any = get_eval_frame_callback()
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    return isinstance(backend, torch._TorchCompileInductorWrapper)
+
+
+skip(inductor_compiles)  # its frame would be compiled too
 
 
 def function_homes() -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.ir.policy_tensors import policy_parameters
+from bwcache_compile.ir.policy_tensors import host_decision, policy_parameters
 from bwcache_compile.ir.ranks import Ranks, mean_over_ranks
 from bwcache_compile.opaque.guards import BlockCall, CallPlace
 from bwcache_compile.policies import INDICATORS, POLICIES
@@ -177,5 +177,7 @@ def computed_state(
         references = [old if old.shape == new.shape else torch.zeros_like(new) for old, new in alike]
         change = INDICATORS[config.indicator](list(features.values()), references)
         change = change if ranks is None else mean_over_ranks(change, references, ranks)
-    policy, left = decide(config, state.policy, change, moment.step, moment.num_steps)
+    policy, left = state.policy, host_decision(config, moment.num_steps, state.cursor.step)
+    if left is None:
+        policy, left = decide(config, state.policy, change, moment.step, moment.num_steps)
     return OpaqueState(state.cursor.computed(left), dict(calls), kept, shared, dict(features), policy), change

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bwcache_compile.errors import UnsupportedGraphError
 from bwcache_compile.ir.torch_compat import TreeSpec, pytree
 from bwcache_compile.region.calls import write_count
-from bwcache_compile.runtime.runnable import uses_cuda_graphs
+from bwcache_compile.runtime.compilation import uses_cuda_graphs
 from bwcache_compile.runtime.wrapper import ModelWrapper
 
 

@@ -27,7 +27,7 @@ from bwcache_compile.region.uncaptured import UncapturedModel, check_calibration
 from bwcache_compile.report import RawStep, Report
 from bwcache_compile.runtime.context import time_inputs, warn_without_reuse
 from bwcache_compile.runtime.joint import synchronize_decisions
-from bwcache_compile.step_events import StepEvent, step_event
+from bwcache_compile.step_events import StepEvent
 from bwcache_compile.stepping import StepInfo
 
 
@@ -180,10 +180,7 @@ class OpaqueModel(UncapturedModel):
         if record.fresh:  # what was decided together before belongs to another cache
             context.release()
         context.state, context.version, context.state_bytes = state, step.version, state.bytes
-        self._contexts.succeed(context, step.advance, record, step.events)
-        event = None
-        if self._contexts.listeners:
-            event = step_event(context.name, context.entered, num_steps, step.advance, step.state.cursor, record, step.events, False)
+        event = self._contexts.succeed(context, step.advance, step.state.cursor, record, step.events, num_steps)
         if num_steps is not None and step.advance.step == num_steps - 1:
             context.release()
             warn_without_reuse(context, step.config)

@@ -48,12 +48,9 @@ GUARD_PIPELINE: tuple[Pass, ...] = (
     lift_cache_state,
     insert_cond,
 )
-COMPILE_PIPELINE: tuple[Pass, ...] = (outline_blocks,)
-"""What a finished program goes through so that a compiler compiles its blocks once."""
 
 __all__ = [
     "CACHE_PIPELINE",
-    "COMPILE_PIPELINE",
     "TIDY_PIPELINE",
     "build",
     "canonicalize",
@@ -119,9 +116,16 @@ def build(
     return run_pipeline(program, CACHE_PIPELINE if guard == "host" else GUARD_PIPELINE, after_pass)
 
 
-def outlined(program: ModelProgram) -> ModelProgram:
-    """Return a finished program whose blocks are calls of the graphs that they share; the program itself stays as it is."""
-    return run_pipeline(program.replace(compute=graph_module_copy(program.compute)), COMPILE_PIPELINE)
+def outlined(program: ModelProgram, regional: bool = False) -> ModelProgram:
+    """Return a finished program whose blocks are calls of the graphs that they share; the program itself stays as it is.
+
+    Args:
+        program: With the guard outside of its graphs.
+        regional: See `outline_blocks`.
+    """
+    made = outline_blocks(program.replace(compute=graph_module_copy(program.compute)), regional).program
+    verify(made, outline_blocks.__name__)
+    return made
 
 
 def explain(

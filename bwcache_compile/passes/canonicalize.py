@@ -11,6 +11,7 @@ from bwcache_compile.ir.program import ModelProgram, PassResult
 from bwcache_compile.ir.sizes import shape_of
 
 aten = torch.ops.aten
+flex_attention = torch.ops.higher_order.flex_attention
 _ASSERTS = (
     aten._assert_tensor_metadata.default,
     aten._assert_async.default,
@@ -57,6 +58,7 @@ def _is_noop(node: Node) -> bool:
 def canonicalize(program: ModelProgram) -> PassResult:
     """Leave no runtime assert, no cast to the same dtype, no slice of everything, no inactive dropout and no dead code in the graph.
 
+    Flex attention is left without the empty lists of its functions' tensors, with which torch.compile does not trace it.
     What is taken away returns its own input, so the graph computes the same bits. Writes in place that somebody
     reads, and writes that the caller can see, stay.
     """
@@ -66,6 +68,8 @@ def canonicalize(program: ModelProgram) -> PassResult:
         if node.op == "call_function" and node.target in _ASSERTS:
             graph.erase_node(node)
             modified = True
+        elif node.target is flex_attention and node.args[7:] == ((), ()):
+            node.args, modified = node.args[:7], True
         elif _is_noop(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import Context, ContextTable
+from bwcache_compile.context import Context
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.region.stacks import HeldStack, Maker, Stacks, enter_context, found_stacks
@@ -269,7 +270,7 @@ class RegionModel(UncapturedModel):
         self._compile_parts(operator.methodcaller("compile", **options))
 
     def compile_repeated_blocks(self, **options: Any) -> None:
-        """Compile as `compile` does, and blocks that are alike once; see `CachedModel.compile_repeated_blocks`."""
+        """Compile the blocks of each stack alone; see `CachedModel.compile_repeated_blocks`."""
         self._compile_parts(operator.methodcaller("compile_repeated_blocks", **options))
 
     def _compile_parts(self, compiles: Callable[[CachedModel | UncapturedModel], None]) -> None:

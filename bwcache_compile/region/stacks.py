@@ -69,7 +69,7 @@ class Stacks:
         )
 
     def run(self, model: nn.Module, info: StepInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's Python over the cached stacks.
+        """Run the model's Python over the cached stacks. A call that fails leaves every stack at the step at which it was.
 
         Args:
             model: The model.
@@ -82,8 +82,9 @@ class Stacks:
         """
         times = _times(pytree.tree_leaves((args, kwargs)))
         replaced: dict[str, nn.Module] = {}
-        with ExitStack() as scopes:
+        with ExitStack() as scopes, ExitStack() as failure:
             for stack in self.held.values():
+                failure.callback(stack.cached.restore_point())
                 enter_context(scopes, stack.cached, info)
                 run = StackRun(stack.chain, functools.partial(_called, stack.cached, times))
                 for place, path in enumerate(stack.chain.paths):
@@ -91,6 +92,7 @@ class Stacks:
             copies = with_modules(model, replaced)
             returned = copies[""](*args, **kwargs)
             write_back(model, copies)
+            failure.pop_all()  # there was none
         return returned
 
 

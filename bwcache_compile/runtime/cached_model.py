@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +12,9 @@ from torch import Tensor, nn
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
-from bwcache_compile.errors import ConfigError, warn
+from bwcache_compile.errors import warn
 from bwcache_compile.ir.compare import Verify
-from bwcache_compile.ir.graph_text import GraphDiff
-from bwcache_compile.ir.pass_files import write_pass_files
 from bwcache_compile.ir.plan import CachePlan
-from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.report import Report
@@ -27,20 +23,21 @@ from bwcache_compile.runtime.drop_in import DropIn
 from bwcache_compile.runtime.fingerprint import check_calibrated
 from bwcache_compile.runtime.frames import call_directly, left_out
 from bwcache_compile.runtime.functional import first_state, functional_step
+from bwcache_compile.runtime.graph_methods import GraphMethods
 from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.row_methods import RowMethods
-from bwcache_compile.runtime.runnable import run_all
 from bwcache_compile.runtime.sample_step import SampleStepper
 from bwcache_compile.runtime.signature import Parameters
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.runtime.step import Stepper
 from bwcache_compile.runtime.trial import Toolchain
+from bwcache_compile.runtime.warm_up import run_all
 from bwcache_compile.stepping import StepInfo
 
 _NO_MODE = contextlib.nullcontext()
 
 
-class CachedModel(DropIn, RowMethods):
+class CachedModel(GraphMethods, DropIn, RowMethods):
     """A drop-in for the model it wraps. Made by `bwcache_compile.transform`.
 
     Contexts are independent: two threads may run two contexts, but not the same one.
@@ -107,25 +104,10 @@ class CachedModel(DropIn, RowMethods):
         return self._programs.match(*self._call_parameters.bind(args, kwargs or {}), self.cache_config).runnable.plan
 
     @property
-    def plan(self) -> CachePlan:
-        """The plan of the program used last."""
-        return self._programs.latest.plan
-
-    @property
-    def program(self) -> ModelProgram:
-        """The program used last."""
-        return self._programs.latest.program
-
-    @property
     def call_parameters(self) -> tuple[str, ...]:
         """Names of what the model's forward takes by position, in order."""
         parameters = inspect.signature(self._original.forward).parameters.values()
         return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-
-    @property
-    def cached_programs(self) -> tuple[ModelProgram, ...]:
-        """Every program there is, one per signature."""
-        return self._programs.all
 
     # -- calling -------------------------------------------------------------------------------------------------
 
@@ -242,6 +224,10 @@ class CachedModel(DropIn, RowMethods):
         """Let the contexts of two cached models, which are parts of one model, decide together where `decide="joint"`."""
         self._contexts.join(other._contexts)
 
+    def restore_point(self) -> Callable[[], None]:
+        """Return what undoes the steps that this thread runs from here on, for a model of which this one is a part and which fails."""
+        return self._contexts.restore_point()
+
     def invalidate(self) -> None:
         """Take the weights for changed: each context drops what it cached at its next call and keeps its step.
 
@@ -253,23 +239,6 @@ class CachedModel(DropIn, RowMethods):
         """Free every program and state. The original model is as it was."""
         self._programs.close()
         self._contexts.clear()
-
-    def compile(self, **options: Any) -> None:
-        """Compile each program's graphs with `torch.compile(**options)`, those captured later too."""
-        self._programs.compile(options)
-
-    def compile_repeated_blocks(self, **options: Any) -> None:
-        """Compile as `compile` does, and blocks that are alike once, so that compiling takes about as long for a model of any depth.
-
-        Operators of one block are not fused with those of the next. A block that is like no other is compiled for itself; the log says
-        which and why.
-
-        Raises:
-            ConfigError: The guard is in the graph.
-        """
-        if self._toolchain.guard == "graph":
-            raise ConfigError('compile_repeated_blocks needs guard="host". Call compile(), which compiles each block for itself.')
-        self._programs.compile(options, blocks_once=True)
 
     def warm_up(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
         """Run every graph once for inputs like these, so that whatever compiles does so now. No state is touched.
@@ -289,21 +258,3 @@ class CachedModel(DropIn, RowMethods):
         """Return what each context did in its current generation. Reads the indicator from the device."""
         blocks = tuple(m.block for m in self.plan.measured) if len(self._programs) else ()
         return Report(self._contexts.reports(self.cache_config), blocks, self._programs.captured)
-
-    def graph_diff(self) -> dict[str, GraphDiff]:
-        """Return what each pass changed, by its name, and what all did together, under "whole"."""
-        return self._programs.explain(self.cache_config)
-
-    def dump_passes(self, directory: str | Path) -> tuple[Path, ...]:
-        """Write the graph before and after each pass, and their difference, as text: `01_canonicalize.before.txt` and so on.
-
-        The passes run again on what was captured. A folder that holds an earlier dump is replaced.
-
-        Returns:
-            The files, in the order of the passes.
-
-        Raises:
-            ExportError: The folder holds something else, or cannot be written to. It is as it was.
-            StateError: Nothing is captured yet.
-        """
-        return write_pass_files(self.graph_diff(), directory)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bwcache_compile.clock import HALF, TimeInput, may_be_time
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import Context
+from bwcache_compile.context import Context
 from bwcache_compile.errors import StateError, warn
 from bwcache_compile.policies import POLICIES
-from bwcache_compile.runtime.programs import ProgramMatch
+from bwcache_compile.runtime.match import ProgramMatch
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.size_expressions import evaluated

@@ -12,9 +12,11 @@ from torch import Tensor
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, StateError
 from bwcache_compile.ir.torch_compat import pytree
+from bwcache_compile.runtime.compilation import owned
 from bwcache_compile.runtime.frames import call_directly
-from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
-from bwcache_compile.runtime.runnable import RunnableProgram, owned
+from bwcache_compile.runtime.match import ProgramMatch
+from bwcache_compile.runtime.programs import ProgramCache
+from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.state import CacheState, GuardedState
 from bwcache_compile.size_expressions import evaluated
 

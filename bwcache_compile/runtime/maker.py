@@ -14,6 +14,7 @@ from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.sizes import VaryingSizes
 from bwcache_compile.runtime import notes
+from bwcache_compile.runtime.compilation import Compilation
 from bwcache_compile.runtime.runnable import RunnableProgram, make_room
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.trial import Request, Toolchain, Trial
@@ -40,8 +41,7 @@ class ProgramMaker:
         """Make nothing yet."""
         self._model, self._toolchain, self._shapes, self._watch = model, toolchain, dynamic_shapes, watch
         self._alive: weakref.WeakSet[RunnableProgram] = weakref.WeakSet()
-        self._compile_options: dict[str, Any] | None = None
-        self._blocks_once = False
+        self._compilation: Compilation | None = None
         self._ran = False
         self.fixed: dict[Hashable, str] = {}
 
@@ -49,20 +49,11 @@ class ProgramMaker:
         """Return the addresses of the tensors that programs hold."""
         return frozenset().union(*(runnable.addresses for runnable in self._alive))
 
-    def compile(self, options: dict[str, Any], blocks_once: bool) -> None:
-        """Compile every program with these options of `torch.compile`, those made later too.
-
-        Args:
-            options: Of `torch.compile`.
-            blocks_once: Whether blocks that are alike are compiled once.
-        """
-        self._compile_options, self._blocks_once = options, blocks_once
+    def compile(self, compilation: Compilation) -> None:
+        """Compile every program, those made later too."""
+        self._compilation = compilation
         for runnable in self._alive:
-            self._compile(runnable, options)
-
-    def _compile(self, runnable: RunnableProgram, options: dict[str, Any]) -> None:
-        outlined = self._toolchain.outlined if self._blocks_once else None
-        runnable.compile(options, None if outlined is None else outlined(runnable.program))
+            runnable.compile(compilation)
 
     def make(self, request: Request, kept: Collection[CallKey]) -> tuple[RunnableProgram, list[Any] | None]:
         """Capture the model for a call and make a program; with dynamic sizes where a call of another size was captured before.
@@ -152,7 +143,7 @@ class ProgramMaker:
     def _runnable(self, program: ModelProgram, key: CallKey, noted: tuple[str, ...]) -> RunnableProgram:
         plan = program.planned()
         program = program.replace(plan=dataclasses.replace(plan, notes=(*plan.notes, *noted)))
-        runnable = RunnableProgram(program, key, noted)
-        if self._compile_options is not None:
-            self._compile(runnable, self._compile_options)
+        runnable = RunnableProgram(program, key, noted, self._toolchain.outlined)
+        if self._compilation is not None:
+            runnable.compile(self._compilation)
         return runnable

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,51 +15,21 @@ from bwcache_compile.ir.compare import Reference, Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.torch_compat import trace_artifact
+from bwcache_compile.runtime.compilation import Compilation
 from bwcache_compile.runtime.drop_in import refuse_training
 from bwcache_compile.runtime.gate import CaptureGate
 from bwcache_compile.runtime.maker import ProgramMaker, differ_in_sizes
+from bwcache_compile.runtime.match import ProgramMatch
 from bwcache_compile.runtime.notes import amplified_noise
 from bwcache_compile.runtime.runnable import RunnableProgram
-from bwcache_compile.runtime.signature import CallKey, call_key, generation_kind, leaves_of
+from bwcache_compile.runtime.signature import CallKey, call_key, leaves_of
 from bwcache_compile.runtime.trial import Request, Toolchain
 from bwcache_compile.runtime.watch import ModelWatch
-from bwcache_compile.size_expressions import evaluated
 
 LOGGER = logging.getLogger(__name__)
 
 MAX_PROGRAMS = 8
 """Signatures kept at a time; the least recently used goes first."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ProgramMatch:
-    """The program that serves a call, and what was true of the call and the model.
-
-    Attributes:
-        runnable: The program.
-        key: What the call looks like; another one means other inputs, so another generation.
-        sizes: The values of the program's symbols at this call; empty where no size is open.
-        version: The model's structure and weights; another one means that what is cached came from another model.
-        changed: What changed in the model's structure last, for messages.
-        first: What the program's graph returned for this very call on a fresh state at step 0, if it was just checked on this call.
-    """
-
-    runnable: RunnableProgram
-    key: CallKey
-    sizes: Mapping[str, int]
-    version: tuple[int, int]
-    changed: str
-    first: list[Any] | None = None
-
-    @property
-    def signature(self) -> Hashable:
-        """What the inputs of one generation have in common: everything but the float dtype of what may be the time."""
-        return generation_kind(self.key.kind), self.key.sizes, self.key.values
-
-    @property
-    def slot_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the slots at this call."""
-        return [evaluated(slot.shape, self.sizes) for slot in self.runnable.slots]
 
 
 class ProgramCache:
@@ -286,10 +254,10 @@ class ProgramCache:
         """Return what each pass changed in the program used last."""
         return self._toolchain.explain(self.latest.program.fresh(), config)
 
-    def compile(self, options: dict[str, Any], blocks_once: bool = False) -> None:
-        """Compile every program with these options of `torch.compile`, those captured later too; see `ProgramMaker.compile`."""
+    def compile(self, compilation: Compilation) -> None:
+        """Compile every program, those captured later too."""
         with self._lock:
-            self._maker.compile(options, blocks_once)
+            self._maker.compile(compilation)
 
     def touch(self) -> None:
         """Treat the weights as changed: a method was called that may write to them without a version counter showing it."""

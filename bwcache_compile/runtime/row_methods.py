@@ -8,15 +8,17 @@ import torch
 from torch import nn
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.contexts import ContextTable, row_group
+from bwcache_compile.context_scope import row_group
+from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError
+from bwcache_compile.runtime.compilation import owned
 from bwcache_compile.runtime.context import ModelContext
 from bwcache_compile.runtime.fingerprint import model_identity
 from bwcache_compile.runtime.frames import call_directly, left_out
 from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.row_state import RowState, read_row, write_row
-from bwcache_compile.runtime.runnable import owned, run_all
 from bwcache_compile.runtime.sample_step import SampleStepper
+from bwcache_compile.runtime.warm_up import run_all
 from bwcache_compile.stepping import UNNAMED, StepInfo
 
 

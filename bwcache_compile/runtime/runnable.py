@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +12,14 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.graph_io import INDICATOR, REUSE_LEFT, STEP, GraphIO, cache_in, cache_out
 from bwcache_compile.graph_settings import GraphSettings
 from bwcache_compile.ir.compare import same
-from bwcache_compile.ir.policy_tensors import policy_parameters
+from bwcache_compile.ir.policy_tensors import host_decision, policy_parameters
 from bwcache_compile.ir.program import OURS, ModelProgram
 from bwcache_compile.ir.sizes import CallSizes, Shape, Size
-from bwcache_compile.ir.torch_compat import get_eval_frame_callback, maybe_mark_dynamic, pytree
+from bwcache_compile.ir.torch_compat import maybe_mark_dynamic, pytree
 from bwcache_compile.policies import POLICIES
 from bwcache_compile.policies.definitions import takes
-from bwcache_compile.runtime.eager import eager_function
-from bwcache_compile.runtime.frames import left_out
+from bwcache_compile.runtime.compilation import owned
+from bwcache_compile.runtime.runnable_graphs import Outline, RunnableGraphs
 from bwcache_compile.runtime.signature import CallKey
 from bwcache_compile.runtime.state import CacheState
 from bwcache_compile.runtime.watch import address_of
@@ -50,21 +49,6 @@ def _kind(value: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
     return tuple(value.shape), value.dtype
 
 
-def uses_cuda_graphs(options: Mapping[str, Any]) -> bool:
-    """Whether `torch.compile` with these options replays CUDA graphs."""
-    mode, chosen = options.get("mode"), options.get("options") or {}
-    backend = options.get("backend", "inductor")
-    if backend != "inductor":
-        return backend == "cudagraphs"
-    return mode in ("reduce-overhead", "max-autotune") or bool(chosen.get("triton.cudagraphs"))
-
-
-def owned(values: Sequence[Any], ours: Sequence[Tensor]) -> list[Any]:
-    """Copy tensors that a CUDA graph returned, which its next replay overwrites; what lies in our own memory is kept as it is."""
-    places = {tensor.data_ptr() for tensor in ours} - {0}  # of tensors that wrap others
-    return [value.clone() if isinstance(value, Tensor) and value.data_ptr() not in places else value for value in values]
-
-
 def make_room(table: dict[Any, Any], most: int) -> None:
     """Drop the oldest entry of a full table."""
     while len(table) >= most:
@@ -76,14 +60,11 @@ def repeated(tensor: Tensor, count: int) -> Tensor:
     return tensor.repeat(count, *([1] * (tensor.dim() - 1)))
 
 
-class RunnableProgram:
+class RunnableProgram(RunnableGraphs):
     """A program ready to run: its graphs, compiled where asked for, and its scalars on the device.
 
     Attributes:
-        modules: By kind: `compute` and `reuse`, or `guarded` alone where the guard is in the graph.
         slots: What one context's state holds.
-        eager: The same as functions, to be run as they are.
-        graphs: The same again, compiled where asked for.
         addresses: Where the tensors lie in memory that the graphs hold.
         per_sample: Whether each sample of a batch decides for itself.
         samples_apart: Whether it was checked that samples do not depend on one another.
@@ -93,22 +74,16 @@ class RunnableProgram:
         input_kinds: Shape and dtype of each of the user's inputs; None where it is no tensor or a size is open.
     """
 
-    def __init__(self, program: ModelProgram, key: CallKey, notes: tuple[str, ...] = ()) -> None:
-        """Wrap a program that was captured for a call like this one; nothing is compiled yet."""
-        self.program, self.key, self.notes = program, key, notes
+    def __init__(self, program: ModelProgram, key: CallKey, notes: tuple[str, ...] = (), outline: Outline | None = None) -> None:
+        """Wrap a program that was captured for a call like this one; nothing is compiled yet.
+
+        `outline` makes of it what a compiler gets that compiles blocks that are alike once.
+        """
+        super().__init__(program, outline)
+        self.key, self.notes = key, notes
         self.checked = {key.sizes}
         self.refused: set[CallSizes] = set()
         self.siblings: dict[GraphSettings, RunnableProgram] = {}
-        self.plan = program.planned()
-        self.guarded = program.guarded is not None
-        kinds = ("guarded",) if self.guarded else ("compute", "reuse")
-        self.modules = {kind: getattr(program, kind) for kind in kinds}
-        self.eager: dict[str, Callable[..., Any]] = {
-            kind: module.forward if self.guarded else eager_function(module) for kind, module in self.modules.items()
-        }
-        self.graphs = dict(self.eager)
-        self._is_compiled = False
-        self._uses_cuda_graphs = False
         self.per_sample = self.plan.settings.batch_reduce == "per_sample"
         self.samples_apart = False
         self.slots = self.plan.guard_slots if self.guarded else self.plan.slots
@@ -118,8 +93,9 @@ class RunnableProgram:
         self.addresses = frozenset(address for address in map(address_of, held) if address)
         self._steps: dict[int, Tensor] = {}
         self._settings: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._decided: tuple[CacheConfig | None, int | None, dict[int, int | None]] = None, None, {}
         self._last_settings: dict[str, tuple[CacheConfig, int | None, tuple[Tensor, ...]]] = {}
-        self.io = {kind: program.io(kind) for kind in kinds}
+        self.io = {kind: program.io(kind) for kind in self.modules}
         self._parameters = [parameter.name for parameter in self.plan.settings.parameters]
         self._cache_in = [cache_in(slot.name) for slot in self.slots]
         self._cache_out = [cache_out(slot.name) for slot in self.slots]
@@ -144,33 +120,6 @@ class RunnableProgram:
         if sizes is None:
             return {} if key.sizes == self.key.sizes else None
         return sizes.bind(key.sizes)
-
-    def compile(self, options: dict[str, Any], instead: ModelProgram | None = None) -> None:
-        """Compile the graphs with these options of `torch.compile`; each is compiled whole at its first run.
-
-        The graphs of `instead`, which compute the same, are compiled if it is given.
-        """
-        self._uses_cuda_graphs = uses_cuda_graphs(options)
-        if self.program.signature.sizes is not None:
-            options = {"dynamic": True, **options}
-        self._is_compiled = True
-        modules = self.modules if instead is None else {kind: getattr(instead, kind) for kind in self.modules}
-        self.graphs = {kind: torch.compile(module, **options) for kind, module in modules.items()}
-
-    @left_out
-    def graph(self, kind: str) -> Callable[..., Any]:
-        """Return what runs a graph. An outer `torch.compile` gets the module's code, whose weights it finds on the module."""
-        return self.modules[kind].forward if get_eval_frame_callback() and not self._is_compiled else self.graphs[kind]
-
-    @left_out
-    def replays(self) -> bool:
-        """Whether what a graph returns now may be overwritten by its next run, since a CUDA graph is replayed.
-
-        An outer `torch.compile` may do so and does not say: it counts as if it does.
-        """
-        if self.plan.device.type != "cuda":
-            return False
-        return self._uses_cuda_graphs if self._is_compiled else bool(get_eval_frame_callback())
 
     def fresh(self, sizes: Mapping[str, int], step: int = 0) -> CacheState:
         """Return the state of a context that has computed nothing, at these sizes; its next step is `step`."""
@@ -206,6 +155,16 @@ class RunnableProgram:
             found = self._settings[key] = policy_parameters(config, num_steps, self.plan.device, names)
         self._last_settings[kind] = config, num_steps, found
         return found
+
+    def decided(self, config: CacheConfig, num_steps: int | None, step: int) -> int | None:
+        """Return how many steps reuse after a computed one, if the host knows; see `host_decision`. Those of the last settings are kept."""
+        last, count, known = self._decided
+        if config is not last or count != num_steps:
+            known = {}
+            self._decided = config, num_steps, known
+        if step not in known:
+            known[step] = host_decision(config, num_steps, step)
+        return known[step]
 
     def taken(self, kind: str, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return those that a graph takes of what all graphs take."""
@@ -282,15 +241,17 @@ class RunnableProgram:
             return not state.reuses_next
         return torch.cat(state.slots[len(self.plan.slots) :]) < state.step
 
-    def split(self, returned: Any, state: CacheState, replayed: bool) -> tuple[Any, CacheState, Tensor | None]:
+    def split(self, returned: Any, state: CacheState, replayed: bool, decided: int | None = None) -> tuple[Any, CacheState, Tensor | None]:
         """Part a graph's results into the model's output, the next state and the measured change.
 
-        Reads `reuse_left` on the host after a computed step: the only synchronization, and none with the guard in the graph.
+        Reads `reuse_left` on the host after a computed step, if its decision is not known there: the only synchronization, and none
+        with the guard in the graph.
 
         Args:
             returned: What the graph returned.
             state: The state that it ran on.
             replayed: Whether its next run may overwrite that (see `replays`): what is kept or handed out is copied then.
+            decided: What the host knows; see `decided`.
         """
         if state.reuses_next and not replayed:
             return pytree.tree_unflatten(returned, self.program.signature.out_spec), state.reused(), None
@@ -299,19 +260,7 @@ class RunnableProgram:
         outputs = self.results(self.io[kind], named)
         if state.reuses_next:
             return outputs, state.reused(), None
-        left = 0 if self.guarded else int(named[REUSE_LEFT])
+        left = 0
+        if not self.guarded:
+            left = int(named[REUSE_LEFT]) if decided is None else decided
         return outputs, state.computed(tuple(self.written(named)), left), named.get(INDICATOR)
-
-
-@left_out
-def run_all(runnable: RunnableProgram, flat: Sequence[Any], fresh: CacheState, parameters: tuple[Tensor, ...]) -> None:
-    """Run every graph on a fresh state and drop what it returns; an outer torch.compile compiles them here.
-
-    Where CUDA graphs are replayed each graph runs twice: the first run compiles, the second one records.
-    `parameters` are what all graphs take of the settings.
-    """
-    with torch.no_grad():
-        for state in (fresh, dataclasses.replace(fresh, cursor=Cursor(step=1, computed_at=0, reuse_until=1))):
-            kind = runnable.kind(state)
-            for _ in range(2 if runnable.replays() else 1):
-                runnable.graph(kind)(*runnable.operands(flat, state, runnable.taken(kind, parameters)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,92 +18,15 @@ from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.report import RawStep
 from bwcache_compile.runtime.context import ModelContext, warn_without_reuse, what_changed
 from bwcache_compile.runtime.frames import hidden
-from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
+from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.sample_batch import BatchCall, BatchInputs, BatchSizes, parts_of
+from bwcache_compile.runtime.sample_rows import BatchStep, Part, Row, row_layout
 from bwcache_compile.runtime.samples_apart import check_apart
 from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState
-from bwcache_compile.step_events import StepEvent, step_event
-from bwcache_compile.stepping import Advance, Cursor, cache_cleared
-
-
-@dataclasses.dataclass
-class Row:
-    """One sample of a call.
-
-    Attributes:
-        context: Its stream of calls, locked until the call ends.
-        advance: Which step of which generation it is.
-        num_steps: Steps of the generation, if known.
-        state: What it runs on; None where nothing is cached.
-        events: What a report says of it.
-        renumbered: Whether a Python number changed since the last call.
-        following: Its state afterwards.
-        change: What was measured, float32[blocks].
-    """
-
-    context: ModelContext
-    advance: Advance
-    num_steps: int | None
-    state: CacheState | None
-    events: list[str]
-    renumbered: bool
-    following: CacheState | None = None
-    change: Tensor | None = None
-
-    @property
-    def reuses(self) -> bool:
-        """Whether its step reuses."""
-        return self.state is not None and self.state.reuses_next
-
-    def drop(self, why: str) -> None:
-        """Run on an empty cache."""
-        self.state = None
-        self.events.append(cache_cleared(why, self.advance.step))
-
-
-@dataclasses.dataclass
-class Part:
-    """Samples of a call that run in one graph.
-
-    Attributes:
-        kind: Names the graph.
-        rows: Which samples, by position.
-        size: The batch size at which they run; what is more than their number repeats the first.
-        match: The program.
-        layout: What each of them keeps.
-        operands: Inputs of the graph.
-        first: What the graph returned already, where it was just checked on these samples.
-    """
-
-    kind: str
-    rows: list[int]
-    size: int
-    match: ProgramMatch
-    layout: Hashable
-    operands: list[Any] = dataclasses.field(default_factory=list)
-    first: list[Any] | None = None
-
-
-@dataclasses.dataclass
-class BatchStep:
-    """A call on its way."""
-
-    call: BatchCall
-    config: CacheConfig
-    rows: list[Row]
-    parts: list[Part]
-    told: list[StepEvent] = dataclasses.field(default_factory=list)
-
-
-def row_layout(match: ProgramMatch, size: int) -> Hashable:
-    """Return what a program keeps for one sample; states of equal layouts can be exchanged."""
-    slots = []
-    for slot, tensor_shape in zip(match.runnable.slots, match.slot_shapes, strict=True):
-        slots.append((slot.name, slot.role, slot.dtype, (tensor_shape[0] // size, *tensor_shape[1:])))
-    plan = match.runnable.plan
-    return tuple(block.name for block in plan.blocks), plan.time_input, tuple(slots)
+from bwcache_compile.step_events import StepEvent
+from bwcache_compile.stepping import Advance, Cursor
 
 
 class SampleStepper:
@@ -268,15 +190,18 @@ class SampleStepper:
                 assert state is not None
                 step.rows[at].following = state.reused()
         else:
-            left = named[REUSE_LEFT].tolist()
+            rows = [step.rows[at] for at in part.rows]
+            known = [runnable.decided(step.config, row.num_steps, row.advance.step) for row in rows]
+            decided = [left for left in known if left is not None]
+            if len(decided) < len(rows):
+                decided = named[REUSE_LEFT].tolist()
             written = [parts_of(slot, part.size) for slot in runnable.written(named)]
             changes = parts_of(named[INDICATOR], part.size) if INDICATOR in named else None
-            for place, at in enumerate(part.rows):
-                row = step.rows[at]
+            for place, row in enumerate(rows):
                 # copies: a sample must not keep the memory of the whole batch
                 slots = tuple(slot[place].clone() for slot in written)
                 before = row.state or CacheState(slots, Cursor(row.advance.step))
-                row.following = before.computed(slots, left[place])
+                row.following = before.computed(slots, decided[place])
                 row.change = None if changes is None else changes[place].clone()
         return [named[name] for name in runnable.io[part.kind].results]
 
@@ -301,9 +226,8 @@ class SampleStepper:
         context.key, context.renumbered = step.call.key, row.renumbered
         context.state_bytes = following.bytes
         record = RawStep(row.advance.step, computed, fresh, row.change)
-        self._contexts.succeed(context, row.advance, record, row.events, ends_call=last)
-        if self._contexts.listeners:
-            event = step_event(context.name, context.entered, row.num_steps, row.advance, before, record, row.events, False)
+        event = self._contexts.succeed(context, row.advance, before, record, row.events, row.num_steps, ends_call=last)
+        if event is not None:
             step.told.append(event)
         if row.num_steps is not None and row.advance.step == row.num_steps - 1:
             context.release()

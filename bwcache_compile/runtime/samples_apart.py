@@ -11,7 +11,7 @@ from torch import Tensor
 from bwcache_compile.errors import UnsupportedGraphError
 from bwcache_compile.ir.compare import TOLERANCES, relative_error
 from bwcache_compile.runtime.gate import CaptureGate
-from bwcache_compile.runtime.programs import ProgramMatch
+from bwcache_compile.runtime.match import ProgramMatch
 from bwcache_compile.runtime.runnable import RunnableProgram
 
 _LEAST = 1e-6

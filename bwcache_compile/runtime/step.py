@@ -15,11 +15,12 @@ from bwcache_compile.report import RawStep
 from bwcache_compile.runtime.context import ModelContext, check_values, state_for, time_inputs, warn_without_reuse
 from bwcache_compile.runtime.frames import hidden
 from bwcache_compile.runtime.joint import synchronize_decisions
+from bwcache_compile.runtime.match import ProgramMatch
 from bwcache_compile.runtime.numbers import NumberInputs
-from bwcache_compile.runtime.programs import ProgramCache, ProgramMatch
+from bwcache_compile.runtime.programs import ProgramCache
 from bwcache_compile.runtime.signature import Parameters, call_key, changed_numbers, leaves_of
 from bwcache_compile.runtime.state import CacheState
-from bwcache_compile.step_events import StepEvent, step_event
+from bwcache_compile.step_events import StepEvent
 from bwcache_compile.stepping import Advance, StepInfo
 
 
@@ -155,7 +156,8 @@ class Stepper:
         """Store what the graph returned, and return the model's output; see `RunnableProgram.split` for `replayed`."""
         before, context, runnable = call.state, call.context, call.match.runnable
         fresh = before.cursor.computed_at < 0
-        outputs, state, change = runnable.split(returned, before, replayed)
+        decided = None if before.reuses_next or runnable.guarded else runnable.decided(call.config, call.num_steps, before.step)
+        outputs, state, change = runnable.split(returned, before, replayed, decided)
         if fresh:  # what was decided together before belongs to another cache
             context.release()
         context.state, context.match = state, call.match
@@ -163,10 +165,9 @@ class Stepper:
         if state.slots is not before.slots:
             context.state_bytes = state.bytes
         record = RawStep(before.step, runnable.computes(before), fresh, change)
-        self._contexts.succeed(context, call.advance, record, call.events)
-        if self._contexts.listeners:
-            steps, guarded = call.num_steps, runnable.guarded
-            call.told = step_event(context.name, context.entered, steps, call.advance, before.cursor, record, call.events, guarded)
+        call.told = self._contexts.succeed(
+            context, call.advance, before.cursor, record, call.events, call.num_steps, in_graph=runnable.guarded
+        )
         if call.num_steps is not None and before.step == call.num_steps - 1:
             context.release()
             warn_without_reuse(context, call.config)

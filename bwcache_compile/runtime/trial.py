@@ -15,6 +15,7 @@ from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.ranks import Ranks
 from bwcache_compile.runtime.runnable import RunnableProgram
+from bwcache_compile.runtime.runnable_graphs import Outline
 from bwcache_compile.runtime.signature import CallKey
 
 
@@ -28,7 +29,7 @@ class Toolchain:
         build: A captured program, which it consumes, and settings to a cached one.
         explain: The same to the diff of each pass.
         guard: Where the guard of a program is that `build` makes: "host" or "graph".
-        outlined: A cached program to one whose blocks are calls of the graphs that they share; None leaves it as it is.
+        outlined: See `Outline`; None compiles each block for itself.
         ranks: Those that decide together by the programs that `build` makes; None for one process.
     """
 
@@ -36,7 +37,7 @@ class Toolchain:
     build: Callable[[ModelProgram, CacheConfig], ModelProgram]
     explain: Callable[[ModelProgram, CacheConfig], dict[str, GraphDiff]]
     guard: str = "host"
-    outlined: Callable[[ModelProgram], ModelProgram] | None = None
+    outlined: Outline | None = None
     ranks: Ranks | None = None
 
 

@@ -126,7 +126,7 @@ class ModelWrapper(nn.Module):
         return result
 
     def compile_repeated_blocks(self, **options: Any) -> None:
-        """Compile what the drop-in runs in the blocks' place; a subclass may compile blocks that are alike once.
+        """Compile what the drop-in runs in the blocks' place; a subclass may compile the blocks alone.
 
         diffusers' method of that name compiles the original's modules, which no graph calls.
         """

@@ -54,6 +54,9 @@ def test_what_both_refuse(bundles: Path, format: str) -> None:
         outside += "\n" + reasons(session, lambda s: s(x, t))
     shown = reasons(
         session,
+        lambda s: s.cache_context("cond", step_index="3"),
+        lambda s: s.cache_context("cond", step_index=[1, 2]),
+        lambda s: s.cache_context("cond", num_inference_steps=7.5),
         lambda s: s(x),
         lambda s: s(x, t, t),
         lambda s: s(x, t=t, x=x),
@@ -73,6 +76,9 @@ StateError: step_index must be from 0 to 7, got 8: this generation has 8 steps. 
  reset(num_steps=...), if it has more.
 StateError: step_index must be from 0 to 7, got -1: this generation has 8 steps. Pass num_inference_steps to cache_context, or call\
  reset(num_steps=...), if it has more.
+ConfigError: step_index must be a single whole number, got '3'.
+ConfigError: step_index must be a single whole number, got [1, 2], and rows does not name the samples of a batch.
+ConfigError: num_inference_steps must be a single whole number, got 7.5.
 StateError: missing inputs: t. The bundle takes x, t.
 StateError: got 3 positional arguments, but the model takes 2: x, t.
 StateError: got x twice, by position and by name.

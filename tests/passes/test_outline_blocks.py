@@ -13,12 +13,13 @@ from torch.fx import GraphModule
 
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.ir.inline import inline_calls
+from bwcache_compile.ir.outlined_block import OutlinedBlock
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.passes import outlined
 from bwcache_compile.passes.outline_blocks import outline_blocks
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.testing import assert_graph_diff
-from tests.models import OddMiddle, OneStream, Tiny, TwoStream
+from tests.models import Block, OddMiddle, OneStream, Tiny, TwoStream
 from tests.passes.helpers import applied, around, compute, fresh, models, planned, ready_for, same
 
 STATIC = CacheConfig(policy="static", steps_mask=(0, 1, 0, 1, 1))
@@ -47,6 +48,34 @@ class Modulated(OneStream):
         x, (scale, shift) = self.patch(x), self.embed(t).chunk(2, -1)
         for block in self.blocks:
             x = block(x, scale, shift)
+        return self.head(x)
+
+
+class SplitBlock(nn.Module):
+    """Joins two streams and parts them again: it returns two views of one tensor, as Flux's single blocks do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat([x, y], 1)
+        both = both + self.down(torch.relu(self.up(both)))
+        x, y = both.split([x.shape[1], y.shape[1]], 1)
+        return x, y
+
+
+class Split(OneStream):
+    """Its blocks hand on two streams."""
+
+    def __init__(self, depth: int = 4, width: int = 8) -> None:
+        super().__init__(depth, width)
+        self.blocks = nn.ModuleList(SplitBlock(width) for _ in range(depth))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x, y = self.patch(x), self.embed(t)
+        for block in self.blocks:
+            x, y = block(x, y)
         return self.head(x)
 
 
@@ -146,11 +175,35 @@ def test_diff() -> None:
         (TwoStream(double=2, single=3), (5, 2)),
         (OddMiddle(), (2, 1)),
         (Modulated(depth=3), (3, 1)),
+        (Split(depth=5), (3, 1)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
 def test_a_compiler_sees_one_region_for_each_kind_of_block(model: Tiny, expected: tuple[int, int]) -> None:
     assert regions(outlined(finished(model))) == [expected]
+
+
+def test_two_kinds_of_blocks_side_by_side() -> None:
+    """What a block of the second kind reads was replaced when those of the first were."""
+    model = OneStream()
+    model.blocks = nn.ModuleList(Block(8, inner) for inner in (8, 8, 16, 16))
+    assert regions(outlined(finished(model))) == [(4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [(OneStream(depth=5), (5, 1)), (OddMiddle(), (3, 2)), (Modulated(depth=3), (3, 1)), (Tied(), (3, 1))],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_regional_outlines_every_block(model: Tiny, expected: tuple[int, int]) -> None:
+    """A block that is like no other, and one that shares memory with what is around it, too."""
+    program, count, kinds = outlined(finished(model), regional=True), *expected
+    blocks = [inner for inner in program.compute.modules() if isinstance(inner, OutlinedBlock)]
+    calls = [n for m in program.compute.modules() if isinstance(m, GraphModule) for n in m.graph.find_nodes(op="call_module")]
+    assert (sum("bwcache_block" in str(call.target) for call in calls), len(blocks)) == (count, kinds)
+    state = fresh(program.planned())
+    with torch.no_grad():
+        assert same(compute(program, example(program), state, 0)[0], compute(finished(model), example(program), state, 0)[0])
 
 
 def test_the_measured_rows_are_taken_outside() -> None:

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor import metrics
+from torch._inductor.utils import fresh_cache
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import bwcache_compile as bw
 from bwcache_compile.runtime.maker import MAX_SIBLINGS
-from tests.models import OneStream, TwoStream, noise
+from tests.models import OddMiddle, OneStream, Tiny, TwoStream, noise
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -110,8 +113,25 @@ def test_each_graph_compiles_whole(reuse: Any) -> None:
     assert graphs() == 2, "warm-up compiled everything"
 
 
-def test_repeated_blocks_are_compiled_once() -> None:
-    """diffusers' method of that name, on a drop-in."""
+@pytest.mark.parametrize("how", ["compile", "compile_repeated_blocks", "torch.compile"])
+def test_blocks_that_are_alike_are_compiled_once(how: str) -> None:
+    generated = []
+    for depth in (2, 5):
+        model = OneStream(depth=depth).eval()
+        cached = bw.transform(model, policy="static", steps_mask=(0, 0, 1), example_args=model.example())
+        compiled: Any = torch.compile(cached) if how == "torch.compile" else cached
+        if compiled is cached:
+            getattr(cached, how)()
+        metrics.reset()
+        torch.compiler.reset()
+        with fresh_cache(), torch.no_grad():
+            compiled(*model.example())
+        generated.append(metrics.generated_kernel_count)
+    assert generated[0] == generated[1] > 0
+
+
+def test_the_blocks_alone_are_compiled() -> None:
+    """diffusers' method of that name, on a drop-in: at every size, and no graph for what is around the blocks or for a reused step."""
     model = OneStream(depth=4).eval()
     config = bw.CacheConfig(policy="static", steps_mask=(0, 0, 1))
     eager, cached = (bw.transform(model, config, dynamic_shapes="auto") for _ in range(2))
@@ -121,13 +141,54 @@ def test_repeated_blocks_are_compiled_once() -> None:
             x, t = noise("x", step, batch, tokens, 4), torch.full((batch,), 1 - step / 8)
             with torch.no_grad():
                 torch.testing.assert_close(cached(x, t), eager(x, t), rtol=1e-5, atol=1e-5)
-    assert graphs() == 2
+    assert graphs() == 1
 
 
-def test_compile_repeated_blocks_refuses_a_guard_in_the_graph() -> None:
+@pytest.mark.parametrize(("model", "kinds"), [(OneStream(), 1), (TwoStream(), 2), (OddMiddle(), 2)], ids=lambda value: type(value).__name__)
+def test_each_kind_of_block_is_compiled(model: Tiny, kinds: int) -> None:
+    """One that is like no other too."""
+    config = bw.CacheConfig(policy="adaptive", num_steps=4, threshold=1e9)
+    eager, cached = bw.transform(model.eval(), config), bw.transform(model, config)
+    cached.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    for step in range(4):
+        with torch.no_grad():
+            torch.testing.assert_close(cached(*model.example(step=step)), eager(*model.example(step=step)), rtol=1e-5, atol=1e-5)
+    assert cached.report().contexts["default"].reused > 0
+    assert graphs() == kinds
+
+
+class FlexBlock(nn.Module):
+    """Attends with a function of the user's, as blocks with sparse attention do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(x * temb).chunk(3, -1))
+        near = create_block_mask(lambda b, h, i, j: (i - j).abs() < 3, None, None, x.shape[1], x.shape[1], device=x.device)
+        return x + self.out(flex_attention(q, k, v, block_mask=near).squeeze(1))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_is_traced() -> None:
+    model = OneStream(width=16)
+    model.blocks = nn.ModuleList(FlexBlock(16) for _ in range(3))
+    config = bw.CacheConfig(policy="static", steps_mask=(0, 0, 1))
+    eager, cached = bw.transform(model.eval(), config), bw.transform(model, config)
+    cached.compile(backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(cached(*model.example(step=step)), eager(*model.example(step=step)), rtol=1e-5, atol=1e-5)
+
+
+def test_what_compile_repeated_blocks_refuses() -> None:
     cached = bw.transform(OneStream().eval(), guard="graph", num_steps=3)
     with pytest.raises(bw.ConfigError, match=r'compile_repeated_blocks needs guard="host"'):
         cached.compile_repeated_blocks()
+    cached = bw.transform(OneStream().eval(), num_steps=3)
+    with pytest.raises(bw.ConfigError, match="compile_repeated_blocks does not replay CUDA graphs"):
+        cached.compile_repeated_blocks(mode="reduce-overhead")
 
 
 def test_the_compiled_error_is_the_plainly_compiled_models_own() -> None:

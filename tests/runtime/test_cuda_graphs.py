@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import bwcache_compile as bw
-from bwcache_compile.runtime import runnable as runnable_module
-from bwcache_compile.runtime.runnable import RunnableProgram, owned
+from bwcache_compile.runtime import runnable_graphs
+from bwcache_compile.runtime.compilation import Compilation, owned
+from bwcache_compile.runtime.runnable import RunnableProgram
 from tests.models import OneStream
 from tests.runtime.helpers import STATIC, run
 
@@ -133,8 +134,8 @@ def test_who_replays(model: OneStream, monkeypatch: pytest.MonkeyPatch, options:
         placed = program.replace(plan=dataclasses.replace(program.planned(), device=torch.device(device)))
         runnable = RunnableProgram(placed, cached._programs.latest.key)
         if options is not None:
-            runnable.compile(options)
-        monkeypatch.setattr(runnable_module, "get_eval_frame_callback", lambda: steps if outer else None)
+            runnable.compile(Compilation(options))
+        monkeypatch.setattr(runnable_graphs, "get_eval_frame_callback", lambda: steps if outer else None)
         assert runnable.replays() == expected
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +95,24 @@ def test_what_a_context_says_must_fit(model: OneStream) -> None:
     message = r"step_index must be from 0 to 5, got 6: this generation has 6 steps\."
     with cached.cache_context("cond", step_index=6), pytest.raises(bw.StateError, match=message):
         run(cached, *model.example())
+
+
+@pytest.mark.parametrize("capture", ["whole", "region", "opaque"])
+@pytest.mark.parametrize("value", ["3", 2.5, 1j, float("nan"), object(), torch.ones(2, dtype=torch.int64)])
+def test_a_step_is_a_whole_number(model: OneStream, capture: Any, value: Any) -> None:
+    cached: Any = bw.transform(model, STATIC, capture=capture)
+    for name in ("step_index", "num_inference_steps"):
+        with pytest.raises(bw.ConfigError) as caught:
+            cached.cache_context("cond", **{name: value})
+        assert str(caught.value) == f"{name} must be a single whole number, got {value!r}."
+
+
+def test_a_step_may_be_any_whole_number(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    for step, value in enumerate((0, torch.tensor(1), np.int64(2))):
+        with cached.cache_context("cond", step_index=value):  # type: ignore[arg-type]
+            run(cached, *model.example(step=step))
+    assert [record.step for record in cached.report().contexts["cond"].steps] == [0, 1, 2]
 
 
 def test_two_calls_a_step_are_noticed(model: OneStream) -> None:

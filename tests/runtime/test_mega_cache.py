@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def compiled(method: str) -> None:
-    """Compile both graphs of a cached model."""
+    """Compile a cached model."""
     model = OneStream().eval()
     cached = bw.transform(model, policy="static", steps_mask=(0, 1))
     getattr(cached, method)()
@@ -40,8 +40,8 @@ def run(task: str, method: str, path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["compile", "compile_repeated_blocks"])
-def test_another_process_compiles_nothing(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "graphs"), [("compile", 2), ("compile_repeated_blocks", 1)])
+def test_another_process_compiles_nothing(method: str, graphs: int, tmp_path: Path) -> None:
     counted = {}
     for task in ("save", "load"):
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / task), "PYTHONPATH": str(ROOT)}
@@ -49,4 +49,4 @@ def test_another_process_compiles_nothing(method: str, tmp_path: Path) -> None:
         command = [sys.executable, "-W", "ignore", "-c", code, task, method, str(tmp_path / "artifacts")]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
         counted[task] = json.loads(done.stdout.splitlines()[-1])
-    assert counted == {"save": {"hit": 0, "miss": 2}, "load": {"hit": 2, "miss": 0}}
+    assert counted == {"save": {"hit": 0, "miss": graphs}, "load": {"hit": graphs, "miss": 0}}

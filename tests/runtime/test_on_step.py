@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bwcache_compile as bw
+from bwcache_compile.ir.policy_tensors import host_decision
 from bwcache_compile.stepping import RunStep
 from tests.exporters.helpers import opened
 from tests.models import OneStream
@@ -82,6 +84,32 @@ def test_nothing_is_read_unless_someone_listens(model: OneStream) -> None:
     assert [reads(step, step) for step in range(6)] == [1, 2, 0, 2, 0, 2], "and its indicator, where there is one"
     handle.remove()
     assert [reads(step, step) for step in range(6)] == silent
+
+
+@pytest.mark.parametrize("batch_reduce", ["joint", "per_sample"])
+def test_with_a_mask_no_step_reads_anything(model: OneStream, batch_reduce: Any) -> None:
+    """What follows a computed step is known on the host: no step waits for the device. It is as the graph says."""
+    cached = bw.transform(model, dataclasses.replace(STATIC, batch_reduce=batch_reduce))
+    generation(cached, model)
+    cached.reset()
+    with Reads() as mode:
+        generation(cached, model)
+    assert mode.count == 0
+    patterns = {"".join("#" if record.computed else "." for record in c.steps) for c in cached.report().contexts.values()}
+    assert patterns == {"#..#.#"}
+
+
+def test_the_graph_decides_as_the_host_does(model: OneStream) -> None:
+    cached = bw.transform(model, STATIC)
+    state = cached.init_state(model.example())
+    with torch.no_grad():
+        for step in range(6):
+            _, state = cached.functional_step(model.example(step=step), {}, state)  # reads what the graph decided
+            if not STATIC.steps_mask[step]:
+                left = host_decision(cached.cache_config, None, step)
+                assert left is not None
+                assert state.cursor.reuse_until == step + left
+    assert host_decision(SCHEDULE, 6, 0) is None
 
 
 def test_a_callback_that_raises_does_so_after_its_step(model: OneStream) -> None:

@@ -344,7 +344,9 @@ def test_calls_that_do_not_fit_are_refused(model: OneStream, tmp_path: Any) -> N
             (["a", "a"], None, "rows must be different names"),
             ("ab", None, "rows must be a list of names"),
             (["a", "b"], [1], "step_index has 1 entries, but rows names 2 samples"),
-            (None, [1, 2], "single numbers, unless rows names"),
+            (["a", "b"], "12", "step_index must be a single whole number, got '12'"),
+            (["a", "b"], [1, "2"], "step_index must be a single whole number, got '2'"),
+            (None, [1, 2], r"single whole number, got \[1, 2\], and rows does not name the samples"),
         ):
             with pytest.raises(bw.ConfigError, match=reason):
                 cached.cache_context("c", rows=rows, step_index=step)
