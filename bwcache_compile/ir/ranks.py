@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, UnsupportedGraphError
+from bwcache_compile.errors import CaptureError, ConfigError, InvariantError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.ir.torch_compat import gather_over_ranks, ranks_of, sum_over_ranks
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Agreement:
         Raises:
             CaptureError: Another rank has given up.
         """
-        if self._ranks is None:
+        if self._over:
             return wrong
         said = self._exchange(False, wrong)
         if self._over:
@@ -149,7 +149,7 @@ class Agreement:
         """
         try:
             yield self
-        except (CaptureError, ConfigError, NoBlocksFoundError, UnsupportedGraphError) as error:
+        except (CaptureError, ConfigError, InvariantError, NoBlocksFoundError, UnsupportedGraphError) as error:
             if self._over:
                 raise
             said = self._exchange(True, named(error))
@@ -169,8 +169,9 @@ class Agreement:
         return {rank: text for rank, (_, text) in said.items()}
 
     def _refusal(self, said: Mapping[int, str | None]) -> CaptureError:
+        why = _told(said, next(iter(said.values())))
         return CaptureError(
-            f"could not capture {self._name} on every rank of the process group, so no rank captures it.\n  {_told(said, None)}\n"
+            f"could not capture {self._name} on every rank of the process group, so no rank captures it.\n  {why}\n"
             "  Ranks that run a model together must run the same code on inputs of the same kind."
         )
 
