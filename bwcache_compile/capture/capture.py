@@ -19,6 +19,7 @@ from bwcache_compile.errors import CaptureError, first_line
 from bwcache_compile.ir.call_signature import Reading
 from bwcache_compile.ir.compare import Reference
 from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.ir.ranks import Agreement
 from bwcache_compile.ir.sizes import CallSizes, VaryingSizes, hint
 from bwcache_compile.ir.source_lines import class_files, error_line
 from bwcache_compile.ir.torch_compat import pytree
@@ -103,9 +104,9 @@ def _serves(program: ModelProgram, seen: Sequence[CallSizes]) -> bool:
 
 
 def _attempts(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opened: Any, modes: Sequence[Mode]
-) -> Iterator[tuple[Mode, ModelProgram | _Failure]]:
-    """Trace a model in each mode in turn, and yield what came of it.
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opened: Any, modes: Sequence[Mode], agreement: Agreement
+) -> Iterator[tuple[Mode, ModelProgram | str]]:
+    """Trace a model in each mode in turn, and yield what came of it: a program, or why there is none on some rank.
 
     A non-strict program that does not serve the sizes of all calls seen is yielded after the strict one. In the mode "reading",
     the sizes of all tensors that Python may read are fixed first; if the model reads only some of them, it is traced again with
@@ -125,11 +126,14 @@ def _attempts(
         if mode == "reading" and not stopped:
             return
         values = sources(model, args, kwargs) if mode == "reading" else {}
-        outcome = attempt(mode, values)
-        if isinstance(opened, VaryingSizes) and isinstance(outcome, ModelProgram) and values.keys() - outcome.signature.read.keys():
-            wider = attempt(mode, {name: values[name] for name in outcome.signature.read})
-            outcome = wider if isinstance(wider, ModelProgram) else outcome
-        stopped = stopped or isinstance(outcome, _Failure)
+        traced = attempt(mode, values)
+        if isinstance(opened, VaryingSizes) and isinstance(traced, ModelProgram) and values.keys() - traced.signature.read.keys():
+            wider = attempt(mode, {name: values[name] for name in traced.signature.read})
+            traced = wider if isinstance(wider, ModelProgram) else traced
+        failure = traced.describe(mode, model, leaf_names(model, args, kwargs)) if isinstance(traced, _Failure) else None
+        failure = agreement.joint(failure)
+        outcome = traced if failure is None and isinstance(traced, ModelProgram) else str(failure)
+        stopped = stopped or isinstance(outcome, str)
         serves = isinstance(outcome, ModelProgram) and _serves(outcome, seen)
         if mode == "non-strict" and isinstance(outcome, ModelProgram) and not serves:
             narrow = outcome  # non-strict tracing makes a constant of int(size ** 0.5)
@@ -183,9 +187,9 @@ def capture(
     failures: list[str] = []
     advice: list[str] = []
     modes = get_args(Mode)[-1:] if reading else get_args(Mode)
-    for mode, outcome in _attempts(model, args, kwargs, opened, modes):
-        if isinstance(outcome, _Failure):
-            failures.append(outcome.describe(mode, model, leaf_names(model, args, kwargs)))
+    for mode, outcome in _attempts(model, args, kwargs, opened, modes, reference.agreement):
+        if isinstance(outcome, str):
+            failures.append(outcome)
             advice.append(_UNTRACED)
             continue
         if not reference.verify:

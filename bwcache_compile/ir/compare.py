@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bwcache_compile.errors import CaptureError, warn
+from bwcache_compile.ir.ranks import ALONE, Agreement
 from bwcache_compile.ir.torch_compat import pytree
 
 Verify = Literal["bitwise", "close", False]
@@ -82,11 +83,16 @@ def difference(expected: list[Any], actual: list[Any], close: bool = False) -> s
 
 
 class Reference:
-    """The outputs of a model for one call. The model runs when they are first needed, and only once unless a graph differs."""
+    """The outputs of a model for one call. The model runs when they are first needed, and only once unless a graph differs.
+
+    Attributes:
+        agreement: With the ranks that compare their graphs at the same call: the model runs again on all of them or on none.
+    """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], verify: Verify = "bitwise") -> None:
         """Run nothing yet."""
         self.model, self.args, self.kwargs, self.verify = model, args, kwargs, verify
+        self.agreement: Agreement = ALONE
         self._expected: list[Any] | None = None
 
     def inputs(self) -> list[Any]:
@@ -114,15 +120,15 @@ class Reference:
         if not self.verify:
             return None
         close = self.verify == "close"
-        wrong = difference(self.outputs(), actual, close)
+        wrong = self.agreement.joint(difference(self.outputs(), actual, close))
         if wrong is None:
             return None
         with torch.compiler.set_stance("force_eager"):
             plain = self._run()
-        if difference(plain, actual, close) is not None:
+        if self.agreement.joint(difference(plain, actual, close)) is not None:
             return wrong
         # a model that counts its calls returns something else each time, compiled functions or none
-        if difference(self.outputs(), self._run()) is not None:
+        if self.agreement.joint(difference(self.outputs(), self._run())) is not None:
             return wrong
         warn(
             f"{type(self.model).__name__} calls torch.compile on functions of its own, and compiled kernels round differently. The captured"

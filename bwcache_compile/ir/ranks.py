@@ -1,16 +1,17 @@
-"""Which ranks decide together, and the one reduction that lets them: the same measurement on all of them."""
+"""Which ranks decide together, the one reduction that lets them, and how they capture a model together or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bwcache_compile.errors import ConfigError
-from bwcache_compile.ir.torch_compat import sum_over_ranks
+from bwcache_compile.errors import CaptureError, ConfigError, InvariantError, NoBlocksFoundError, UnsupportedGraphError
+from bwcache_compile.ir.torch_compat import gather_over_ranks, ranks_of, sum_over_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,7 +36,7 @@ class Ranks:
         """Return the ranks of process groups, see `transform`; None without one.
 
         Raises:
-            ConfigError: It is no process group, or this process is no member of it.
+            ConfigError: It is no process group, or this process is no member of it; or ranks of the sequence are not in it.
         """
         if process_group is None:
             if sequence_group is not None:
@@ -47,6 +48,12 @@ class Ranks:
         if sequence_group is None:
             return Ranks(process_group.group_name)
         _check("sequence_group", sequence_group)
+        outside = ranks_of(sequence_group) - ranks_of(process_group)
+        if outside:
+            raise ConfigError(
+                f"rank {min(outside)} is in sequence_group and not in process_group: the ranks of one sequence decide together. Pass a"
+                " process_group of all ranks that run the model together, such as torch.distributed.group.WORLD."
+            )
         return Ranks(process_group.group_name, sequence_group.size(), sequence_group.rank())
 
 
@@ -55,6 +62,25 @@ def _check(name: str, group: Any) -> None:
         raise ConfigError(
             f"{name} must be a process group of torch.distributed that this process is a member of, such as"
             f" torch.distributed.group.WORLD or mesh.get_group(), got {type(group).__name__}."
+        )
+
+
+def check_group(model: str, operator: str, group: str, ranks: Ranks) -> None:
+    """Refuse blocks that communicate over a process group, by its name, whose ranks do not all decide together.
+
+    Args:
+        model: Its name.
+        operator: What communicates.
+        group: The process group.
+        ranks: Those that decide together.
+
+    Raises:
+        ConfigError: One of its ranks may reuse a step that another one computes.
+    """
+    if ranks_of(group) - ranks_of(ranks.group):
+        raise ConfigError(
+            f"the blocks of {model} communicate with ranks that are not in process_group (`{operator}`) and would decide otherwise. Pass a"
+            " process_group of all ranks that run the model together, such as torch.distributed.group.WORLD."
         )
 
 
@@ -79,3 +105,83 @@ def mean_over_ranks(change: Tensor, references: Sequence[Tensor], ranks: Ranks) 
         changed = torch.stack([mine if reference.numel() else weight for reference, mine, weight in pairs])
     sums = sum_over_ranks(torch.stack([changed, weights]), ranks.group)
     return (sums[0] / sums[1]).float()
+
+
+def named(error: Exception) -> str:
+    """Return the kind of an error and what it says."""
+    return f"{type(error).__name__}: {error}"
+
+
+class Agreement:
+    """Lets ranks capture a model in step: what fails on one of them has failed on all of them, for the same reason.
+
+    Ranks exchange how each stage ended on them before the next one, which may run collectives of the model or of its graph. All of them
+    must go through it at the same call, so it is for the first capture of a model: later ones may come at different calls.
+    """
+
+    def __init__(self, name: str, ranks: Ranks | None) -> None:
+        """Agree on the capture of the model with this name; without ranks every exchange is with this process alone."""
+        self._name, self._ranks = name, ranks
+        self._over = ranks is None
+
+    def joint(self, wrong: str | None) -> str | None:
+        """Return why a stage failed on any rank; None if it succeeded on all of them.
+
+        Args:
+            wrong: Why it failed on this one; None if it succeeded.
+
+        Raises:
+            CaptureError: Another rank has given up.
+        """
+        if self._over:
+            return wrong
+        said = self._exchange(False, wrong)
+        if self._over:
+            raise self._refusal(said)
+        return _told(said, wrong)
+
+    @contextlib.contextmanager
+    def to_the_end(self) -> Iterator[Agreement]:
+        """Wait at the end of the block for the end on all ranks.
+
+        Raises:
+            CaptureError: The block failed on another rank.
+        """
+        try:
+            yield self
+        except (CaptureError, ConfigError, InvariantError, NoBlocksFoundError, UnsupportedGraphError) as error:
+            if self._over:
+                raise
+            said = self._exchange(True, named(error))
+            if _told(said, named(error)) == named(error):
+                raise  # as in one process
+            raise self._refusal(said) from error
+        if not self._over:
+            said = self._exchange(True, None)
+            if any(text is not None for text in said.values()):
+                raise self._refusal(said)
+
+    def _exchange(self, ends: bool, wrong: str | None) -> Mapping[int, str | None]:
+        """Return why it failed on each rank. It is over where a rank has given up."""
+        assert self._ranks is not None
+        said = gather_over_ranks((ends, wrong), self._ranks.group)
+        self._over = ends or any(ended and text is not None for ended, text in said.values())
+        return {rank: text for rank, (_, text) in said.items()}
+
+    def _refusal(self, said: Mapping[int, str | None]) -> CaptureError:
+        why = _told(said, next(iter(said.values())))
+        return CaptureError(
+            f"could not capture {self._name} on every rank of the process group, so no rank captures it.\n  {why}\n"
+            "  Ranks that run a model together must run the same code on inputs of the same kind."
+        )
+
+
+def _told(said: Mapping[int, str | None], own: str | None) -> str | None:
+    """Return what ranks said; what this one said where all of them said the same."""
+    if len(set(said.values())) == 1:
+        return own
+    return "\n  ".join(f"on rank {rank}: {text}" for rank, text in said.items() if text is not None)
+
+
+ALONE = Agreement("", None)
+"""Agrees with nobody."""

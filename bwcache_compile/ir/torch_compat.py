@@ -44,6 +44,7 @@ __all__ = [
     "disable_current_modes",
     "force_stride_order",
     "function_homes",
+    "gather_over_ranks",
     "get_eval_frame_callback",
     "inductor_compiles",
     "is_any_autocast_enabled",
@@ -54,6 +55,7 @@ __all__ = [
     "make_fx",
     "maybe_mark_dynamic",
     "pytree",
+    "ranks_of",
     "skip",
     "statically_known_true",
     "sum_over_ranks",
@@ -93,6 +95,25 @@ def sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
     collectives = torch.ops._c10d_functional
     summed: Tensor = collectives.wait_tensor(collectives.all_reduce(tensor, "sum", group))
     return summed
+
+
+def _process_group(name: str) -> Any:
+    resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
+    return resolve(name)
+
+
+def ranks_of(group: Any) -> frozenset[int]:
+    """Return the global ranks of a process group, or of that with a name."""
+    return frozenset(torch.distributed.get_process_group_ranks(_process_group(group) if isinstance(group, str) else group))
+
+
+def gather_over_ranks(value: Any, group: str) -> dict[int, Any]:
+    """Return what each rank of a process group, by its name, gives: a value that can be pickled, by global rank."""
+    members = _process_group(group)
+    ranks = torch.distributed.get_process_group_ranks(members)
+    given: list[Any] = [None] * len(ranks)
+    torch.distributed.all_gather_object(given, value, group=members)
+    return dict(zip(ranks, given, strict=True))
 
 
 def force_stride_order() -> OpOverload:

@@ -15,7 +15,7 @@ from bwcache_compile.config import CacheConfig
 from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import CaptureError, ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify, difference, flat_outputs
-from bwcache_compile.ir.ranks import Ranks
+from bwcache_compile.ir.ranks import ALONE, Agreement, Ranks
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.opaque.cache import OpaqueState, ReusedOutputs, computed_state
 from bwcache_compile.opaque.guards import BlockCall, CallPlace, CallsChanged, ComputeCalls, ReuseCalls
@@ -117,18 +117,39 @@ class OpaqueModel(UncapturedModel):
         context = self._contexts.enter(info)
         try:
             with torch.no_grad():
-                outputs, event = self._step(context, info, config, args, kwargs)
+                looks = self._runner.found is None and self._runner.needs_blocks(config)
+                run = self._first_step if looks else functools.partial(self._step, ALONE)
+                outputs, step, state, record = run(context, info, config, args, kwargs)
+                event = self._finish(context, step, state, record)
         finally:
             context.lock.release()
         if event is not None:
             self._contexts.listeners.tell(event)
         return outputs
 
-    def _step(
+    def _first_step(
         self, context: OpaqueContext, info: StepInfo, config: CacheConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, StepEvent | None]:
-        """Run a step; return the model's output, and what callbacks are told."""
+    ) -> tuple[Any, OpaqueStep, OpaqueState, RawStep]:
+        """Run a step at which the blocks are looked for, on all ranks or on none; see `_step`."""
+        try:
+            with Agreement(type(self._original).__name__, self._ranks).to_the_end() as agreement:
+                return self._step(agreement, context, info, config, args, kwargs)
+        except BaseException:
+            self._runner.forget()  # they are compared with the model once more
+            raise
+
+    def _step(
+        self,
+        agreement: Agreement,
+        context: OpaqueContext,
+        info: StepInfo,
+        config: CacheConfig,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, OpaqueStep, OpaqueState, RawStep]:
+        """Run a step; return the model's output, the step, the state after it, and what a report says of it."""
         step, expected = self._begin(context, info, config, args, kwargs)
+        agreement.joint(None)  # before the model's collectives run again
         computed = not step.state.cursor.reuses
         if not computed:
             try:
@@ -148,9 +169,10 @@ class OpaqueModel(UncapturedModel):
             state, change = computed_state(config, step.state, calls, features, step.moment, self._ranks)
             self._measured = tuple(map(str, features))
         wrong = difference(expected, flat_outputs(outputs), self._verify == "close") if expected is not None and self._verify else None
+        wrong = agreement.joint(wrong)
         if wrong is not None:
             raise CaptureError(f"{type(self._original).__name__} with guarded blocks returns something else than by itself: {wrong}.")
-        return outputs, self._finish(context, step, state, RawStep(step.advance.step, computed, step.state.cursor.computed_at < 0, change))
+        return outputs, step, state, RawStep(step.advance.step, computed, step.state.cursor.computed_at < 0, change)
 
     def _begin(
         self, context: OpaqueContext, info: StepInfo, config: CacheConfig, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from bwcache_compile.ir.edit import call_traced, check_results, inserted, new_input, read_slot, result, size_node, size_values, write_slot
@@ -17,7 +17,7 @@ from bwcache_compile.ir.graph_text import called_graph
 from bwcache_compile.ir.own_inputs import own_value
 from bwcache_compile.ir.plan import IndicatorProbe, Region
 from bwcache_compile.ir.program import OURS, ModelProgram, PassResult
-from bwcache_compile.ir.ranks import mean_over_ranks
+from bwcache_compile.ir.ranks import Ranks, check_group, mean_over_ranks
 from bwcache_compile.ir.samples import each_sample
 from bwcache_compile.ir.sizes import Size, size_of
 from bwcache_compile.ir.torch_compat import OpOverload
@@ -102,11 +102,21 @@ def _of_batch(each: Callable[..., tuple[Tensor, ...]], largest: bool, count: int
     return _largest(changes, count) if largest else changes
 
 
+def _check_groups(program: ModelProgram, region: GraphModule, ranks: Ranks) -> None:
+    """Refuse blocks that communicate with ranks which would decide otherwise."""
+    for node in region.graph.nodes:
+        group = node.args[-1] if getattr(node.target, "namespace", "") == "_c10d_functional" else None
+        if isinstance(group, str):
+            check_group(program.model_name, node.name, group, ranks)
+
+
 def _measure(program: ModelProgram, region: Region) -> None:
     plan, module, graph = program.planned(), program.compute, program.compute.graph
     call = inserted(graph, f"region{region.tag}")
     inner = called_graph(module, call)
-    named = {node.name: node for node in inner.graph.nodes}
+    ranks, named = region.measured[0].ranks, {node.name: node for node in inner.graph.nodes}
+    if ranks is not None:
+        _check_groups(program, inner, ranks)
     samples = [_sample(program, call, named[m.node], m, plan.measured.index(m)) for m in region.measured]
     output = inner.graph.output_node()
     output.args = ((*output.args[0], *samples),)  # type: ignore[misc]
@@ -119,7 +129,7 @@ def _measure(program: ModelProgram, region: Region) -> None:
             anchor = result(call, len(region.outputs) + i, region.slot("feature", i))
         features.append(anchor)
     slots = [slot for i in range(len(samples)) for slot in plan.slots if slot.name == region.slot("reference", i)]
-    references, ranks = [read_slot(program, slot) for slot in slots], region.measured[0].ranks
+    references = [read_slot(program, slot) for slot in slots]
 
     def change(*tensors: Tensor) -> Tensor:
         before = tensors[len(slots) :]
@@ -147,6 +157,9 @@ def insert_indicator(program: ModelProgram) -> PassResult:
     The region returns the measured rows behind its outputs; each becomes the next value of its reference slot. For a
     policy that measures nothing the graph stays as it is. With guards per block each has its own `change0` ... Ranks that
     run the model together get one `change`, by one reduction in the graph.
+
+    Raises:
+        ConfigError: The blocks communicate with ranks that would decide otherwise.
     """
     measuring = [region for region in program.planned().regions if region.measured]
     for region in measuring:

@@ -18,6 +18,7 @@ from bwcache_compile.context import Context
 from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify
+from bwcache_compile.ir.ranks import Agreement
 from bwcache_compile.region.stacks import HeldStack, Maker, Stacks, enter_context, found_stacks
 from bwcache_compile.region.stand_ins import ChainBroken
 from bwcache_compile.region.uncaptured import UncapturedModel, check_calibration
@@ -166,6 +167,11 @@ class RegionModel(UncapturedModel):
         try:
             return self._run(stacks, args, kwargs)
         except ChainBroken as broken:
+            if self._make.ranks is not None:
+                raise StateError(
+                    f"{type(self._original).__name__} {broken}. Its stacks are not looked for again where there are other ranks, which may"
+                    " have reused this step. Call cached.close() on all ranks, and begin a new generation."
+                ) from None
             warn(
                 f"{type(self._original).__name__} {broken}. Its stacks are looked for again: this step is computed, and the steps count"
                 " from 0 unless cache_context(..., step_index=...) says which one it is."
@@ -183,8 +189,9 @@ class RegionModel(UncapturedModel):
         with self._finding:
             self._drop()
             run = functools.partial(self._run, args=args, kwargs=kwargs)
-            self._stacks, returned = found_stacks(self._original, self._made, run, self._verify, args, kwargs)
-            self._parts = self._stacks.parts
+            with Agreement(type(self._original).__name__, self._make.ranks).to_the_end() as agreement:
+                stacks, returned = found_stacks(self._original, self._made, run, self._verify, agreement, args, kwargs)
+            self._stacks, self._parts = stacks, stacks.parts
         return returned
 
     def _made(self, stack: nn.Module) -> CachedModel:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import CaptureError, warn
 from bwcache_compile.ir.compare import Verify, difference, flat_outputs
+from bwcache_compile.ir.ranks import Agreement, Ranks
 from bwcache_compile.ir.torch_compat import pytree
 from bwcache_compile.ir.work_share import WARN_ABOVE
 from bwcache_compile.region.calls import record
@@ -29,6 +30,10 @@ from bwcache_compile.stepping import StepInfo
 
 class Maker(Protocol):
     """Makes the cached models of a model's parts."""
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks that decide together by the parts; None for one process."""
 
     def stack(self, stack: nn.Module, config: CacheConfig) -> CachedModel:
         """Return the cached model of a stack of blocks."""
@@ -108,6 +113,7 @@ def found_stacks(
     make: Callable[[nn.Module], CachedModel],
     first_run: Callable[[Stacks], Any],
     verify: Verify,
+    agreement: Agreement,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Stacks, Any]:
@@ -118,6 +124,7 @@ def found_stacks(
         make: Makes the cached model of a stack.
         first_run: Runs the model over its stacks.
         verify: How the two results are compared.
+        agreement: With the ranks that look for their stacks at the same call.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
 
@@ -131,8 +138,10 @@ def found_stacks(
     recording = record(model, args, kwargs)
     found, reasons = chains(recording.calls)
     listed = "".join(f"\n  {reason}" for reason in dict.fromkeys(reasons))
-    if not found:
-        raise CaptureError(f"{name} has no stack of blocks that hand their outputs to one another and to nothing else:{listed}")
+    without = None if found else f"{name} has no stack of blocks that hand their outputs to one another and to nothing else:{listed}"
+    without = agreement.joint(without)
+    if without is not None:
+        raise CaptureError(without)
     unread = len(_times(pytree.tree_leaves((args, kwargs))))
     held = {chain.paths[0]: HeldStack(chain, make(Stack(model, chain, unread))) for chain in found}
     stacks = Stacks(held, sum(chain.work for chain in found) / max(recording.work, 1))
@@ -142,7 +151,7 @@ def found_stacks(
         returned = first_run(stacks)
     except ChainBroken as broken:
         raise CaptureError(f"{name} {broken}, so its blocks cannot be cached as a stack.") from None
-    wrong = difference(recording.outputs, flat_outputs(returned), verify == "close") if verify else None
+    wrong = agreement.joint(difference(recording.outputs, flat_outputs(returned), verify == "close") if verify else None)
     if wrong is not None:
         raise CaptureError(f"{name} over its cached stacks returns something else than by itself: {wrong}.")
     if 1 - stacks.share > WARN_ABOVE:

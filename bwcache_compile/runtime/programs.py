@@ -14,6 +14,7 @@ from bwcache_compile.errors import StateError, warn
 from bwcache_compile.ir.compare import Reference, Verify
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.program import ModelProgram
+from bwcache_compile.ir.ranks import Agreement
 from bwcache_compile.ir.torch_compat import trace_artifact
 from bwcache_compile.runtime.compilation import Compilation
 from bwcache_compile.runtime.drop_in import refuse_training
@@ -172,7 +173,10 @@ class ProgramCache:
 
     def _capture(self, request: Request) -> tuple[RunnableProgram, list[Any] | None]:
         began, name = time.perf_counter(), type(self._model).__name__
-        runnable, first = self._maker.make(request, self._kept)
+        if not self.captured:  # later ones may come at other calls of other ranks
+            request.reference.agreement = Agreement(name, self._toolchain.ranks)
+        with request.reference.agreement.to_the_end():
+            runnable, first = self._maker.make(request, self._kept)
         LOGGER.info("captured %s in %.1f s: %d blocks are cached", name, time.perf_counter() - began, len(runnable.plan.blocks))
         trace_artifact("bwcache_plan", lambda: str(runnable.plan))
         trace_artifact("bwcache_graph_diff", lambda: str(self._toolchain.explain(runnable.program.fresh(), request.config)["whole"]))

@@ -21,13 +21,18 @@ def _class(module: str, name: str) -> Any:
 
 
 def refuse_shards(model: nn.Module) -> None:
-    """Refuse a model that FSDP2 or tensor parallelism has sharded.
+    """Refuse a model that FSDP or tensor parallelism has sharded.
 
     Raises:
-        ConfigError: A module gathers its weights in hooks of FSDP2, or a parameter is a DTensor.
+        ConfigError: A module gathers its weights by itself (FSDP1, FSDP2), or a parameter is a DTensor.
     """
     kind = type(model).__name__
     for name, module in model.named_modules():
+        if isinstance(module, _class("torch.distributed.fsdp", "FullyShardedDataParallel")):
+            raise ConfigError(
+                f"{f'module {name}' if name else 'the top module'} of {kind} is sharded by FullyShardedDataParallel, which gathers the"
+                f" weights in Python for each forward, and exporting it damages it.{_ADVICE}"
+            )
         if isinstance(module, _class("torch.distributed.fsdp", "FSDPModule")):
             raise ConfigError(
                 f"{f'module {name}' if name else 'the top module'} of {kind} is sharded by fully_shard, whose hooks gather the weights for"

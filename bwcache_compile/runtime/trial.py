@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from bwcache_compile.config import CacheConfig
-from bwcache_compile.errors import ConfigError, NoBlocksFoundError, UnsupportedGraphError
+from bwcache_compile.errors import CaptureError, ConfigError, NoBlocksFoundError, UnsupportedGraphError
 from bwcache_compile.ir.compare import Reference
 from bwcache_compile.ir.graph_text import GraphDiff
 from bwcache_compile.ir.program import ModelProgram
-from bwcache_compile.ir.ranks import Ranks
+from bwcache_compile.ir.ranks import Ranks, named
 from bwcache_compile.runtime.runnable import RunnableProgram
 from bwcache_compile.runtime.runnable_graphs import Outline
 from bwcache_compile.runtime.signature import CallKey
@@ -69,7 +69,7 @@ class Trial:
         self._make, self._request = make, request
         self.runnable: RunnableProgram | None = None
         self.first: list[Any] | None = None
-        self.error: NoBlocksFoundError | UnsupportedGraphError | None = None
+        self.error: CaptureError | NoBlocksFoundError | UnsupportedGraphError | None = None
 
     def run(self, captured: ModelProgram) -> list[Any]:
         """Return the model's outputs as the finished graph returns them, or the captured one if no program can be made of it."""
@@ -78,6 +78,12 @@ class Trial:
             self.runnable = self._make(captured)
         except (NoBlocksFoundError, UnsupportedGraphError) as error:
             self.error = error  # which may be due to a wrong capture
+        own = None if self.error is None else named(self.error)
+        joint = self._request.reference.agreement.joint(own)
+        if joint != own:
+            self.error = CaptureError(joint)
+        if self.error is not None or self.runnable is None:
+            self.runnable = None
             return list(captured.fresh().compute(*self._request.reference.inputs()))
         self.first = self._request.first_step(self.runnable)
         return self.first[: self.runnable.program.signature.out_spec.num_leaves]
@@ -87,6 +93,7 @@ class Trial:
 
         Raises:
             NoBlocksFoundError, UnsupportedGraphError: No program can be made of the capture.
+            CaptureError: None can be made on another rank.
         """
         if self.error is not None:
             raise self.error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -29,34 +30,34 @@ def ranks() -> int:
 class UlyssesBlock(Block):
     """Attends to all tokens with some of the heads: functional collectives change tokens for heads and back."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, group: Any = None) -> None:
         super().__init__(width)
         self.qkv = nn.Linear(width, 3 * width)
+        self.group, self.parts = group, group.size() if group is not None else ranks()
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3 * HEADS, -1)).unflatten(2, (3, HEADS))
-        if ranks() > 1:
-            qkv = self.exchanged(qkv.unflatten(3, (ranks(), -1)).movedim(3, 0)).movedim(0, 1).flatten(1, 2)
+        if self.parts > 1:
+            qkv = self.exchanged(qkv.unflatten(3, (self.parts, -1)).movedim(3, 0)).movedim(0, 1).flatten(1, 2)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        if ranks() > 1:
-            mixed = self.exchanged(mixed.unflatten(1, (ranks(), -1)).movedim(1, 0)).movedim(0, 2).flatten(2, 3)
+        if self.parts > 1:
+            mixed = self.exchanged(mixed.unflatten(1, (self.parts, -1)).movedim(1, 0)).movedim(0, 2).flatten(2, 3)
         return super().forward(x + mixed.flatten(2), temb)
 
-    @staticmethod
-    def exchanged(parts: Tensor) -> Tensor:
+    def exchanged(self, parts: Tensor) -> Tensor:
         """Send each rank its part, and return what the ranks sent, in their order."""
         from torch.distributed._functional_collectives import all_to_all_single
 
-        return all_to_all_single(parts.contiguous(), None, None, dist.group.WORLD)
+        return all_to_all_single(parts.contiguous(), None, None, self.group or dist.group.WORLD)
 
 
 class Ulysses(OneStream):
-    """One stack of blocks that attend."""
+    """One stack of blocks that attend. The sequence is cut over a process group, that of all ranks if none is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Any = None) -> None:
         super().__init__(DEPTH, WIDTH)
-        self.blocks = nn.ModuleList(UlyssesBlock(WIDTH) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(UlyssesBlock(WIDTH, group) for _ in range(DEPTH))
 
 
 class ShardedBlock(Block):
@@ -102,6 +103,17 @@ def fully_sharded(model: nn.Module) -> nn.Module:
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def wrapped_by_fsdp(model: nn.Module, keeps_names: bool) -> nn.Module:
+    """Shard every parameter: FSDP1."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({Block})
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=keeps_names
+    ).eval()  # which wraps in training mode
 
 
 def wan() -> nn.Module:
@@ -205,6 +217,8 @@ KINDS = {
     "megatron": Kind(one_stream, sharded),
     "dtensor": Kind(one_stream, tensor_parallel),
     "fsdp": Kind(one_stream, fully_sharded),
+    "fsdp1": Kind(one_stream, functools.partial(wrapped_by_fsdp, keeps_names=False)),
+    "fsdp1_names": Kind(one_stream, functools.partial(wrapped_by_fsdp, keeps_names=True)),
     "wan_ulysses": Kind(wan, context_parallel(ulysses_degree=1), first, wan_inputs),
     "wan_ring": Kind(wan, context_parallel(ring_degree=1), first, wan_inputs),
 }

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import bwcache_compile as bw
-from bwcache_compile.ir.ranks import Ranks, mean_over_ranks
+from bwcache_compile.ir.ranks import Agreement, Ranks, mean_over_ranks
 from bwcache_compile.policies.l1 import relative_change
 from bwcache_compile.policies.sampling import sampled_of_part, sampled_tokens
 from tests.models import Block, OneStream, noise
+from tests.region.test_region import Skipping
 
 STEPS = 10
 MEASURED: dict[str, Any] = {"policy": "schedule", "threshold": 0.3, "reuse_interval": 2, "num_steps": STEPS}
@@ -112,6 +113,44 @@ def test_the_arguments_are_checked(group: Any) -> None:
     ):
         with pytest.raises(bw.ConfigError, match=said):
             bw.transform(model(), MEASURED, **given)  # type: ignore[call-overload]
+
+
+def test_a_model_that_calls_its_blocks_otherwise_is_an_error_where_there_are_ranks(group: Any) -> None:
+    skipping = Skipping().eval()
+    cached: Any = bw.transform(skipping, MEASURED, capture="region", process_group=group)
+    with torch.no_grad():
+        cached(*skipping.example())
+        with pytest.raises(bw.StateError, match="not looked for again where there are other ranks"):
+            cached(*skipping.example(step=1), skip=True)
+        cached.close()
+        assert torch.equal(cached(*skipping.example()), skipping(*skipping.example())), "it finds its stacks anew"
+
+
+@pytest.mark.parametrize(
+    ("ends", "wrong", "said"),
+    [
+        (False, None, ""),
+        (False, "no", "on rank 0: no\n  on rank 1: it has another library"),
+        (True, "no", "no rank captures it.\n  on rank 0: no\n  on rank 1: it has another library\n  Ranks that run"),
+        (True, None, "no rank captures it.\n  on rank 1: it has another library\n  Ranks that run"),
+    ],
+)
+def test_ranks_exchange_how_a_capture_ended(ends: bool, wrong: str | None, said: str, group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = (ends, "it has another library" if said else None)
+    monkeypatch.setattr("bwcache_compile.ir.ranks.gather_over_ranks", lambda mine, _: {0: mine, 1: other})
+    agreement = Agreement("OneStream", Ranks(group.group_name))
+
+    def capture() -> None:
+        with agreement.to_the_end():
+            if wrong:
+                agreement.joint(wrong)
+
+    if ends:
+        with pytest.raises(bw.CaptureError) as caught:
+            capture()
+        assert said in str(caught.value)
+    else:
+        assert (agreement.joint(wrong) or "") == said
 
 
 class Summing(Block):

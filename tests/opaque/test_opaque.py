@@ -313,5 +313,6 @@ def test_what_a_block_returned_outlives_the_replay_of_the_next(monkeypatch: pyte
         if alike:
             assert same(outputs(cached), expected)
         else:
-            with pytest.raises(bw.CaptureError, match="returns something else than by itself"):
-                outputs(cached)
+            for _ in range(2):  # a second attempt is compared, too
+                with pytest.raises(bw.CaptureError, match="returns something else than by itself"):
+                    outputs(cached)
