@@ -68,7 +68,7 @@ def _outlined(program: ModelProgram) -> ModelProgram:
     """
     result = outline_blocks(program.copy())
     if not result.modified:
-        reasons = [f"{name}: {reason}" for name, reason in result.left.items()] or ["it has one block in a stack"]
+        reasons = [f"{block.name}: {result.left[block.name]}" for block in program.planned().blocks]
         raise ExportError(
             f"no two blocks of {program.model_name} can be compiled as one:\n  "
             + "\n  ".join(reasons)
