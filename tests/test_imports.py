@@ -27,6 +27,7 @@ BASE = {
     "clock",
     "context",
     "context_scope",
+    "context_store",
     "contexts",
     "context_methods",
     "step_events",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bwcache_compile as bw
-from bwcache_compile import contexts
+from bwcache_compile import context_store
 from tests.models import OneStream
 from tests.runtime.helpers import STATIC, generation, pattern, run
 
@@ -406,7 +406,7 @@ def test_a_generation_frees_its_tensors_at_its_last_step(model: OneStream) -> No
 
 
 def test_contexts_are_bounded(model: OneStream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contexts, "MAX_CONTEXTS", 3)
+    monkeypatch.setattr(context_store, "MAX_CONTEXTS", 3)
     cached = bw.transform(model, STATIC)
     for name in "abcdabcd":
         with cached.cache_context(name, group=name):
