@@ -19,10 +19,11 @@ from bwcache_compile.contexts import ContextTable
 from bwcache_compile.errors import ConfigError, StateError, warn
 from bwcache_compile.ir.compare import Verify
 from bwcache_compile.ir.ranks import Agreement
+from bwcache_compile.region.parts_report import parts_report, suffix
 from bwcache_compile.region.stacks import HeldStack, Maker, Stacks, enter_context, found_stacks
 from bwcache_compile.region.stand_ins import ChainBroken
 from bwcache_compile.region.uncaptured import UncapturedModel, check_calibration
-from bwcache_compile.report import ContextReport, Report
+from bwcache_compile.report import Report
 from bwcache_compile.runtime import CachedModel
 from bwcache_compile.step_events import Handle, StepEvent
 from bwcache_compile.stepping import RunStep
@@ -253,7 +254,7 @@ class RegionModel(UncapturedModel):
         for handle in self._relays:
             handle.remove()
         wanted = parts.items() if self._contexts.listeners else ()
-        self._relays = [cached.on_step(functools.partial(self._hear, _suffix(parts, name))) for name, cached in wanted]
+        self._relays = [cached.on_step(functools.partial(self._hear, suffix(parts, name))) for name, cached in wanted]
 
     def _hear(self, suffix: str, event: StepEvent) -> None:
         """Take a step of a stack."""
@@ -288,22 +289,7 @@ class RegionModel(UncapturedModel):
 
     def report(self) -> Report:
         """Return what each context did in its current generation; with several stacks, what each of them did: `cond (blocks.0)`."""
-        contexts: dict[str, ContextReport] = {}
-        blocks: list[str] = []
-        captures = 0
-        for name, cached in self._parts.items():
-            report = cached.report()
-            blocks += report.blocks
-            captures += report.captures
-            for context, done in report.contexts.items():
-                shown = context + _suffix(self._parts, name)
-                contexts[shown] = dataclasses.replace(done, name=shown)
-        return Report(contexts, tuple(blocks), captures)
-
-
-def _suffix(parts: Mapping[str, Any], name: str) -> str:
-    """Return what tells the contexts of a stack from those of the others."""
-    return "" if len(parts) == 1 else f" ({name})"
+        return parts_report(self._parts)
 
 
 def _check(model: nn.Module, config: CacheConfig) -> None:
