@@ -139,5 +139,10 @@ def load_package(path: Path) -> tuple[Callable[..., Sequence[Tensor]], int]:
     """Open what `compile_package` wrote; return it and how many inputs it takes."""
     import torch._inductor
 
-    package: Any = torch._inductor.aoti_load_package(str(path))
-    return package, pytree.treespec_loads(package.loader.get_call_spec()[0]).num_leaves
+    loader: Any = torch._inductor.aoti_load_package(str(path)).loader
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:  # calling the package itself parses descriptions of inputs and outputs each time
+        returned: Sequence[Tensor] = loader.boxed_run(list(inputs))
+        return returned
+
+    return run, pytree.treespec_loads(loader.get_call_spec()[0]).num_leaves
