@@ -98,6 +98,8 @@ def test_guidance_and_sequence_on_ranks_of_their_own(cases: list[tuple[str, str,
         for rank, done in enumerate(ranks):
             assert isinstance(done, list), (done, getattr(done, "__notes__", ""))
             mine, settings = done[number], case[0]
+            # Inductor sums in another order, and the sampler carries the difference through 30 steps
+            rtol = 5e-4 if case[2] == "inductor" else 1e-4
             assert 0 < sum(mine.computed) < STEPS
             if settings != "apart":
                 assert mine.computed == ranks[0][number].computed, case
@@ -108,7 +110,7 @@ def test_guidance_and_sequence_on_ranks_of_their_own(cases: list[tuple[str, str,
                 assert mine.computed == want.computed, case
                 for out, both in zip(mine.outputs, want.outputs, strict=True):
                     expected = both if settings == "apart" else both[rank // 2][None]
-                    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(out, expected, rtol=rtol, atol=1e-5)
 
 
 def misused() -> list[str]:
