@@ -46,6 +46,7 @@ class ModelWrapper(nn.Module):
         super().__init__()
         values = self.__dict__
         values["_parameters"], values["_buffers"], values["_modules"] = original._parameters, original._buffers, original._modules
+        values["_non_persistent_buffers_set"] = original._non_persistent_buffers_set
         values["training"] = original.training
         values["_original"] = original  # bypasses `__setattr__`: as a submodule it would prefix every name in the state dict
         values["__module__"] = type(original).__module__  # which pipelines write down beside the name of the class

@@ -141,6 +141,8 @@ def test_it_stands_in_for_the_model(model: OneStream) -> None:
     assert cached.head is model.head
     run(cached, *model.example())
     assert list(cached.state_dict()) == list(model.state_dict()), "programs are no submodules"
+    model.register_buffer("table", torch.zeros(2), persistent=False)
+    assert list(cached.state_dict()) == list(model.state_dict()), "no buffer that is not persistent"
     cached.double()
     assert model.head.weight.dtype == torch.float64
     x, t = model.example()
