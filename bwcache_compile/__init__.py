@@ -24,6 +24,7 @@ from bwcache_compile.errors import (
 if TYPE_CHECKING:
     from bwcache_compile.api import find_blocks, transform
     from bwcache_compile.api_export import export
+    from bwcache_compile.bundle.add_weights import add_weights
     from bwcache_compile.bundle.load import load
     from bwcache_compile.bundle.manifest import Manifest
     from bwcache_compile.bundle.session import Session
@@ -51,6 +52,7 @@ _HOMES = {
     "GuardedState": "runtime",
     "OpaqueModel": "opaque",
     "RegionModel": "region",
+    "add_weights": "bundle.add_weights",
     "calibrate": "calibration",
     "capture_call": "pipelines",
     "disable": "pipelines",
@@ -98,6 +100,7 @@ __all__ = [
     "StateError",
     "StepEvent",
     "UnsupportedGraphError",
+    "add_weights",
     "calibrate",
     "capture_call",
     "disable",

@@ -13,6 +13,7 @@ from bwcache_compile.bundle.manifest import Manifest
 from bwcache_compile.errors import ConfigError, ExportError
 from bwcache_compile.exporters.onnx.export import export_onnx
 from bwcache_compile.exporters.torch.export import export_torch
+from bwcache_compile.exporters.weight_sources import plain_tensors
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.program import ModelProgram
 from bwcache_compile.ir.verify import verify
@@ -92,6 +93,7 @@ def export(
     guarded: bool = False,
     blocks_once: bool = False,
     opset: int = 20,
+    include_weights: bool = True,
     repro: str | Path | None = None,
 ) -> Manifest:
     """Write a cached model as a bundle: graphs with the cache as inputs and outputs, one weight file, and a manifest.
@@ -112,6 +114,8 @@ def export(
             with the weights of each block in turn, and those for what stands around the blocks. What compiles and how much code there is
             no longer grow with the number of blocks. "aoti" only.
         opset: ONNX operator set, for that format. 20 has attention in parts, 23 as one operator.
+        include_weights: False leaves the weight file out, once the bundle was checked with it: `add_weights` writes it from the model's own
+            safetensors files. What is not in the model's `state_dict()` stays in the bundle.
         repro: A new or empty folder. If the export is refused because numbers differ, the first operator that differs is written there
             with its inputs, torch's result, and a script that compares. ONNX only.
 
@@ -120,7 +124,7 @@ def export(
 
     Raises:
         ExportError: There is no single program, it cannot be exported, or what was written differs from torch. Of an ONNX graph the
-            message then lists the operators that differ first, with their modules.
+            message then lists the operators that differ first, with their modules. Weights that are to be left out are quantized.
         ConfigError: `format` or `opset` is not supported, or `cached` or `signature` is something else.
     """
     given, cached = cached, getattr(cached, "_orig_mod", cached)  # what torch.compile returned of it
@@ -150,8 +154,11 @@ def export(
     if place is not None and place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ConfigError(f"repro must be a new or empty folder, but {place} is a file or holds files.")
     program, config = _one_program(cached, signature), cached.cache_config
+    left_out = None if include_weights else plain_tensors(cached.original.state_dict())
     with torch.autocast(program.planned().device.type, enabled=False):  # what is around this call is no part of the program
         if format != "onnx":
             outlined = _outlined(program) if blocks_once else None
-            return export_torch(program, config, directory, cached.call_parameters, compiled=format == "aoti", outlined=outlined)
-        return export_onnx(program, config, directory, cached.call_parameters, guarded=guarded, opset=opset, repro=place)
+            packages: dict[str, Any] = {"compiled": format == "aoti", "outlined": outlined, "left_out": left_out}
+            return export_torch(program, config, directory, cached.call_parameters, **packages)
+        settings: dict[str, Any] = {"guarded": guarded, "opset": opset, "repro": place, "left_out": left_out}
+        return export_onnx(program, config, directory, cached.call_parameters, **settings)

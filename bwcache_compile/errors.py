@@ -39,7 +39,7 @@ class ExportError(RuntimeError):
 
 
 class BundleError(RuntimeError):
-    """An exported bundle is damaged, altered, incomplete, or of a version that this one does not read."""
+    """An exported bundle is damaged, altered, incomplete, of a version that this one does not read, or was offered other weights."""
 
 
 def first_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from bwcache_compile.errors import BundleError
 FORMAT = "bwcache-bundle"
 VERSION = 2
 MANIFEST = "manifest.json"
+ALIGNMENT = 4096
+"""Where a tensor may begin in a weight file, in bytes: at a page."""
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
 FORMATS = ("onnx", "pt2", "aoti")
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """An opened bundle, every file of which was verified.
+    """An opened bundle, every file of which was verified: but for the weights, where they were not asked for.
 
     Attributes:
         folder: Where it is.
@@ -99,15 +102,23 @@ def _check_tensors(path: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path}: {entry.name} has an invalid shape {list(entry.shape)}.")
 
 
-def _check_file(folder: Path, name: str, entry: FileEntry, verify_hash: bool) -> None:
-    path, parts = folder / name, name.split("/")
-    if any(part != Path(part).name or part in ("", ".", "..") or "\\" in part for part in parts):
-        raise BundleError(f"{folder / MANIFEST} refers to {name!r}, which is outside the bundle.")
+def is_there(folder: Path, name: str) -> bool:
+    """Whether a folder has a file of this name, and no link on the way to it."""
+    parts = name.split("/")
     try:
-        there = path.is_file() and not any(folder.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts)))
+        return (folder / name).is_file() and not any(folder.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts)))
     except OSError:  # no name that the file system takes
-        there = False
-    if not there:
+        return False
+
+
+def _check_name(folder: Path, name: str) -> None:
+    if any(part != Path(part).name or part in ("", ".", "..") or "\\" in part for part in name.split("/")):
+        raise BundleError(f"{folder / MANIFEST} refers to {name!r}, which is outside the bundle.")
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry, verify_hash: bool) -> None:
+    path = folder / name
+    if not is_there(folder, name):
         raise BundleError(f"{path} is missing; the bundle is incomplete. Copy it again, or export it again.")
     size = path.stat().st_size
     if size != entry.bytes:
@@ -117,6 +128,21 @@ def _check_file(folder: Path, name: str, entry: FileEntry, verify_hash: bool) ->
         )
     if verify_hash and file_hash(path) != entry.sha256:
         raise BundleError(f"SHA-256 mismatch for {path}: the file was changed after export. Copy it again, or export it again.")
+
+
+def _check_sources(folder: Path, manifest: Manifest, directory: str | Path, needed: bool) -> None:
+    """Check that a bundle which was exported without its weights has them now, if they are needed."""
+    sources = manifest.weight_sources
+    if sources is None:
+        return
+    for name in (sources.file, sources.constants):
+        if name is not None and name not in manifest.files:
+            raise BundleError(f"{folder / MANIFEST}: weight_sources names {name!r}, which is not among the bundle's files.")
+    if needed and not os.path.lexists(folder / sources.file):
+        raise BundleError(
+            f"{folder} was exported without its weights, and {sources.file} was not added since. Write it from the model's safetensors"
+            f" files: bwcache add-weights {folder} SOURCE, or bwcache_compile.add_weights({str(directory)!r}, SOURCE)."
+        )
 
 
 def _check_graphs(folder: Path, manifest: Manifest) -> None:
@@ -166,12 +192,14 @@ def _check_layout(path: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path} has no memory layout for {entry.name}.")
 
 
-def open_bundle(directory: str | Path, *, verify_hashes: bool = True) -> Bundle:
+def open_bundle(directory: str | Path, *, verify_hashes: bool = True, weights: bool = True) -> Bundle:
     """Read a bundle's manifest and verify every file against it. No code of the bundle runs.
 
     Args:
         directory: The bundle.
         verify_hashes: Compare the SHA-256 of every file, which reads each whole. Sizes are always compared.
+        weights: Whether a bundle that was exported without its weights must have them by now. False is for what reads the manifest and
+            the graphs alone: the weights of such a bundle are not looked at.
 
     Raises:
         BundleError: A file is missing, truncated or altered, the manifest is damaged or of a newer version, or a graph
@@ -179,8 +207,13 @@ def open_bundle(directory: str | Path, *, verify_hashes: bool = True) -> Bundle:
     """
     folder = Path(directory)
     manifest = _read_manifest(folder)
+    _check_sources(folder, manifest, directory, weights)
+    sources = manifest.weight_sources
+    unread = sources.file if sources is not None and not weights else None
     for name, entry in manifest.files.items():
-        _check_file(folder, name, entry, verify_hashes)
+        _check_name(folder, name)
+        if name != unread:
+            _check_file(folder, name, entry, verify_hashes)
     _check_tensors(folder / MANIFEST, manifest)
     _check_graphs(folder, manifest)
     return Bundle(folder, manifest)

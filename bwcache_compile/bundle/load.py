@@ -98,8 +98,8 @@ def load(
         outputs: "numpy" (the default), or "ortvalue" to leave the model's outputs on onnxruntime's device.
 
     Raises:
-        BundleError: The bundle is damaged, altered, incomplete or too new, the runtime does not take its graphs, or it
-            holds code and `allow_code` is not given.
+        BundleError: The bundle is damaged, altered, incomplete, too new or without its weights (see `add_weights`), the runtime does not
+            take its graphs, or it holds code and `allow_code` is not given.
         ConfigError: An argument is not among the choices, does not fit the bundle, or the provider is not there.
     """
     bundle = open_bundle(directory, verify_hashes=verify_hashes)

@@ -211,6 +211,52 @@ class WeightsEntry(Entry):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceEntry(Entry):
+    """A part of the weight file that is a tensor of the model's state dict.
+
+    Attributes:
+        offset: Where it begins, in bytes.
+        keys: Its names in the state dict: several where weights are tied.
+        dtype: As torch names it.
+        shape: In the state dict.
+        order: Of its dimensions in the weight file, from the slowest to the fastest.
+        sha256: Of this part of the weight file.
+    """
+
+    offset: int
+    keys: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeptEntry(Entry):
+    """A part of the weight file that no tensor of the state dict is: where it begins, and how long it is."""
+
+    offset: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightSourcesEntry(Entry):
+    """What the weight file of a bundle that was exported without it is made of.
+
+    Attributes:
+        file: The weight file, whose size and hash are among the bundle's files.
+        tensors: Its parts that are in the state dict.
+        kept: Its other parts. They are in `constants`, one after the other.
+        constants: The file that holds these; None if there are none.
+    """
+
+    file: str
+    tensors: tuple[SourceEntry, ...]
+    kept: tuple[KeptEntry, ...]
+    constants: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorRTEntry(Entry):
     """What `tensorrt.prepare` found.
 
@@ -251,6 +297,7 @@ class Manifest(Entry):
         files: Every other file of the bundle.
         device: The one that the graphs were exported for. For torch's formats alone, as `weights`.
         weights: Where the weights are, if the graphs do not say so themselves.
+        weight_sources: What the weight file is made of, if the bundle was exported without it.
         tensorrt: What was prepared for TensorRT.
     """
 
@@ -275,4 +322,5 @@ class Manifest(Entry):
     files: Mapping[str, FileEntry]
     device: str | None = None
     weights: WeightsEntry | None = None
+    weight_sources: WeightSourcesEntry | None = None
     tensorrt: TensorRTEntry | None = None

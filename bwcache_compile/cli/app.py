@@ -40,6 +40,7 @@ for _command in (
     model_commands.profile,
     model_commands.calibrate,
     model_commands.export,
+    bundle_commands.add_weights,
     bundle_commands.check,
     bundle_commands.run,
     model_commands.bench,

@@ -40,6 +40,27 @@ def check(
         check_bundle(screen, bundle, named if named != Named() else None, device, allow_code)
 
 
+def add_weights(
+    bundle: Bundle,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", show_default=False, help="The model's safetensors file, its index of shards, or the folder that holds one."
+        ),
+    ],
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Add the weights to a bundle that was exported without them.
+
+    The weight file is written from the model's own files and is the one that a full export writes; nothing else is changed.
+    """
+    with outcome(as_json, traceback) as screen:
+        from bwcache_compile.cli.commands.add_weights import complete_bundle
+
+        complete_bundle(screen, bundle, source)
+
+
 def run(
     bundle: Bundle,
     steps: Annotated[int | None, typer.Option(min=1, show_default=False, help="Denoising steps. [default: the bundle's, or 10]")] = None,

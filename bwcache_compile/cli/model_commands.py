@@ -153,6 +153,7 @@ def export(
     blocks_once: Annotated[bool, typer.Option(help="Compile blocks that are alike once. Format aoti only.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 20,
     dynamic: Annotated[bool, typer.Option(help="Keep every size open that the model lets.")] = False,
+    weights: Annotated[bool, typer.Option(help="Include the weights, or leave them to bwcache add-weights.")] = True,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -166,7 +167,8 @@ def export(
         from bwcache_compile.cli.settings import settings
 
         named = Named(model, diffusers, config, inputs, example)
-        export_model(screen, named, out, settings(set_, plan, at), blocks, verify, format_, guarded, blocks_once, opset, dynamic)
+        chosen = settings(set_, plan, at)
+        export_model(screen, named, out, chosen, blocks, verify, format_, guarded, blocks_once, opset, dynamic, weights)
 
 
 def report(

@@ -7,19 +7,45 @@ their dimensions in memory, and the file is written while the tensors are still 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 
+from bwcache_compile.bundle.files import ALIGNMENT
 from bwcache_compile.bundle.manifest import FileEntry, WeightEntry
 from bwcache_compile.errors import ExportError
-from bwcache_compile.ir.layout import in_order, slot_order
+from bwcache_compile.ir.layout import Order, in_order, slot_order
 from bwcache_compile.ir.torch_compat import is_traceable_wrapper_subclass
 
 WEIGHTS = "weights.bin"
-_ALIGNMENT = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of the weight file.
+
+    Attributes:
+        name: Of a weight that it is; there may be others.
+        offset: Where it begins, in bytes.
+        bytes: How long it is.
+        sha256: Of these bytes.
+        view: The tensor that was written, its dimensions in the order of the file; None where it was no tensor of torch.
+    """
+
+    name: str
+    offset: int
+    bytes: int
+    sha256: str
+    view: Tensor | None
+
+
+def bytes_of(tensor: Tensor, order: Order) -> bytes:
+    """Return a tensor's bytes with its dimensions in that order."""
+    dense = in_order(tensor.detach(), order).permute(order).cpu()
+    return ctypes.string_at(dense.data_ptr(), dense.nbytes) if dense.numel() else b""
 
 
 class WeightFile:
@@ -28,6 +54,7 @@ class WeightFile:
     Attributes:
         path: Where it is.
         described: What was added, by name.
+        pieces: What is in it, in the order of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,6 +65,7 @@ class WeightFile:
         self._places: dict[tuple[str, int], int] = {}
         self._named: dict[str, Tensor] = {}
         self.described: dict[str, WeightEntry] = {}
+        self.pieces: list[Piece] = []
 
     def __enter__(self) -> WeightFile:
         """Keep it open for writing."""
@@ -47,12 +75,13 @@ class WeightFile:
         """Finish the file."""
         self._file.close()
 
-    def place(self, data: bytes) -> int:
-        """Return where these bytes are in the file, after writing them if they are new."""
+    def place(self, data: bytes, name: str, view: Tensor | None) -> int:
+        """Return where these bytes are in the file, after writing them if they are new; `name` and `view` say what they are."""
         key = (hashlib.sha256(data).hexdigest(), len(data))
         if key not in self._places:
-            self._write(b"\0" * (-self._size % _ALIGNMENT))
+            self._write(b"\0" * (-self._size % ALIGNMENT))
             self._places[key] = self._size
+            self.pieces.append(Piece(name, self._size, len(data), key[0], view))
             self._write(data)
         return self._places[key]
 
@@ -86,8 +115,7 @@ class WeightFile:
         if name not in self._named:
             self._named[name] = tensor
             order = slot_order(tensor)
-            dense = in_order(tensor.detach(), order).permute(order).cpu()
-            offset = self.place(ctypes.string_at(dense.data_ptr(), dense.nbytes) if dense.numel() else b"")
+            offset = self.place(bytes_of(tensor, order), name, tensor.detach().permute(order))
             dtype = str(tensor.dtype).removeprefix("torch.")
             self.described[name] = WeightEntry(
                 dtype=dtype, shape=tuple(tensor.shape), order=tuple(order), offset=offset, grad=tensor.requires_grad

@@ -294,7 +294,7 @@ def test_inputs_are_derived(diffusers_model: Callable[[str], Words], name: str) 
 
 def test_the_page_names_every_command_and_counts_the_classes() -> None:
     page = (ROOT / "docs" / "cli.md").read_text()
-    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    names = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
     assert [name for name in names if f"| `bwcache {name}` |" not in page] == []
     assert f"{len(ZOO)} configurations that works for {len(ZOO) - len(NOT_DERIVED)}." in page
 

@@ -23,16 +23,19 @@ from bwcache_compile.bundle.manifest import (
     FileEntry,
     GraphEntry,
     InputEntry,
+    KeptEntry,
     Manifest,
     OutputsEntry,
     SequenceEntry,
     SlotEntry,
+    SourceEntry,
     SymbolEntry,
     TensorEntry,
     TensorRTEntry,
     ValueEntry,
     WeightEntry,
     WeightsEntry,
+    WeightSourcesEntry,
 )
 from bwcache_compile.bundle.manifest_text import read_text, write_text
 from bwcache_compile.exporters.write import add_files, write_manifest
@@ -78,9 +81,24 @@ WHOLE = Manifest(
     weights=WeightsEntry(
         file="weights.bin", tensors={"w": WeightEntry(dtype="float32", shape=(2, 3), order=(1, 0), offset=4096, grad=True)}
     ),
+    weight_sources=WeightSourcesEntry(
+        file="weights.bin",
+        tensors=(SourceEntry(offset=4096, keys=("w", "tied"), dtype="float32", shape=(2, 3), order=(1, 0), sha256="00"),),
+        kept=(KeptEntry(offset=0, bytes=8),),
+        constants="constants.bin",
+    ),
     tensorrt=TensorRTEntry(list="10.15", unlisted=("a line",), sizes={"x[0]": (2, 4, 8)}),
 )
-OPTIONAL = {("device",), ("weights",), ("tensorrt",), ("inputs", 0, "order"), ("slots", 0, "order"), ("slots", 1, "order")}
+OPTIONAL = {
+    ("device",),
+    ("weights",),
+    ("weight_sources",),
+    ("weight_sources", "constants"),
+    ("tensorrt",),
+    ("inputs", 0, "order"),
+    ("slots", 0, "order"),
+    ("slots", 1, "order"),
+}
 OPTIONAL |= {("graphs", "compute", "weights"), ("graphs", "compute", "file")}
 OPTIONAL |= {("graphs", "sequence", "sequence"), ("graphs", "sequence", "sequence", "calls", 0, "block")}
 FREE = (("self_check",), ("outputs", "form"))
@@ -130,7 +148,7 @@ def test_nothing_is_lost() -> None:
 
 
 def test_absent_parts_are_left_out() -> None:
-    assert not {"device", "weights", "tensorrt"} & set(plain_manifest().to_json())
+    assert not {"device", "weights", "weight_sources", "tensorrt"} & set(plain_manifest().to_json())
     assert plain_manifest().to_json()["opset"] == 20
     assert WHOLE.to_json()["opset"] is None
 

@@ -26,6 +26,7 @@ def export_model(
     blocks_once: bool,
     opset: int,
     dynamic: bool,
+    include_weights: bool,
 ) -> None:
     """Export a model and show what was written. A failure leaves what was there.
 
@@ -35,10 +36,13 @@ def export_model(
     source = loaded(screen, named)
     cached = transformed(screen, source, config, blocks, verify=verify, dynamic_shapes="auto" if dynamic else None)
     with screen.progress("exporting and checking"):
-        manifest = bw.export(cached, out, graph_format, guarded=guarded, blocks_once=blocks_once, opset=opset)
+        manifest = bw.export(
+            cached, out, graph_format, guarded=guarded, blocks_once=blocks_once, opset=opset, include_weights=include_weights
+        )
+    left_out = None if manifest.weight_sources is None else manifest.weight_sources.file
     sizes = {name: entry.bytes for name, entry in manifest.files.items()}
-    document = {**head(source), "bundle": str(out), **summary(manifest), "files": sizes}
-    rows = [(name, bytes_text(size)) for name, size in sizes.items()]
+    document = {**head(source), "bundle": str(out), **summary(manifest), "files": sizes, "left_out": left_out}
+    rows = [(name, bytes_text(size) + " left out" * (name == left_out)) for name, size in sizes.items()]
     check = manifest.self_check
     screen.show(
         document,

@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 
-from bwcache_compile.bundle.files import Bundle, open_bundle
+from bwcache_compile.bundle.files import Bundle
 from bwcache_compile.bundle.load import ort_session
 from bwcache_compile.bundle.manifest import GraphEntry, Manifest
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.errors import ConfigError, ExportError
 from bwcache_compile.exporters.check import check_runs, check_structure, tolerance_of
 from bwcache_compile.exporters.describe import declared_shapes, describe
+from bwcache_compile.exporters.finish import finished
 from bwcache_compile.exporters.graphs import PlainGraph, plain_graph
 from bwcache_compile.exporters.onnx import lower as writer
 from bwcache_compile.exporters.onnx.first_difference import Comparison, explain_difference
 from bwcache_compile.exporters.onnx.stand_in import computes_in_half, stand_in
 from bwcache_compile.exporters.refuse import refuse
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
-from bwcache_compile.exporters.write import new_bundle, write_manifest
+from bwcache_compile.exporters.write import new_bundle
 from bwcache_compile.graph_io import guarded_io
 from bwcache_compile.ir.program import ModelProgram
 
@@ -45,6 +46,7 @@ def export_onnx(
     guarded: bool = False,
     opset: int = 20,
     repro: Path | None = None,
+    left_out: Mapping[str, torch.Tensor] | None = None,
 ) -> Manifest:
     """Write a program as a bundle of ONNX graphs, and check it against torch before it takes its place.
 
@@ -56,6 +58,7 @@ def export_onnx(
         guarded: Write `guarded.onnx` too: one graph with an `If`.
         opset: ONNX operator set; from 23 on attention is one operator.
         repro: Where the first operator goes that differs from torch, if one does.
+        left_out: See `finished`.
 
     Returns:
         The manifest.
@@ -90,8 +93,7 @@ def export_onnx(
         manifest = dataclasses.replace(manifest, graphs=graphs)
         half = any(computes_in_half(graph.model) for graph in written.values())
         report |= _check_onnx(program, config, Bundle(folder, manifest), half, written, repro)
-        write_manifest(folder, dataclasses.replace(manifest, self_check=report), weights.entry)
-        return open_bundle(folder, verify_hashes=False).manifest  # they were made a moment ago
+        return finished(dataclasses.replace(manifest, self_check=report), weights, left_out)
 
 
 def _check_onnx(

@@ -155,8 +155,8 @@ def save(graph: OnnxGraph, path: Path, weights: WeightFile) -> None:
             tensor = value.const_value
             if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes <= rewrites.SMALL:
                 continue
-            data = tensor.tobytes()
-            offset = weights.place(data)
+            data, raw = tensor.tobytes(), getattr(tensor, "raw", None)
+            offset = weights.place(data, value.name or "", raw if isinstance(raw, torch.Tensor) else None)
             value.const_value = ir.ExternalTensor(
                 weights.path.name, offset, len(data), tensor.dtype, shape=tensor.shape, name=value.name or "", base_dir=str(path.parent)
             )

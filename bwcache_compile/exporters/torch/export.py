@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
-from bwcache_compile.bundle.files import Bundle, open_bundle
+from torch import Tensor
+
+from bwcache_compile.bundle.files import Bundle
 from bwcache_compile.bundle.load import torch_session
 from bwcache_compile.bundle.manifest import GraphEntry, Manifest, WeightsEntry
 from bwcache_compile.config import CacheConfig
 from bwcache_compile.exporters.check import Written, check_runs, check_structure, tolerance_of
 from bwcache_compile.exporters.describe import check_sizes, describe, with_layout
+from bwcache_compile.exporters.finish import finished
 from bwcache_compile.exporters.graphs import plain_graph
 from bwcache_compile.exporters.refuse import refuse
 from bwcache_compile.exporters.torch import package as writer
 from bwcache_compile.exporters.torch.sequence import write_sequence
 from bwcache_compile.exporters.weights import WEIGHTS, WeightFile
-from bwcache_compile.exporters.write import new_bundle, write_manifest
+from bwcache_compile.exporters.write import new_bundle
 from bwcache_compile.ir.program import ModelProgram
 
 
@@ -29,6 +33,7 @@ def export_torch(
     *,
     compiled: bool,
     outlined: ModelProgram | None = None,
+    left_out: Mapping[str, Tensor] | None = None,
 ) -> Manifest:
     """Write a program as a bundle of torch's own files, and check it against torch before it takes its place.
 
@@ -40,6 +45,7 @@ def export_torch(
         compiled: Write packages that AOTInductor compiled for this machine, instead of exported programs.
         outlined: The program with blocks that are calls of graphs which they share (`outline_blocks`): the compute graph is written as a
             sequence of packages, one for each of these graphs. None writes one package.
+        left_out: See `finished`.
 
     Returns:
         The manifest.
@@ -79,5 +85,4 @@ def export_torch(
         tolerance = tolerance_of(program) if compiled else 0.0
         sessions = {"pair": functools.partial(torch_session, Bundle(folder, manifest))}
         report |= check_runs(program, config, manifest, sessions, tolerance, lambda tensor: tensor)
-        write_manifest(folder, dataclasses.replace(manifest, self_check=report), weights.entry)
-        return open_bundle(folder, verify_hashes=False).manifest  # they were made a moment ago
+        return finished(dataclasses.replace(manifest, self_check=report), weights, left_out)
