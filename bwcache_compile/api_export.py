@@ -16,9 +16,8 @@ from bwcache_compile.exporters.torch.export import export_torch
 from bwcache_compile.exporters.weight_sources import plain_tensors
 from bwcache_compile.ir.graph_text import format_value
 from bwcache_compile.ir.program import ModelProgram
-from bwcache_compile.ir.verify import verify
 from bwcache_compile.opaque import OpaqueModel
-from bwcache_compile.passes.outline_blocks import outline_blocks
+from bwcache_compile.passes import outlined_copy
 from bwcache_compile.passes.specialize import specialize
 from bwcache_compile.region import RegionModel
 from bwcache_compile.runtime import CachedModel
@@ -67,7 +66,7 @@ def _outlined(program: ModelProgram) -> ModelProgram:
     Raises:
         ExportError: No two blocks can share one.
     """
-    result = outline_blocks(program.copy())
+    result = outlined_copy(program)
     if not result.modified:
         reasons = [f"{block.name}: {result.left[block.name]}" for block in program.planned().blocks]
         raise ExportError(
@@ -75,7 +74,6 @@ def _outlined(program: ModelProgram) -> ModelProgram:
             + "\n  ".join(reasons)
             + "\n  Export with blocks_once=False, which compiles the graph into one package."
         )
-    verify(result.program, outline_blocks.__name__)
     return result.program
 
 

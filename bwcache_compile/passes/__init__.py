@@ -60,7 +60,8 @@ __all__ = [
     "canonicalize",
     "explain",
     "find_blocks",
-    "for_compilers",
+    "outlined",
+    "outlined_copy",
     "plan_cache",
     "run_pipeline",
 ]
@@ -120,6 +121,13 @@ def build(
     return run_pipeline(program, CACHE_PIPELINE if guard == "host" else GUARD_PIPELINE, after_pass)
 
 
+def outlined_copy(program: ModelProgram, regional: bool = False) -> PassResult:
+    """Run `outline_blocks` on a copy of a finished program, and verify it."""
+    made = outline_blocks(program.replace(compute=graph_module_copy(program.compute)), regional)
+    verify(made.program, outline_blocks.__name__)
+    return made
+
+
 def outlined(program: ModelProgram, regional: bool = False) -> ModelProgram:
     """Return a finished program whose blocks are calls of the graphs that they share; the program itself stays as it is.
 
@@ -127,8 +135,7 @@ def outlined(program: ModelProgram, regional: bool = False) -> ModelProgram:
         program: With the guard outside of its graphs.
         regional: See `outline_blocks`. A block that is no call runs eagerly then, which is warned of.
     """
-    made = outline_blocks(program.replace(compute=graph_module_copy(program.compute)), regional)
-    verify(made.program, outline_blocks.__name__)
+    made = outlined_copy(program, regional)
     for name, reason in made.left.items():
         if regional:
             warn(f"{name} of {program.model_name} is not compiled, since {reason}. It runs eagerly; compile() compiles it.")

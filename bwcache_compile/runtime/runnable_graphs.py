@@ -34,7 +34,7 @@ class RunnableGraphs:
         self.program, self.plan = program, program.planned()
         self.guarded = program.guarded is not None
         kinds = ("guarded",) if self.guarded else ("compute", "reuse")
-        self.modules = {kind: getattr(program, kind) for kind in kinds}
+        self.modules: dict[str, GraphModule] = {kind: getattr(program, kind) for kind in kinds}
         self.eager: dict[str, Callable[..., Any]] = {
             kind: module.forward if self.guarded else eager_function(module) for kind, module in self.modules.items()
         }
@@ -46,10 +46,7 @@ class RunnableGraphs:
     def compile(self, compilation: Compilation) -> None:
         """Compile the graphs, each at its first run."""
         self._compilation = compilation
-        modules = self.modules
-        if compilation.outlines and self._outline is not None:
-            outlined = self._outline(self.program, compilation.regional)
-            modules = {kind: getattr(outlined, kind) for kind in self.modules}
+        modules = self._outlined_modules(compilation.regional) if compilation.outlines else self.modules
         self.graphs = compilation.compiled(modules, self.eager, self.program.signature.sizes is not None)
 
     @left_out
@@ -62,12 +59,18 @@ class RunnableGraphs:
     @hidden
     def _for_outer(self, kind: str, inductor: bool) -> Callable[..., Any]:
         """Return what an outer `torch.compile` compiles; see `Compilation.outlines`."""
-        if not inductor or self._outline is None:
+        if not inductor:
             return self.modules[kind].forward
         if self._outlined is None:
-            outlined = self._outline(self.program, False)
-            self._outlined = {kind: getattr(outlined, kind) for kind in self.modules}
+            self._outlined = self._outlined_modules(regional=False)
         return self._outlined[kind].forward
+
+    def _outlined_modules(self, regional: bool) -> dict[str, GraphModule]:
+        """Return the graphs with blocks that are calls of what they share, or as they are where nothing outlines them."""
+        if self._outline is None:
+            return self.modules
+        outlined = self._outline(self.program, regional)
+        return {kind: getattr(outlined, kind) for kind in self.modules}
 
     @left_out
     def replays(self) -> bool:
